@@ -1,0 +1,1 @@
+"""Certified LoRA ranks in the NTK regime."""
