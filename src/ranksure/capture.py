@@ -1,0 +1,392 @@
+"""Capture: a network and its batches become a factored tangent operator and base logits.
+
+One forward and C backward passes per batch give the factors of every per-sample gradient, because
+samples do not interact: the gradient at a layer's output for the sum over samples holds each
+sample's own gradient in that sample's rows. That is checked, not assumed (a backward pass for one
+sample alone must leave every other sample's rows exactly zero).
+
+Hooks sit on the module that a LoRA wrapper presents, and read gradients at the module's *output*, so
+they hold for frozen bases, adapted models, tied weights (this use only), modules used several times
+(gradients add over uses) and gradient checkpointing of either kind.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ranksure.errors import CaptureError, MemoryBudgetError
+from ranksure.modules import base_layer, block_shape
+from ranksure.network import Batch, batch_rows, check_deterministic, device_of, frozen, logits_of, to_device
+from ranksure.operators.factored import FactoredOperator, Group
+
+Progress = Callable[[int, int], None]
+"""Called with (batches done, batches in all)."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What a capture gives.
+
+    Attributes:
+        operator: factored tangent operator, ``N`` samples and ``C`` contrasts.
+        base_logits: logits of the network as it is, ``(N, K)``, float64.
+    """
+
+    operator: FactoredOperator
+    base_logits: Tensor
+
+
+@dataclass
+class _Use:
+    """One pass of an input through a target module."""
+
+    module: str
+    inputs: Tensor
+    version: int
+    owner: int  # identity of the input tensor, so that modules that read the same tensor share it
+    pending: bool  # seen without gradients first: a reentrant checkpoint will run it again
+    grads: list[Tensor] = field(default_factory=list)
+
+
+class _Recorder:
+    """Forward hooks on the targets: inputs when seen, gradients at the outputs during backward."""
+
+    def __init__(self, targets: Mapping[str, nn.Module]) -> None:
+        self.targets = targets
+        self.uses: list[_Use] = []
+        self.backward = False
+        self.replayed: list[_Use] = []
+        self._keep: dict[int, Tensor] = {}
+
+    def attach(self, stack: ExitStack) -> None:
+        for name, module in self.targets.items():
+            handle = module.register_forward_hook(self._hook(name), with_kwargs=True)
+            stack.callback(handle.remove)
+
+    def start(self) -> None:
+        self.uses, self.replayed, self.backward = [], [], False
+        self._keep = {}
+
+    def _hook(self, name: str) -> Callable[..., Tensor | None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
+            x = args[0] if args else next(iter(kwargs.values()), None)
+            if not isinstance(x, Tensor) or not isinstance(output, Tensor):
+                raise CaptureError(f"target module {name} does not map one tensor to one tensor")
+            use = self._record(name, x, pending=not torch.is_grad_enabled())
+            if not torch.is_grad_enabled():
+                return None
+            if not output.requires_grad:  # frozen base: nothing before this module asks for gradients
+                output = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
+            if use is not None:
+                output.register_hook(use.grads.append)
+            return output
+
+        return hook
+
+    def _record(self, name: str, x: Tensor, pending: bool) -> _Use | None:
+        if self.backward:  # a checkpoint runs its segment again
+            waiting = any(use.pending and use.module == name for use in self.uses)
+            if not waiting:
+                return None
+        # Keeping the tensor alive keeps its identity unique among the inputs of this batch.
+        self._keep[id(x)] = x
+        use = _Use(name, x.detach(), x._version, id(x), pending)
+        (self.replayed if self.backward else self.uses).append(use)
+        return use
+
+    def collect(self, n_backward: int) -> dict[str, list[tuple[Tensor, int, list[Tensor]]]]:
+        """Uses by module as (inputs, owner, one gradient per backward pass).
+
+        Raises:
+            CaptureError: a use without exactly one gradient per backward pass.
+        """
+        out: dict[str, list[tuple[Tensor, int, list[Tensor]]]] = {name: [] for name in self.targets}
+        for name in self.targets:
+            uses = [use for use in self.uses if use.module == name]
+            replayed = [use for use in self.replayed if use.module == name]
+            if any(use.pending for use in uses):
+                if not all(use.pending for use in uses) or len(replayed) != n_backward * len(uses):
+                    raise CaptureError(
+                        f"target module {name} was run {len(uses)} times forward but {len(replayed)} times again for "
+                        f"{n_backward} backward passes; turn gradient checkpointing off (or use_reentrant=False)"
+                    )
+                count = len(uses)
+                merged = [
+                    _Use(name, replayed[i].inputs, replayed[i].version, replayed[i].owner, False)
+                    for i in range(count)
+                ]
+                for index, use in enumerate(replayed):
+                    merged[index % count].grads.extend(use.grads)
+                uses = merged
+            if not uses:
+                raise CaptureError(f"target module {name} was never used in the forward pass; leave it out")
+            for use in uses:
+                if len(use.grads) != n_backward:
+                    raise CaptureError(
+                        f"target module {name} got {len(use.grads)} gradients in {n_backward} backward passes: the "
+                        "logits do not depend on it, or a reentrant checkpoint cuts it off (call "
+                        "model.enable_input_require_grads() or turn checkpointing off)"
+                    )
+                kept = self._keep.get(use.owner)
+                if kept is not None and kept._version != use.version:
+                    raise CaptureError(
+                        f"the input of target module {name} is changed in place after the module reads it; "
+                        "leave this module out, or make the operation after it out-of-place"
+                    )
+                out[name].append((use.inputs, use.owner, use.grads))
+        return out
+
+
+def capture(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    targets: Mapping[str, nn.Module],
+    contrasts: Tensor,
+    *,
+    dtype: torch.dtype = torch.float32,
+    memory_bytes: float | None = None,
+    progress: Progress | None = None,
+) -> Captured:
+    """Capture a network's tangent operator at its current weights.
+
+    Args:
+        model: the network; run in evaluation mode with every parameter frozen, both restored.
+        batches: batches without labels, in sample order.
+        targets: modules by name (see :func:`ranksure.modules.select_targets`).
+        contrasts: ``(K, C)`` basis of the logits that the loss can see (``Loss.contrasts``).
+        dtype: storage of the factors: float32, bfloat16 (half the memory) or float64.
+        memory_bytes: refuse before the work when the factors would take more than this.
+        progress: called after each batch.
+
+    Returns:
+        The operator on the CPU and the base logits.
+
+    Raises:
+        CaptureError: the network is not deterministic, samples interact, a target has not exactly one
+            forward and backward pair per use, or a value is not finite.
+        MemoryBudgetError: the first batch shows that the factors would not fit ``memory_bytes``.
+    """
+    if not batches:
+        raise CaptureError("there is no batch to capture")
+    sizes = [batch_rows(batch) for batch in batches]
+    n_samples = sum(sizes)
+    device = device_of(model)
+    recorder = _Recorder(targets)
+    packer = _Packer(targets, contrasts.shape[1], dtype)
+    logits: list[Tensor] = []
+    with frozen(model):
+        check_deterministic(model, to_device(batches[0], device))
+        with ExitStack() as stack:
+            recorder.attach(stack)
+            for index, batch in enumerate(batches):
+                moved = to_device(batch, device)
+                if index == 0:
+                    _check_samples_apart(model, moved, recorder, contrasts)
+                z, uses = _run(model, moved, recorder, contrasts)
+                logits.append(z)
+                packer.add(uses, sizes[index], name_of_batch=index)
+                if index == 0 and memory_bytes is not None:
+                    check_memory(packer.nbytes * n_samples / sizes[0], memory_bytes, "the captured factors")
+                if progress is not None:
+                    progress(index + 1, len(batches))
+    base = torch.cat(logits)
+    if not bool(torch.isfinite(base).all()):
+        row = int((~torch.isfinite(base)).any(1).nonzero()[0])
+        raise CaptureError(f"the network's logits for sample {row} are not finite (NaN or infinity)")
+    return Captured(packer.finish(n_samples), base)
+
+
+def check_memory(needed: float, budget: float, what: str) -> None:
+    """Refuse work that would not fit.
+
+    Raises:
+        MemoryBudgetError: ``needed > budget``; says what would help.
+    """
+    if needed > budget:
+        raise MemoryBudgetError(
+            f"{what} would take {needed / 2**30:.2f} GiB of a budget of {budget / 2**30:.2f} GiB: use fewer modules "
+            "(--target-modules, --layers-to-transform last), fewer samples (--samples), bfloat16 storage "
+            "(--capture-dtype bfloat16), a larger --memory, or the matrix-free operator from Python"
+        )
+
+
+def _run(
+    model: nn.Module, batch: Batch, recorder: _Recorder, contrasts: Tensor, rows: slice | None = None
+) -> tuple[Tensor, dict[str, list[tuple[Tensor, int, list[Tensor]]]]]:
+    """One forward and C backward passes; ``rows`` limits the backward passes to some samples."""
+    recorder.start()
+    with torch.enable_grad():
+        z = logits_of(model, batch)
+    if z.shape[1] != contrasts.shape[0]:
+        raise CaptureError(f"the network has {z.shape[1]} logits, but the loss expects {contrasts.shape[0]}")
+    if not z.requires_grad:
+        raise CaptureError("no target module reaches the logits with a gradient; check target_modules")
+    recorder.backward = True
+    columns = contrasts.shape[1]
+    for c in range(columns):
+        seed = torch.zeros_like(z)
+        seed[rows or slice(None)] = contrasts[:, c].to(z)
+        torch.autograd.backward(z, seed, retain_graph=c + 1 < columns)
+    return z.detach().double().cpu(), recorder.collect(columns)
+
+
+def _check_samples_apart(model: nn.Module, batch: Batch, recorder: _Recorder, contrasts: Tensor) -> None:
+    """A backward pass for the first sample alone must leave the other samples' rows exactly zero."""
+    size = batch_rows(batch)
+    if size < 2:
+        return
+    _, uses = _run(model, batch, recorder, contrasts[:, :1], rows=slice(0, 1))
+    for name, entries in uses.items():
+        for _, _, grads in entries:
+            g = grads[0]
+            if g.shape[0] % size:
+                raise CaptureError(_not_by_sample(name, tuple(g.shape), size))
+            if bool(g.view(size, -1)[1:].any()):
+                raise CaptureError(
+                    f"samples interact in target module {name}: the logits of one sample depend on another's rows "
+                    "(batch statistics, or a layout whose leading dimension is not the sample); use --batch-size 1 "
+                    "or leave this module out"
+                )
+
+
+def _not_by_sample(name: str, shape: tuple[int, ...], size: int) -> str:
+    return (
+        f"the output of target module {name} has shape {shape}, whose rows cannot be assigned to {size} samples; "
+        "leave this module out"
+    )
+
+
+class _Packer:
+    """Collects each batch's token factors, without zero tokens, and packs them into groups."""
+
+    def __init__(self, targets: Mapping[str, nn.Module], n_contrasts: int, dtype: torch.dtype) -> None:
+        self.targets, self.c, self.dtype = targets, n_contrasts, dtype
+        self.chunks: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        self.first_sample = 0
+        self.nbytes = 0
+
+    def add(self, uses: dict[str, list[tuple[Tensor, int, list[Tensor]]]], size: int, name_of_batch: int) -> None:
+        by_input: dict[tuple[int, str], list[tuple[str, Tensor, Tensor]]] = {}
+        for name, entries in uses.items():
+            for x, owner, grads in entries:
+                tokens = _input_tokens(self.targets[name], x)
+                outputs = torch.stack([_output_tokens(self.targets[name], g) for g in grads], 1)
+                if tokens.shape[0] != outputs.shape[0] or tokens.shape[0] % size:
+                    raise CaptureError(_not_by_sample(name, tuple(grads[0].shape), size))
+                if not bool(torch.isfinite(outputs).all()):
+                    raise CaptureError(f"the gradient at target module {name} is not finite in batch {name_of_batch}")
+                # The unfolding of a convolution depends on the module, so only plain inputs are shared.
+                kind = name if isinstance(base_layer(self.targets[name]), nn.Conv2d) else ""
+                by_input.setdefault((owner, kind), []).append((name, tokens, outputs))
+        for entries in by_input.values():
+            self._pack(entries, size)
+        self.first_sample += size
+
+    def _pack(self, entries: list[tuple[str, Tensor, Tensor]], size: int) -> None:
+        """Keep the tokens with a gradient; share the input among modules that keep much the same ones."""
+        masks = [outputs.flatten(1).ne(0).any(1) for _, _, outputs in entries]
+        union = torch.stack(masks).any(0)
+        most = int(union.sum())
+        shared = [i for i, mask in enumerate(masks) if 2 * int(mask.sum()) > most]
+        seen: set[str] = set()
+        together = []
+        for i in shared:  # a module that reads the same tensor twice has two uses: they cannot share a chunk
+            if entries[i][0] not in seen:
+                seen.add(entries[i][0])
+                together.append(i)
+        self._store([entries[i] for i in together], union, size)
+        for i, entry in enumerate(entries):
+            if i not in together:
+                self._store([entry], masks[i], size)
+
+    def _store(self, entries: list[tuple[str, Tensor, Tensor]], mask: Tensor, size: int) -> None:
+        if not entries:
+            return
+        rows = mask.nonzero()[:, 0]
+        tokens = entries[0][1]
+        inputs = tokens[rows]
+        if inputs.is_floating_point():
+            if not bool(torch.isfinite(inputs).all()):
+                raise CaptureError(f"the input of target module {entries[0][0]} is not finite")
+            inputs = inputs.to("cpu", self.dtype)
+        chunk = {
+            "inputs": inputs.cpu(),
+            "sample": (rows // (tokens.shape[0] // size)).cpu() + self.first_sample,
+            "outputs": {name: outputs[rows].to("cpu", self.dtype) for name, _, outputs in entries},
+        }
+        self.nbytes += sum(t.numel() * t.element_size() for t in (chunk["inputs"], *chunk["outputs"].values()))
+        self.chunks.setdefault(tuple(chunk["outputs"]), []).append(chunk)
+
+    def finish(self, n_samples: int) -> FactoredOperator:
+        """Pack what was collected; a module that appears with different partners gets its own copy."""
+        count: dict[str, int] = {}
+        for names in self.chunks:
+            for name in names:
+                count[name] = count.get(name, 0) + 1
+        merged: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        for names, chunks in self.chunks.items():
+            alone = [name for name in names if count[name] > 1]
+            together = tuple(name for name in names if count[name] == 1)
+            for part in ([together] if together else []) + [(name,) for name in alone]:
+                merged.setdefault(part, []).extend(
+                    {**chunk, "outputs": {name: chunk["outputs"][name] for name in part}} for chunk in chunks
+                )
+        groups = []
+        for names in list(merged):
+            chunks = merged.pop(names)
+            sample = torch.cat([chunk["sample"] for chunk in chunks])
+            inputs = torch.cat([chunk["inputs"] for chunk in chunks])
+            outputs = {name: torch.cat([chunk["outputs"][name] for chunk in chunks]) for name in names}
+            chunks.clear()
+            if bool((sample[1:] < sample[:-1]).any()):
+                order = torch.argsort(sample, stable=True)
+                sample, inputs = sample[order], inputs[order]
+                outputs = {name: b[order] for name, b in outputs.items()}
+            width = block_shape(self.targets[names[0]])[1]
+            groups.append(Group(inputs, width, sample, outputs))
+        return FactoredOperator(groups, n_samples, list(self.targets))
+
+
+def _input_tokens(module: nn.Module, x: Tensor) -> Tensor:
+    """Inputs as rows ``(rows * tokens, n)``, or ``(rows * tokens,)`` indices for an embedding."""
+    layer = base_layer(module)
+    if isinstance(layer, nn.Embedding):
+        return x.reshape(-1)
+    if isinstance(layer, nn.Conv2d):
+        padding = layer.padding
+        if isinstance(padding, str):
+            total = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+            if padding == "same":
+                x = F.pad(x, [total[1] // 2, total[1] - total[1] // 2, total[0] // 2, total[0] - total[0] // 2])
+            padding = 0
+        columns = F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)
+        return columns.transpose(1, 2).reshape(-1, columns.shape[1])
+    return x.reshape(-1, x.shape[-1])
+
+
+def _output_tokens(module: nn.Module, grad: Tensor) -> Tensor:
+    """Gradients at the output as rows ``(rows * tokens, m)``."""
+    if isinstance(base_layer(module), nn.Conv2d):
+        return grad.flatten(2).transpose(1, 2).reshape(-1, grad.shape[1])
+    return grad.reshape(-1, grad.shape[-1])
+
+
+def estimate_bytes(
+    targets: Mapping[str, nn.Module], n_samples: int, tokens_per_sample: float, n_contrasts: int, itemsize: int = 4
+) -> int:
+    """Bytes of captured factors before any pass: every token kept, inputs shared where widths agree.
+
+    An upper estimate: zero tokens are dropped when they are seen. Convolutions count one token per
+    output position of a 224-pixel image at stride 16; images are measured on the first batch instead.
+    """
+    shapes = [block_shape(module) for module in targets.values()]
+    per_token = sum(m * n_contrasts + n for m, n in shapes)
+    return math.ceil(n_samples * tokens_per_sample * per_token * itemsize)

@@ -1,0 +1,183 @@
+"""Optimality certificates: a duality gap that bounds the distance to the best of every rank.
+
+From any point, ``R = w * gradient of the loss`` scaled by ``c`` is feasible for the Fenchel dual when
+``c ||A_j^*(R)||_op <= lambda_j`` for every block and ``c R / w`` is in the conjugate's domain, so
+``D(c R)`` is a lower bound on the optimum over all updates, hence over all ranks. Everything is
+evaluated in float64 on the stored operator; spectral norms are upper bounds (full singular values,
+inflated by their backward error and by the rounding error of the adjoint).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from ranksure.operators.base import Delta, Factors, cast_factors
+from ranksure.problem import Problem
+
+_GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What is proved about a point.
+
+    Attributes:
+        objective: ``F`` at the point (nuclear norm of the update as the penalty).
+        dual: best feasible dual value known; ``F* >= dual``.
+        gap: ``objective - dual`` plus an allowance for rounding; at least ``objective - F*``.
+        objective_at_zero: ``F(0)``.
+        relative_gap: ``gap / (F(0) - dual)``: the gap as a share of what any update can gain.
+        spectral_ratios: ``rho_j``, upper bound on ``||A_j^*(R)||_op / lambda_j``, by block.
+        dual_step: the scale ``c`` of the point's own dual variable.
+        rounding: the part of ``gap`` that allows for rounding.
+    """
+
+    objective: float
+    dual: float
+    gap: float
+    objective_at_zero: float
+    relative_gap: float
+    spectral_ratios: dict[str, float]
+    dual_step: float
+    rounding: float
+
+    @property
+    def spectral_ratio(self) -> float:
+        """Largest ``rho_j`` over blocks."""
+        return max(self.spectral_ratios.values())
+
+    def captured(self, best_objective: float | None = None) -> tuple[float, float]:
+        """Interval that holds ``(F(0) - F) / (F(0) - F*)``.
+
+        Args:
+            best_objective: lowest objective known; this point's own by default.
+        """
+        gained = self.objective_at_zero - self.objective
+        best = min(self.objective, best_objective if best_objective is not None else self.objective)
+        return captured_interval(gained, self.objective_at_zero - self.dual, self.objective_at_zero - best)
+
+    def to_json(self) -> dict[str, object]:
+        """Plain numbers."""
+        return {**asdict(self), "spectral_ratio": self.spectral_ratio}
+
+
+def captured_interval(gained: float, most: float, found: float) -> tuple[float, float]:
+    """``[gained / most, gained / found]``, clipped to one; zero where nothing can be gained."""
+    if most <= 0:
+        return (1.0, 1.0)
+    return (gained / most, min(1.0, gained / found) if found > 0 else 0.0)
+
+
+@dataclass(frozen=True)
+class PointState:
+    """A point with what its certificate was computed from.
+
+    Attributes:
+        certificate: the certificate.
+        logits: linearised logits, ``(N, K)``.
+        gradients: ``g_j = A_j^*(R)``, each ``(m, n)``: the gradient of the data loss by block.
+    """
+
+    certificate: Certificate
+    logits: Tensor
+    gradients: Delta
+
+
+def nuclear_norms(factors: Factors) -> dict[str, float]:
+    """Nuclear norm of each update ``u v^T``, in float64."""
+    out: dict[str, float] = {}
+    for name, (u, v) in factors.items():
+        if u.shape[1] == 0:
+            out[name] = 0.0
+            continue
+        ru = torch.linalg.qr(u.double(), mode="r").R
+        rv = torch.linalg.qr(v.double(), mode="r").R
+        out[name] = float(torch.linalg.svdvals(ru @ rv.T).sum())
+    return out
+
+
+def spectral_upper_bounds(gradients: Delta, errors: dict[str, float]) -> dict[str, float]:
+    """Upper bounds on spectral norms: full singular values, their backward error, the adjoint's error."""
+    out: dict[str, float] = {}
+    for name, g in gradients.items():
+        inflation = 1 + 16 * max(g.shape) * torch.finfo(torch.float64).eps
+        out[name] = float(torch.linalg.svdvals(g.double())[0]) * inflation + errors[name]
+    return out
+
+
+def certify(problem: Problem, factors: Factors, best_dual: float = -math.inf) -> PointState:
+    """Certify a point of the linearised problem.
+
+    Args:
+        problem: the problem; anything but a matrix-free one is promoted to float64.
+        factors: the point (updates ``u v^T``; blocks left out are zero).
+        best_dual: a dual value already known to be feasible for this problem.
+
+    Returns:
+        The certificate, the logits and the gradients by block.
+    """
+    if hasattr(problem.operator, "to"):
+        problem = problem.to(torch.float64)
+    factors = cast_factors(factors, problem.operator)
+    contrast_values = problem.operator.apply_factors(factors) if factors else 0 * problem.base_logits @ problem.contrasts
+    logits = problem.logits(contrast_values)
+    penalty = sum(problem.penalty[name] * norm for name, norm in nuclear_norms(factors).items())
+    objective = float(problem.data_loss(logits)) + penalty
+
+    dual = problem.dual_variable(logits)
+    residual = problem.residual(dual)
+    gradients = problem.operator.adjoint(residual)
+    bounds = spectral_upper_bounds(gradients, problem.operator.adjoint_error(residual))
+    ratios = {name: bound / problem.penalty[name] for name, bound in bounds.items()}
+
+    limit = 1 / max(*ratios.values(), 1e-300) if ratios else math.inf
+    limit = min(limit, problem.loss.max_dual_step(dual / problem.weights[:, None], problem.labels))
+    step, own = _best_dual_step(problem, dual, min(limit * (1 - 1e-15), 1e12))
+    best = max(own, best_dual)
+    at_zero = problem.objective_at_zero
+    eps = torch.finfo(problem.operator.dtype).eps
+    rounding = (problem.operator.n_samples + 64) * eps * (abs(objective) + abs(best) + abs(at_zero))
+    gap = max(objective - best, 0.0) + rounding
+    gain = at_zero - best
+    relative = gap / gain if gain > rounding else (0.0 if gap <= 2 * rounding else math.inf)
+    certificate = Certificate(objective, best, gap, at_zero, relative, ratios, step, rounding)
+    return PointState(certificate, logits, gradients)
+
+
+def lambda_max(problem: Problem) -> float:
+    """Smallest uniform lambda at which the zero update is optimal: ``max_j ||A_j^*(R at 0)||_op``."""
+    problem = problem.to(torch.float64) if hasattr(problem.operator, "to") else problem
+    gradients = problem.operator.adjoint(problem.residual(problem.dual_variable(problem.base_logits)))
+    return max(float(torch.linalg.svdvals(g.double())[0]) for g in gradients.values())
+
+
+def _best_dual_step(problem: Problem, dual: Tensor, limit: float) -> tuple[float, float]:
+    """Maximise the concave ``D(c R)`` over ``0 <= c <= limit``; any ``c`` in range is a valid bound."""
+
+    def value(c: float) -> float:
+        result = problem.dual_value(c * dual)
+        return result if math.isfinite(result) else -math.inf
+
+    low, high = 0.0, limit
+    if limit > 4:  # the maximum is near c = 1 unless the point is far from stationary
+        high = 4.0
+        while high < limit and value(min(2 * high, limit)) > value(high):
+            high = min(2 * high, limit)
+        high = min(2 * high, limit)
+    a, b = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
+    fa, fb = value(a), value(b)
+    for _ in range(60):
+        if fa >= fb:
+            high, b, fb = b, a, fa
+            a = high - _GOLDEN * (high - low)
+            fa = value(a)
+        else:
+            low, a, fa = a, b, fb
+            b = low + _GOLDEN * (high - low)
+            fb = value(b)
+    candidates = [0.0, a, b, limit] + ([1.0] if limit >= 1 else [])
+    return max(((c, value(c)) for c in candidates), key=lambda pair: pair[1])

@@ -1,0 +1,111 @@
+"""Running a network as a deterministic function from a batch to logits, and nothing else.
+
+A batch is a mapping of tensors (a Hugging Face batch without labels). Networks are run in evaluation
+mode with every parameter frozen; both are restored afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ranksure.errors import CaptureError
+
+Batch: TypeAlias = Mapping[str, Any]
+
+
+def logits_of(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits of a batch, shape ``(rows, K)``.
+
+    Accepts a Hugging Face output with ``logits``, a bare tensor, or a tuple whose first entry is one;
+    a ``(rows,)`` tensor counts as K = 1.
+
+    Raises:
+        CaptureError: the output is none of these.
+    """
+    output = model(**batch)
+    logits = getattr(output, "logits", None)
+    if logits is None:
+        logits = output[0] if isinstance(output, (tuple, list)) else output
+    if not isinstance(logits, Tensor):
+        raise CaptureError(f"the network returned {type(output).__name__}, which has no logits tensor")
+    if logits.dim() == 1:
+        logits = logits[:, None]
+    if logits.dim() != 2:
+        raise CaptureError(
+            f"the network's logits have shape {tuple(logits.shape)}; one row of K outputs per sample is needed"
+        )
+    return logits
+
+
+def batch_rows(batch: Batch) -> int:
+    """Number of samples in a batch: the leading size of its tensors.
+
+    Raises:
+        CaptureError: the tensors disagree, or there is none.
+    """
+    sizes = {value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.dim() > 0}
+    if len(sizes) != 1:
+        raise CaptureError(f"the tensors of a batch must share their leading size; found sizes {sorted(sizes)}")
+    return sizes.pop()
+
+
+def to_device(batch: Batch, device: torch.device | str) -> dict[str, Any]:
+    """The batch with its tensors on ``device``."""
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Device of the network's first parameter."""
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode with no parameter requiring gradients; restores both."""
+    training = [(module, module.training) for module in model.modules()]
+    requires = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.eval()
+        for parameter, _ in requires:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module, mode in training:
+            module.training = mode
+        for parameter, flag in requires:
+            parameter.requires_grad_(flag)
+
+
+def predict(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
+    """Logits of all batches in evaluation mode, float32 or wider, on the CPU."""
+    device = device_of(model)
+    with frozen(model), torch.no_grad():
+        outputs = [logits_of(model, to_device(batch, device)).cpu() for batch in batches]
+    logits = torch.cat(outputs)
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def check_deterministic(model: nn.Module, batch: Batch) -> Tensor:
+    """Run a batch twice and return its logits.
+
+    Raises:
+        CaptureError: the two passes differ beyond rounding, or the logits are not finite.
+    """
+    with torch.no_grad():
+        first, second = logits_of(model, batch), logits_of(model, batch)
+    if not bool(torch.isfinite(first).all()):
+        raise CaptureError("the network's logits are not finite (NaN or infinity) on the first batch")
+    difference = float((first.double() - second.double()).abs().max())
+    scale = 1 + float(first.double().abs().max())
+    if difference > 64 * torch.finfo(first.dtype).eps * scale:
+        raise CaptureError(
+            f"the network is not deterministic in evaluation mode: two passes over one batch differ by {difference:.2g}; "
+            "turn off dropout or sampling that ignores model.eval()"
+        )
+    return first

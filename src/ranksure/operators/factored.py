@@ -1,0 +1,362 @@
+"""The factored operator: packed token factors, never a Jacobian.
+
+For a layer ``y = W x`` the gradient of contrast ``c`` of sample ``i`` is ``G_ic = sum_t b_tc a_t^T``
+over the sample's tokens ``t`` (``a``: layer input, ``b``: gradient at its output). Tokens are packed
+raggedly, samples one after another, so that forward and adjoint are a few large matrix products.
+Blocks that read the same tokens of the same input share one copy of it (a *group*).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ranksure.operators.base import Delta, Factors, Pullback
+
+_GRAM_CHUNK_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tokens of one input, packed by sample, and the blocks that read them.
+
+    Attributes:
+        inputs: ``(T, n)`` layer inputs, or ``(T,)`` integer indices for an embedding (one-hot rows).
+        width: ``n``.
+        sample: ``(T,)`` sample of each token, non-decreasing.
+        outputs: block name -> ``(T, C, m)`` gradients at the layer's output.
+    """
+
+    inputs: Tensor
+    width: int
+    sample: Tensor
+    outputs: Mapping[str, Tensor]
+
+    @property
+    def is_index(self) -> bool:
+        return self.inputs.dim() == 1
+
+    @property
+    def n_tokens(self) -> int:
+        return self.inputs.shape[0]
+
+    def project(self, v: Tensor) -> Tensor:
+        """``A @ v`` for ``v`` of shape ``(n, q)``."""
+        return v.index_select(0, self.inputs) if self.is_index else self.inputs @ v
+
+    def project_adjoint(self, x: Tensor) -> Tensor:
+        """``A^T @ x`` for ``x`` of shape ``(T, q)``."""
+        if self.is_index:
+            return x.new_zeros(self.width, x.shape[1]).index_add_(0, self.inputs, x)
+        return self.inputs.T @ x
+
+    def input_norms(self) -> Tensor:
+        if self.is_index:
+            return torch.ones(self.n_tokens, dtype=torch.float64, device=self.inputs.device)
+        return torch.linalg.vector_norm(self.inputs, dim=1, dtype=torch.float64)
+
+
+class FactoredOperator:
+    """Tangent operator on packed token factors.
+
+    Args:
+        groups: token groups; every block belongs to exactly one.
+        n_samples: number of samples ``N``.
+        order: block names in the network's order (default: as they come).
+
+    Raises:
+        ValueError: no block, or a block in two groups.
+    """
+
+    def __init__(self, groups: Sequence[Group], n_samples: int, order: Sequence[str] | None = None) -> None:
+        self.groups = [group for group in groups if group.outputs]
+        found = [(name, group) for group in self.groups for name in group.outputs]
+        where = dict(found)
+        if not found or len(where) != len(found):
+            raise ValueError("a factored operator needs at least one block, each in one group")
+        self.n_samples = n_samples
+        first = found[0][1].outputs[found[0][0]]
+        self.n_outputs, self.dtype, self.device = first.shape[1], first.dtype, first.device
+        self.shapes = {n: (where[n].outputs[n].shape[2], where[n].width) for n in order or list(where)}
+        self._offsets = [_offsets(group.sample, n_samples) for group in self.groups]
+        self._norms: list[dict[str, Tensor]] | None = None
+
+    # ---- size and dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in token factors."""
+        tensors = [group.inputs for group in self.groups] + [b for g in self.groups for b in g.outputs.values()]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes that stored Jacobians of the same dtype would take."""
+        per_sample = sum(m * n for m, n in self.shapes.values())
+        return self.n_samples * self.n_outputs * per_sample * torch.finfo(self.dtype).bits // 8
+
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> FactoredOperator:
+        """The same operator in another dtype or on another device (itself if nothing changes)."""
+        dtype, device = dtype or self.dtype, torch.device(device or self.device)
+        if dtype == self.dtype and device == self.device:
+            return self
+        groups = [
+            Group(
+                g.inputs.to(device) if g.is_index else g.inputs.to(device, dtype),
+                g.width,
+                g.sample.to(device),
+                {name: b.to(device, dtype) for name, b in g.outputs.items()},
+            )
+            for g in self.groups
+        ]
+        return FactoredOperator(groups, self.n_samples, list(self.shapes))
+
+    def select(self, samples: Tensor) -> FactoredOperator:
+        """The operator of a subset of samples, in the order given (distinct indices)."""
+        groups = []
+        for group, offsets in zip(self.groups, self._offsets, strict=True):
+            lengths = (offsets[1:] - offsets[:-1])[samples]
+            new_sample = torch.repeat_interleave(torch.arange(len(samples), device=self.device), lengths)
+            first = torch.repeat_interleave(offsets[:-1][samples] - _starts(lengths), lengths)
+            rows = first + torch.arange(len(new_sample), device=self.device)
+            outputs = {name: b[rows] for name, b in group.outputs.items()}
+            groups.append(Group(group.inputs[rows], group.width, new_sample, outputs))
+        return FactoredOperator(groups, len(samples), list(self.shapes))
+
+    def restrict(self, blocks: Sequence[str]) -> FactoredOperator:
+        """The operator of a subset of blocks."""
+        keep = set(blocks)
+        groups = [
+            Group(g.inputs, g.width, g.sample, {n: b for n, b in g.outputs.items() if n in keep}) for g in self.groups
+        ]
+        return FactoredOperator(groups, self.n_samples, [n for n in self.shapes if n in keep])
+
+    # ---- the map and its adjoint
+
+    def apply(self, delta: Delta) -> Tensor:
+        z = torch.zeros(self.n_samples, self.n_outputs, dtype=self.dtype, device=self.device)
+        for group, offsets in zip(self.groups, self._offsets, strict=True):
+            contribution = torch.zeros(group.n_tokens, self.n_outputs, dtype=self.dtype, device=self.device)
+            for name, b in group.outputs.items():
+                if name in delta:
+                    contribution += torch.einsum("tcm,tm->tc", b, group.project(delta[name].T))
+            z += _segment_sum(contribution, offsets)
+        return z
+
+    def apply_factors(self, factors: Factors) -> Tensor:
+        return self.apply_factors_vjp(factors)[0]
+
+    def apply_factors_vjp(self, factors: Factors) -> tuple[Tensor, Pullback]:
+        u0 = next(iter(factors.values()))[0]
+        starts = u0.shape[0] if u0.dim() == 3 else 1
+        c = self.n_outputs
+        z: Tensor | None = None
+        saved: list[tuple[Group, dict[str, tuple[Tensor, Tensor]]]] = []
+        for group, offsets in zip(self.groups, self._offsets, strict=True):
+            present = [name for name in group.outputs if name in factors]
+            if not present:
+                continue
+            columns = [_columns(factors[name][1]) for name in present]
+            projected = group.project(columns[0] if len(columns) == 1 else torch.cat(columns, 1))
+            total: Tensor | None = None
+            kept: dict[str, tuple[Tensor, Tensor]] = {}
+            for name, av in zip(present, projected.split([q.shape[1] for q in columns], 1), strict=True):
+                b = group.outputs[name]
+                bu = (b.reshape(-1, b.shape[2]) @ _columns(factors[name][0])).view(b.shape[0], c, av.shape[1])
+                kept[name] = (bu, av)
+                product = bu * av.unsqueeze(1)
+                value = product.sum(-1) if starts == 1 else product.unflatten(2, (starts, -1)).sum(-1)
+                total = value if total is None else total.add_(value)
+            saved.append((group, kept))
+            assert total is not None
+            part = _segment_sum(total.reshape(group.n_tokens, -1), offsets)
+            z = part if z is None else z.add_(part)
+        if z is None:
+            z = torch.zeros(self.n_samples, c * starts, dtype=self.dtype, device=self.device)
+        batched = u0.dim() == 3
+        z = z.view(self.n_samples, c, starts).permute(2, 0, 1) if batched else z.view(self.n_samples, c)
+
+        def pullback(residual: Tensor) -> Factors:
+            # (N, C) or (S, N, C) -> (N, C * S), the layout of the token contributions
+            flat = residual.permute(1, 2, 0).reshape(self.n_samples, -1) if batched else residual
+            out: Factors = {}
+            for group, kept in saved:
+                weight = flat.index_select(0, group.sample).view(group.n_tokens, c, starts)
+                dv: list[Tensor] = []
+                for name, (bu, av) in kept.items():
+                    b = group.outputs[name]
+                    w = weight if starts == 1 else weight.repeat_interleave(av.shape[1] // starts, 2)
+                    right = (w * av.unsqueeze(1)).flatten(0, 1)
+                    grad_u = b.reshape(-1, b.shape[2]).T @ right
+                    dv.append((w * bu).sum(1) if c > 1 else (w * bu).squeeze(1))
+                    out[name] = (_factor(grad_u, starts, batched), grad_u)  # v's gradient follows
+                grads = group.project_adjoint(dv[0] if len(dv) == 1 else torch.cat(dv, 1))
+                for name, grad_v in zip(kept, grads.split([d.shape[1] for d in dv], 1), strict=True):
+                    out[name] = (out[name][0], _factor(grad_v, starts, batched))
+            return {name: out[name] for name in factors if name in out}
+
+        return z, pullback
+
+    def adjoint(self, residual: Tensor) -> Delta:
+        out: Delta = {}
+        for group in self.groups:
+            weight = residual.index_select(0, group.sample)
+            for name, b in group.outputs.items():
+                w = weight * b[:, 0] if self.n_outputs == 1 else torch.einsum("tc,tcm->tm", weight, b)
+                out[name] = group.project_adjoint(w).T
+        return {name: out[name] for name in self.shapes}
+
+    def jacobian_products(self, name: str, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """``G_ic v`` and ``G_ic^T u`` for vectors ``u`` (m,) and ``v`` (n,): ``(N C, m)`` and ``(N C, n)``."""
+        index = next(k for k, group in enumerate(self.groups) if name in group.outputs)
+        group, offsets, c = self.groups[index], self._offsets[index], self.n_outputs
+        b = group.outputs[name]
+        left = b * group.project(v[:, None])[:, :, None]
+        left = _segment_sum(left.view(group.n_tokens, -1), offsets).view(self.n_samples * c, -1)
+        weight = b @ u
+        if group.is_index:
+            right = weight.new_zeros(self.n_samples * c, group.width)
+            rows = group.sample[:, None] * c + torch.arange(c, device=self.device)
+            right.index_put_((rows, group.inputs[:, None].expand_as(rows)), weight, accumulate=True)
+            return left, right
+        right = weight[:, :, None] * group.inputs[:, None, :]
+        return left, _segment_sum(right.view(group.n_tokens, -1), offsets).view(self.n_samples * c, -1)
+
+    # ---- Gram matrix, norms, rounding
+
+    def gram(self, blocks: list[str] | None = None) -> Tensor:
+        chosen = set(blocks or self.shapes)
+        size = self.n_samples * self.n_outputs
+        gram = torch.zeros(size, size, dtype=torch.float64, device=self.device)
+        for group, offsets in zip(self.groups, self._offsets, strict=True):
+            names = [name for name in group.outputs if name in chosen]
+            if not names:
+                continue
+            tokens, width = group.n_tokens, group.width
+            by_pairs = tokens**2 * (width + self.n_outputs**2 * sum(self.shapes[n][0] for n in names))
+            by_rows = size**2 * width * sum(self.shapes[n][0] for n in names)
+            if group.is_index or by_pairs < by_rows:
+                gram += self._gram_by_token_pairs(group, offsets, names)
+            else:
+                for name in names:
+                    self._add_gram_by_rows(gram, group, offsets, group.outputs[name])
+        return gram
+
+    def _gram_by_token_pairs(self, group: Group, offsets: Tensor, names: list[str]) -> Tensor:
+        c, tokens = self.n_outputs, group.n_tokens
+        half = torch.zeros(self.n_samples * c, tokens * c, dtype=torch.float64, device=self.device)
+        chunk = max(1, _GRAM_CHUNK_BYTES // (8 * max(1, tokens) * c * c * 3))
+        inputs = group.inputs if group.is_index else group.inputs.double()
+        for low in range(0, tokens, chunk):
+            rows = slice(low, min(low + chunk, tokens))
+            left = inputs[rows]
+            a = (left[:, None] == inputs[None]).double() if group.is_index else left @ inputs.T
+            pairs = torch.zeros(a.shape[0], c, tokens, c, dtype=torch.float64, device=self.device)
+            for name in names:
+                b = group.outputs[name].double()
+                pairs += (b[rows].flatten(0, 1) @ b.flatten(0, 1).T).view_as(pairs)
+            pairs *= a[:, None, :, None]
+            target = (group.sample[rows, None] * c + torch.arange(c, device=self.device)).flatten()
+            half.index_add_(0, target, pairs.view(-1, tokens * c))
+        folded = _segment_sum(half.view(-1, tokens, c).transpose(0, 1).reshape(tokens, -1), offsets)
+        return folded.view(self.n_samples, -1, c).transpose(1, 2).reshape(self.n_samples * c, -1)
+
+    def _add_gram_by_rows(self, gram: Tensor, group: Group, offsets: Tensor, b: Tensor) -> None:
+        """Add ``D D^T`` for the dense rows ``D`` of one block, a slice of its ``m`` at a time."""
+        lengths = offsets[1:] - offsets[:-1]
+        longest = max(1, int(lengths.max()))
+        place = group.sample * longest + torch.arange(group.n_tokens, device=self.device) - offsets[group.sample]
+        shape = (self.n_samples * longest, group.width)
+        padded = torch.zeros(shape, dtype=torch.float64, device=self.device)
+        padded = padded.index_copy_(0, place, group.inputs.double()).view(self.n_samples, longest, -1)
+        m, size = b.shape[2], self.n_samples * self.n_outputs
+        step = max(1, _GRAM_CHUNK_BYTES // (8 * size * group.width))
+        for low in range(0, m, step):
+            part = b[:, :, low : low + step].double()
+            left = torch.zeros(shape[0], *part.shape[1:], dtype=torch.float64, device=self.device)
+            left = left.index_copy_(0, place, part).view(self.n_samples, longest, -1)
+            rows = (left.mT @ padded).reshape(size, -1)
+            gram.addmm_(rows, rows.T)
+
+    def sample_norms(self) -> dict[str, Tensor]:
+        """Frobenius norms of each gradient, from the token pairs within each sample."""
+        out: dict[str, Tensor] = {}
+        for group, offsets in zip(self.groups, self._offsets, strict=True):
+            left, right = _pairs_within(offsets)
+            totals = {
+                name: torch.zeros(self.n_samples, self.n_outputs, dtype=torch.float64, device=self.device)
+                for name in group.outputs
+            }
+            width = max(group.width, *(b.shape[1] * b.shape[2] for b in group.outputs.values()))
+            chunk = max(1, _GRAM_CHUNK_BYTES // (16 * width))
+            for low in range(0, len(left), chunk):
+                p, q = left[low : low + chunk], right[low : low + chunk]
+                if group.is_index:
+                    a = (group.inputs[p] == group.inputs[q]).double()
+                else:
+                    a = torch.linalg.vecdot(group.inputs[p].double(), group.inputs[q].double())
+                for name, b in group.outputs.items():
+                    inner = torch.linalg.vecdot(b[p].double(), b[q].double())
+                    totals[name].index_add_(0, group.sample[p], inner * a[:, None])
+            out.update({name: total.clamp(min=0).sqrt() for name, total in totals.items()})
+        return {name: out[name] for name in self.shapes}
+
+    def adjoint_error(self, residual: Tensor) -> dict[str, float]:
+        # |fl(sum_t w_t a_t^T) - exact| <= gamma sum_t |w_t| |a_t|^T entrywise (Higham 2002, 3.5), and
+        # the Frobenius norm of that bound is at most gamma sum_tc |R_tc| ||b_tc|| ||a_t||.
+        if self._norms is None:
+            self._norms = [
+                {
+                    name: torch.linalg.vector_norm(b, dim=2, dtype=torch.float64) * group.input_norms()[:, None]
+                    for name, b in group.outputs.items()
+                }
+                for group in self.groups
+            ]
+        eps = torch.finfo(self.dtype).eps
+        out: dict[str, float] = {}
+        for group, norms in zip(self.groups, self._norms, strict=True):
+            gamma = (group.n_tokens + self.n_outputs + 2) * eps
+            weight = residual.double().abs().index_select(0, group.sample)
+            for name, norm in norms.items():
+                out[name] = gamma * float((weight * norm).sum())
+        return out
+
+
+def _offsets(sample: Tensor, n_samples: int) -> Tensor:
+    counts = torch.bincount(sample, minlength=n_samples)
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def _starts(lengths: Tensor) -> Tensor:
+    return lengths.cumsum(0) - lengths
+
+
+def _segment_sum(x: Tensor, offsets: Tensor) -> Tensor:
+    """Sum the rows of each sample: ``(T, q) -> (N, q)``."""
+    if x.shape[0] == 0:
+        return x.new_zeros(offsets.shape[0] - 1, x.shape[1])
+    return torch.segment_reduce(x.contiguous(), "sum", offsets=offsets, axis=0)
+
+
+def _columns(factor: Tensor) -> Tensor:
+    """``(m, r)`` as it is; a batch ``(S, m, r)`` as ``(m, S * r)``."""
+    return factor if factor.dim() == 2 else factor.transpose(0, 1).reshape(factor.shape[1], -1)
+
+
+def _factor(columns: Tensor, starts: int, batched: bool) -> Tensor:
+    """The inverse of :func:`_columns`."""
+    return columns.view(columns.shape[0], starts, -1).transpose(0, 1) if batched else columns
+
+
+def _pairs_within(offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """All ordered token pairs that belong to one sample."""
+    lengths = offsets[1:] - offsets[:-1]
+    tokens = int(offsets[-1])
+    of_token = torch.repeat_interleave(lengths, lengths)
+    left = torch.repeat_interleave(torch.arange(tokens, device=offsets.device), of_token)
+    first = torch.repeat_interleave(torch.repeat_interleave(offsets[:-1], lengths), of_token)
+    within = torch.arange(len(left), device=offsets.device) - torch.repeat_interleave(_starts(of_token), of_token)
+    return left, first + within

@@ -1,0 +1,163 @@
+"""The matrix-free operator: one network pass per product, nothing stored.
+
+For models and outputs too large to store. ``A(delta)`` is a Jacobian-vector product in forward mode,
+``A^*(R)`` a vector-Jacobian product in reverse mode, both at the network's own weights. A target's
+update enters through a hook on that module, so a tied weight is moved in this module's use only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.pytorch_utils import Conv1D
+
+from ranksure.modules import base_layer, block_shape
+from ranksure.network import Batch, batch_rows, device_of, frozen, logits_of, to_device
+from ranksure.operators.base import Delta, Factors, Pullback
+
+
+def side_path(module: nn.Module, x: Tensor, delta: Tensor) -> Tensor:
+    """What a block update ``(m, n)`` adds to the module's output for the input ``x``."""
+    layer = base_layer(module)
+    if isinstance(layer, nn.Embedding):
+        return F.embedding(x, delta.T)
+    if isinstance(layer, nn.Conv2d):
+        kernel = delta.view(layer.out_channels, layer.in_channels, *layer.kernel_size)
+        return F.conv2d(x, kernel, None, layer.stride, layer.padding, layer.dilation)
+    assert isinstance(layer, (nn.Linear, Conv1D))
+    return F.linear(x, delta)
+
+
+class MatrixFreeOperator:
+    """Tangent operator by automatic differentiation of the network itself.
+
+    Args:
+        model: the network, at the weights to linearise around.
+        batches: batches without labels, in sample order.
+        targets: modules by qualified name (see :func:`ranksure.modules.select_targets`).
+        contrasts: ``(K, C)`` basis of the logits (see ``Loss.contrasts``).
+    """
+
+    def __init__(
+        self, model: nn.Module, batches: Sequence[Batch], targets: Mapping[str, nn.Module], contrasts: Tensor
+    ) -> None:
+        self.model, self.batches, self.targets = model, list(batches), dict(targets)
+        self.device = device_of(model)
+        parameter = next(model.parameters())
+        self.dtype = parameter.dtype
+        self.contrasts = contrasts.to(self.device, self.dtype)
+        self.n_outputs = contrasts.shape[1]
+        self._rows = [batch_rows(batch) for batch in self.batches]
+        self.n_samples = sum(self._rows)
+        self.shapes = {name: block_shape(module) for name, module in self.targets.items()}
+
+    def apply(self, delta: Delta) -> Tensor:
+        return self._forward_mode({name: (lambda x, m=self.targets[name], d=d: side_path(m, x, d)) for name, d in delta.items()})
+
+    def apply_factors(self, factors: Factors) -> Tensor:
+        batched = next(iter(factors.values()))[0].dim() == 3
+        if not batched:
+            return self.apply({name: u @ v.T for name, (u, v) in factors.items()})
+        starts = next(iter(factors.values()))[0].shape[0]
+        return torch.stack([self.apply({n: u[s] @ v[s].T for n, (u, v) in factors.items()}) for s in range(starts)])
+
+    def apply_factors_vjp(self, factors: Factors) -> tuple[Tensor, Pullback]:
+        def pullback(residual: Tensor) -> Factors:
+            if residual.dim() == 2:
+                grads = self.adjoint(residual)
+                return {name: (grads[name] @ v, grads[name].T @ u) for name, (u, v) in factors.items()}
+            each = [self.adjoint(r) for r in residual]
+            stacked = {name: torch.stack([g[name] for g in each]) for name in factors}
+            return {name: (stacked[name] @ v, stacked[name].mT @ u) for name, (u, v) in factors.items()}
+
+        return self.apply_factors(factors), pullback
+
+    def adjoint(self, residual: Tensor) -> Delta:
+        total = {n: torch.zeros(shape, dtype=self.dtype, device=self.device) for n, shape in self.shapes.items()}
+        low = 0
+        for batch, rows in zip(self.batches, self._rows, strict=True):
+            part = residual[low : low + rows]
+            low += rows
+            if not bool(part.any()):
+                continue
+            deltas = {n: torch.zeros_like(t, requires_grad=True) for n, t in total.items()}
+            sides = {n: (lambda x, m=self.targets[n], d=d: side_path(m, x, d)) for n, d in deltas.items()}
+            with frozen(self.model), _adding(self.targets, sides), torch.enable_grad():
+                z = logits_of(self.model, to_device(batch, self.device)) @ self.contrasts
+            grads = torch.autograd.grad(z, list(deltas.values()), part.to(z), allow_unused=True)
+            for name, grad in zip(deltas, grads, strict=True):
+                if grad is not None:
+                    total[name] += grad
+        return total
+
+    def gram(self, blocks: list[str] | None = None) -> Tensor:
+        chosen = blocks or list(self.shapes)
+        rows = [
+            self.apply({name: grads[name] for name in chosen}).double().flatten() for grads in self._unit_adjoints()
+        ]
+        return torch.stack(rows)
+
+    def sample_norms(self) -> dict[str, Tensor]:
+        norms: dict[str, list[Tensor]] = {name: [] for name in self.shapes}
+        for grads in self._unit_adjoints():
+            for name, grad in grads.items():
+                norms[name].append(grad.double().norm())
+        return {name: torch.stack(values).view(self.n_samples, -1) for name, values in norms.items()}
+
+    def adjoint_error(self, residual: Tensor) -> dict[str, float]:
+        """An estimate, not a bound: the network's own rounding cannot be bounded from outside."""
+        slack = 1e3 * torch.finfo(self.dtype).eps
+        return {name: slack * float(grad.double().norm()) for name, grad in self.adjoint(residual).items()}
+
+    def _unit_adjoints(self) -> Iterator[Delta]:
+        size = self.n_samples * self.n_outputs
+        for index in range(size):
+            unit = torch.zeros(size, dtype=self.dtype, device=self.device)
+            unit[index] = 1
+            yield self.adjoint(unit.view(self.n_samples, -1))
+
+    def _forward_mode(self, sides: dict[str, Callable[[Tensor], Tensor]]) -> Tensor:
+        out: list[Tensor] = []
+        # The math kernel is the one attention kernel with a forward-mode derivative.
+        with frozen(self.model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+            tangents = {name: _as_tangent(side) for name, side in sides.items()}
+            with _adding(self.targets, tangents):
+                for batch in self.batches:
+                    z = logits_of(self.model, to_device(batch, self.device))
+                    tangent = forward_ad.unpack_dual(z).tangent
+                    value = torch.zeros_like(z) if tangent is None else tangent
+                    out.append(value.detach() @ self.contrasts)
+        return torch.cat(out)
+
+
+def _as_tangent(side: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A path that is zero, with the side path as its forward-mode tangent."""
+
+    def path(x: Tensor) -> Tensor:
+        primal = x if not x.is_floating_point() else forward_ad.unpack_dual(x).primal
+        direction = side(primal)
+        return forward_ad.make_dual(torch.zeros_like(direction), direction)
+
+    return path
+
+
+@contextmanager
+def _adding(targets: Mapping[str, nn.Module], sides: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Add each side path to its module's output."""
+
+    def hook(side: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+        return lambda module, args, output: output + side(args[0])
+
+    handles = [targets[name].register_forward_hook(hook(side)) for name, side in sides.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

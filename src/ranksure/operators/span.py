@@ -1,0 +1,99 @@
+"""Exact reduction of a factored operator to the span of its tokens.
+
+Every optimum has its columns in the span of the output gradients and its rows in the span of the
+inputs, because the component outside changes no prediction and only adds nuclear norm. Where a span
+is smaller than the block, orthonormal bases make the block smaller without changing the problem.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ranksure.operators.base import Factors
+from ranksure.operators.factored import FactoredOperator, Group
+
+_WORTH = 0.75  # reduce a side only when it shrinks to this share or less
+
+
+@dataclass(frozen=True)
+class SpanBases:
+    """Orthonormal bases by block; ``None`` where a side is not reduced.
+
+    ``left[name]`` is ``(m, m')``. A right basis is ``(n, n')``, or for embeddings the ``(n',)`` row
+    numbers that occur.
+    """
+
+    left: dict[str, Tensor | None]
+    right: dict[str, Tensor | None]
+    widths: dict[str, int]
+
+    def lift(self, factors: Factors) -> Factors:
+        """Factors of the reduced blocks as factors of the full ones."""
+        return {
+            name: (self._up(self.left.get(name), u, None), self._up(self.right.get(name), v, self.widths.get(name)))
+            for name, (u, v) in factors.items()
+        }
+
+    def restrict(self, factors: Factors) -> Factors:
+        """Projection of full factors onto the spans (predictions on the data are unchanged)."""
+        return {
+            name: (_down(self.left.get(name), u), _down(self.right.get(name), v)) for name, (u, v) in factors.items()
+        }
+
+    @staticmethod
+    def _up(basis: Tensor | None, x: Tensor, width: int | None) -> Tensor:
+        if basis is None:
+            return x
+        if basis.dim() == 2:
+            return basis.to(x) @ x
+        assert width is not None
+        return x.new_zeros(width, x.shape[1]).index_copy_(0, basis, x)
+
+
+def _down(basis: Tensor | None, x: Tensor) -> Tensor:
+    if basis is None:
+        return x
+    return basis.to(x).T @ x if basis.dim() == 2 else x.index_select(0, basis)
+
+
+def reduce_to_span(operator: FactoredOperator) -> tuple[FactoredOperator, SpanBases]:
+    """The same problem on smaller blocks, in float64, and the way back.
+
+    Returns:
+        The reduced operator (float64) and its bases; both are trivial where nothing shrinks.
+    """
+    left: dict[str, Tensor | None] = {}
+    right: dict[str, Tensor | None] = {}
+    widths: dict[str, int] = {}
+    groups: list[Group] = []
+    for group in operator.groups:
+        inputs, basis, width = _reduce_inputs(group)
+        outputs: dict[str, Tensor] = {}
+        for name, b in group.outputs.items():
+            outputs[name], left[name] = _reduce_outputs(b.double())
+            right[name], widths[name] = basis, group.width
+        groups.append(Group(inputs, width, group.sample, outputs))
+    reduced = FactoredOperator(groups, operator.n_samples, list(operator.shapes))
+    return reduced, SpanBases(left, right, widths)
+
+
+def _reduce_inputs(group: Group) -> tuple[Tensor, Tensor | None, int]:
+    if group.is_index:
+        rows, index = torch.unique(group.inputs, return_inverse=True)
+        return index, rows, len(rows)
+    inputs = group.inputs.double()
+    if group.n_tokens > _WORTH * group.width:
+        return inputs, None, group.width
+    basis, coordinates = torch.linalg.qr(inputs.T)
+    return coordinates.T.contiguous(), basis, basis.shape[1]
+
+
+def _reduce_outputs(b: Tensor) -> tuple[Tensor, Tensor | None]:
+    tokens, contrasts, m = b.shape
+    if tokens * contrasts > _WORTH * m:
+        return b, None
+    basis, coordinates = torch.linalg.qr(b.reshape(-1, m).T)
+    return coordinates.T.reshape(tokens, contrasts, -1).contiguous(), basis

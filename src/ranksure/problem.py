@@ -1,0 +1,154 @@
+"""The linearised fine-tuning problem: operator, labels, loss and penalty together.
+
+``F(delta) = sum_i w_i loss(z_i, y_i) + sum_j lambda_j ||delta_j||_*`` with linearised logits
+``z = base + A(delta) E^T``. On LoRA factors the penalty is ``(lambda_j / 2)(||u_j||^2 + ||v_j||^2)``,
+which is at least the nuclear norm and equal to it at balanced factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ranksure.errors import SettingError
+from ranksure.losses import Loss
+from ranksure.operators.base import Factors, TangentOperator
+from ranksure.operators.factored import FactoredOperator
+from ranksure.operators.span import SpanBases, reduce_to_span
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A linearised problem; see the module's docstring for the objective.
+
+    Attributes:
+        operator: tangent operator with ``N`` samples and ``C`` contrasts.
+        base_logits: pretrained logits, ``(N, K)``.
+        labels: ``(N,)`` integers, or ``(N, K)`` floats.
+        loss: convex loss of the logits.
+        penalty: ``lambda_j > 0`` by block name.
+        weights: sample weights, ``(N,)``; ``1 / N`` by default.
+
+    Raises:
+        SettingError: a penalty is missing, not positive or not finite.
+    """
+
+    operator: TangentOperator
+    base_logits: Tensor
+    labels: Tensor
+    loss: Loss
+    penalty: Mapping[str, float]
+    weights: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def __post_init__(self) -> None:
+        op = self.operator
+        for name in op.shapes:
+            value = self.penalty.get(name)
+            if value is None or not 0 < value < float("inf"):
+                raise SettingError(
+                    f"the penalty lambda of {name} is {value}; it must be positive and finite (at 0 the dual is "
+                    "trivial and cross-entropy may have no minimiser)"
+                )
+        weights = self.weights
+        if weights.numel() == 0:
+            weights = torch.full((op.n_samples,), 1 / op.n_samples)
+        labels = self.labels.to(op.device)
+        object.__setattr__(self, "weights", weights.to(op.device, op.dtype))
+        object.__setattr__(self, "labels", labels.to(op.dtype) if labels.is_floating_point() else labels)
+        object.__setattr__(self, "base_logits", self.base_logits.to(op.device, op.dtype))
+
+    @property
+    def n_logits(self) -> int:
+        """Number of logits ``K`` per sample."""
+        return self.base_logits.shape[1]
+
+    @cached_property
+    def contrasts(self) -> Tensor:
+        """``E``, shape ``(K, C)``."""
+        return self.loss.contrasts(self.n_logits).to(self.operator.device, self.operator.dtype)
+
+    @cached_property
+    def objective_at_zero(self) -> float:
+        """``F(0)``, the loss of the pretrained network."""
+        return float(self.data_loss(self.base_logits))
+
+    def with_penalty(self, penalty: float | Mapping[str, float]) -> Problem:
+        """The same problem at another lambda; what was prepared for the operator is kept."""
+        other = replace(self, penalty=uniform_penalty(self.operator, penalty))
+        if "reduced" in self.__dict__:
+            reduced, bases = self.reduced
+            other.__dict__["reduced"] = (replace(reduced, penalty=other.penalty), bases)
+        return other
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        """The same problem with the operator in another dtype (itself if nothing changes)."""
+        if dtype == self.operator.dtype:
+            return self
+        operator = self.operator
+        if not hasattr(operator, "to"):
+            raise SettingError(f"a {type(operator).__name__} works in the network's own dtype, {operator.dtype}")
+        return replace(self, operator=operator.to(dtype))  # pyright: ignore[reportAttributeAccessIssue]
+
+    @cached_property
+    def reduced(self) -> tuple[Problem, SpanBases | None]:
+        """The same problem in float64 on the span of its tokens, and the way back."""
+        if isinstance(self.operator, FactoredOperator):
+            operator, bases = reduce_to_span(self.operator)
+            return replace(self, operator=operator), bases
+        return (self.to(torch.float64) if hasattr(self.operator, "to") else self), None
+
+    # ---- values in the space of logits
+
+    def logits(self, contrast_values: Tensor) -> Tensor:
+        """Linearised logits ``(..., N, K)`` from contrast values ``(..., N, C)``."""
+        return self.base_logits + contrast_values @ self.contrasts.T
+
+    def data_loss(self, logits: Tensor) -> Tensor:
+        """Weighted loss, one value for each leading batch entry."""
+        return (self.loss.value(logits, self.labels) * self.weights).sum(-1)
+
+    def dual_variable(self, logits: Tensor) -> Tensor:
+        """Weighted gradient ``R`` with respect to the logits, ``(..., N, K)``."""
+        return self.loss.gradient(logits, self.labels) * self.weights[:, None]
+
+    def dual_value(self, dual: Tensor) -> float:
+        """``D(R) = <R, base> - sum_i w_i conj(R_i / w_i; y_i)``; feasibility is the caller's to check."""
+        linear = (dual * self.base_logits).sum()
+        conjugate = self.loss.conjugate(dual / self.weights[:, None], self.labels)
+        return float(linear - (self.weights * conjugate).sum())
+
+    def residual(self, dual: Tensor) -> Tensor:
+        """``R`` in contrast coordinates, ``(..., N, C)``: what the adjoint takes."""
+        return dual @ self.contrasts
+
+    # ---- values and gradients on factors
+
+    def penalty_of(self, factors: Factors) -> Tensor:
+        """``sum_j (lambda_j / 2)(||u_j||^2 + ||v_j||^2)``, one value for each leading batch entry."""
+        terms = [
+            0.5 * self.penalty[name] * (u.square().sum((-2, -1)) + v.square().sum((-2, -1)))
+            for name, (u, v) in factors.items()
+        ]
+        return torch.stack(terms).sum(0)
+
+    def value_and_gradient(self, factors: Factors) -> tuple[Tensor, Factors]:
+        """Objective on factors and its gradient, for one start or a batch of starts."""
+        contrast_values, pullback = self.operator.apply_factors_vjp(factors)
+        logits = self.logits(contrast_values)
+        value = self.data_loss(logits) + self.penalty_of(factors)
+        gradient = pullback(self.residual(self.dual_variable(logits)))
+        for name, (u, v) in factors.items():
+            gu, gv = gradient[name]
+            gradient[name] = (gu.add(u, alpha=self.penalty[name]), gv.add(v, alpha=self.penalty[name]))
+        return value, gradient
+
+
+def uniform_penalty(operator: TangentOperator, penalty: float | Mapping[str, float]) -> dict[str, float]:
+    """One lambda for every block, or the mapping as given."""
+    if isinstance(penalty, Mapping):
+        return dict(penalty)
+    return {name: float(penalty) for name in operator.shapes}
