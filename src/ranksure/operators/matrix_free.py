@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -152,10 +151,10 @@ def _as_tangent(side: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 def _adding(targets: Mapping[str, nn.Module], sides: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
     """Add each side path to its module's output."""
 
-    def hook(side: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-        return lambda module, args, output: output + side(args[0])
+    def hook(side: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+        return lambda module, args, kwargs, output: output + side(args[0] if args else next(iter(kwargs.values())))
 
-    handles = [targets[name].register_forward_hook(hook(side)) for name, side in sides.items()]
+    handles = [targets[name].register_forward_hook(hook(side), with_kwargs=True) for name, side in sides.items()]
     try:
         yield
     finally:
