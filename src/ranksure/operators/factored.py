@@ -168,11 +168,11 @@ class FactoredOperator:
                 bu = (b.reshape(-1, b.shape[2]) @ _columns(factors[name][0])).view(b.shape[0], c, av.shape[1])
                 kept[name] = (bu, av)
                 product = bu * av.unsqueeze(1)
-                value = product.sum(-1) if starts == 1 else product.unflatten(2, (starts, -1)).sum(-1)
+                value = product.sum(-1) if starts == 1 else product.unflatten(2, (starts, product.shape[2] // starts)).sum(-1)
                 total = value if total is None else total.add_(value)
             saved.append((group, kept))
             assert total is not None
-            part = _segment_sum(total.reshape(group.n_tokens, -1), offsets)
+            part = _segment_sum(total.flatten(1), offsets)
             z = part if z is None else z.add_(part)
         if z is None:
             z = torch.zeros(self.n_samples, c * starts, dtype=self.dtype, device=self.device)
@@ -215,7 +215,7 @@ class FactoredOperator:
         group, offsets, c = self.groups[index], self._offsets[index], self.n_outputs
         b = group.outputs[name]
         left = b * group.project(v[:, None])[:, :, None]
-        left = _segment_sum(left.view(group.n_tokens, -1), offsets).view(self.n_samples * c, -1)
+        left = _segment_sum(left.flatten(1), offsets).view(self.n_samples * c, -1)
         weight = b @ u
         if group.is_index:
             right = weight.new_zeros(self.n_samples * c, group.width)
@@ -223,7 +223,7 @@ class FactoredOperator:
             right.index_put_((rows, group.inputs[:, None].expand_as(rows)), weight, accumulate=True)
             return left, right
         right = weight[:, :, None] * group.inputs[:, None, :]
-        return left, _segment_sum(right.view(group.n_tokens, -1), offsets).view(self.n_samples * c, -1)
+        return left, _segment_sum(right.flatten(1), offsets).view(self.n_samples * c, -1)
 
     # ---- Gram matrix, norms, rounding
 
@@ -233,7 +233,7 @@ class FactoredOperator:
         gram = torch.zeros(size, size, dtype=torch.float64, device=self.device)
         for group, offsets in zip(self.groups, self._offsets, strict=True):
             names = [name for name in group.outputs if name in chosen]
-            if not names:
+            if not names or group.n_tokens == 0:
                 continue
             tokens, width = group.n_tokens, group.width
             by_pairs = tokens**2 * (width + self.n_outputs**2 * sum(self.shapes[n][0] for n in names))
@@ -343,12 +343,12 @@ def _segment_sum(x: Tensor, offsets: Tensor) -> Tensor:
 
 def _columns(factor: Tensor) -> Tensor:
     """``(m, r)`` as it is; a batch ``(S, m, r)`` as ``(m, S * r)``."""
-    return factor if factor.dim() == 2 else factor.transpose(0, 1).reshape(factor.shape[1], -1)
+    return factor if factor.dim() == 2 else factor.transpose(0, 1).flatten(1)
 
 
 def _factor(columns: Tensor, starts: int, batched: bool) -> Tensor:
     """The inverse of :func:`_columns`."""
-    return columns.view(columns.shape[0], starts, -1).transpose(0, 1) if batched else columns
+    return columns.unflatten(1, (starts, columns.shape[1] // starts)).transpose(0, 1) if batched else columns
 
 
 def _pairs_within(offsets: Tensor) -> tuple[Tensor, Tensor]:

@@ -81,6 +81,8 @@ def reduce_to_span(operator: FactoredOperator) -> tuple[FactoredOperator, SpanBa
 
 
 def _reduce_inputs(group: Group) -> tuple[Tensor, Tensor | None, int]:
+    if group.n_tokens == 0:  # a gradient that vanishes everywhere: nothing to project on
+        return group.inputs if group.is_index else group.inputs.double(), None, group.width
     if group.is_index:
         rows, index = torch.unique(group.inputs, return_inverse=True)
         return index, rows, len(rows)
@@ -93,7 +95,7 @@ def _reduce_inputs(group: Group) -> tuple[Tensor, Tensor | None, int]:
 
 def _reduce_outputs(b: Tensor) -> tuple[Tensor, Tensor | None]:
     tokens, contrasts, m = b.shape
-    if tokens * contrasts > _WORTH * m:
+    if tokens == 0 or tokens * contrasts > _WORTH * m:
         return b, None
     basis, coordinates = torch.linalg.qr(b.reshape(-1, m).T)
     return coordinates.T.reshape(tokens, contrasts, -1).contiguous(), basis
