@@ -277,6 +277,8 @@ def test_requests_that_cannot_be_met(tmp_path):
         export_adapter(model, factors, out, head="score")
     with pytest.raises(AdapterError, match="head 'dropout' has no parameters"):
         export_adapter(model, factors, out, head="dropout")
+    with pytest.raises(AdapterError, match="head classifier has 2 outputs, but there are 3 labels"):
+        export_adapter(model, factors, out, head="classifier", id2label={0: "a", 1: "b", 2: "c"})
     with pytest.raises(AdapterError, match="nope, which is not a module"):
         export_adapter(model, {"nope": factors[QUERY]}, out)
     with pytest.raises(AdapterError, match=r"overflow torch\.float16"):
@@ -318,6 +320,13 @@ def test_readme_names_what_a_loader_must_know(tmp_path):
     assert (stored["base_model_name_or_path"], stored["revision"]) == ("org/base", "deadbeef")
     export_adapter(model, factors, tmp_path / "u", head=None, task_type=None, uniform=True)
     assert "one rank for all modules and no `modules_to_save`" in (tmp_path / "u/README.md").read_text()
+
+
+def test_a_head_that_replaced_a_smaller_one_is_loaded_with_its_own_size(tmp_path):
+    model = bert(tmp_path)
+    model.classifier = nn.Linear(16, 4)
+    export_adapter(model, random_factors(model, {QUERY: 1}), tmp_path / "a", head="classifier")
+    assert "num_labels=4" in (tmp_path / "a/README.md").read_text()
 
 
 def test_twelve_layers_layer_1_and_layer_11(tmp_path):

@@ -86,7 +86,7 @@ def export_adapter(
             when the base network's own head is used.
         base_model_name_or_path: recorded, and used in the README's loading snippet.
         revision: the base model's revision, likewise.
-        num_labels: needed at load; read from ``id2label`` or the model's config by default.
+        num_labels: needed at load; read from the head, ``id2label`` or the model's config by default.
         id2label: label names; the model's config's by default.
         uniform: zero-pad all modules to the largest rank, and write no patterns. (Padded columns
             are zero in both factors: training on from there leaves them zero.)
@@ -103,8 +103,9 @@ def export_adapter(
     Raises:
         AdapterError: nothing to export; factors that do not fit; a dilated convolution (PEFT leaves
             the dilation out) or a module in several places (PEFT adapts one); a head that is not
-            there; a network in which PEFT cannot tell the head or the targets from other modules; a
-            folder that cannot be written; an adapter that does not load back as written.
+            there, or has another number of outputs than labels; a network in which PEFT cannot tell
+            the head or the targets from other modules; a folder that cannot be written; an adapter
+            that does not load back as written.
     """
     heads = [head] if isinstance(head, str) else list(head or [])
     saved = _head_tensors(model, heads)
@@ -112,7 +113,8 @@ def export_adapter(
         model, factors, heads, task_type, base_model_name_or_path, revision, uniform=uniform, dtype=dtype
     )
     classifier = task_type in ("SEQ_CLS", "TOKEN_CLS") or num_labels or id2label
-    labels = labels_of(model, num_labels, id2label) if classifier else {}
+    outputs = _head_outputs(model, heads, num_labels, id2label)
+    labels = labels_of(model, num_labels or outputs, id2label) if classifier else {}
     notes = [f"`{key}` at load: `{value!r}`" for key, value in labels.items() if key != "label2id"]
     if config.task_type != task_type:
         notes.append(
@@ -293,6 +295,19 @@ def _head_tensors(model: nn.Module, heads: list[str]) -> dict[str, Tensor]:
                 raise AdapterError(f"head {key.removeprefix(_PREFIX)} holds a value that is not finite")
             tensors[key] = value.to("cpu").clone(memory_format=torch.contiguous_format)
     return tensors
+
+
+def _head_outputs(
+    model: nn.Module, heads: list[str], num_labels: int | None, id2label: Mapping[int, str] | None
+) -> int | None:
+    """Outputs of a new linear head (None for other heads), checked against the labels given."""
+    module = model.get_submodule(heads[0]) if len(heads) == 1 else None
+    if not isinstance(module, nn.Linear):
+        return None
+    for count in (num_labels, len(id2label) if id2label else None):
+        if count and count != module.out_features:
+            raise AdapterError(f"head {heads[0]} has {module.out_features} outputs, but there are {count} labels")
+    return module.out_features
 
 
 def _with_settled_task(model: nn.Module, config: LoraConfig, ranks: Mapping[str, int], heads: list[str]) -> LoraConfig:
