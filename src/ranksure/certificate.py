@@ -143,7 +143,10 @@ def certify(problem: Problem, factors: Factors, best_dual: float = -math.inf) ->
     rounding = (problem.operator.n_samples + 64) * eps * (abs(objective) + abs(best) + abs(at_zero))
     gap = max(objective - best, 0.0) + rounding
     gain = at_zero - best
-    relative = gap / gain if gain > rounding else (0.0 if gap <= 2 * rounding else math.inf)
+    if not math.isfinite(objective):  # an overflow proves nothing
+        relative = math.inf
+    else:
+        relative = gap / gain if gain > rounding else (0.0 if gap <= 2 * rounding else math.inf)
     certificate = Certificate(objective, best, gap, at_zero, relative, ratios, step, rounding)
     return PointState(certificate, logits, gradients)
 
