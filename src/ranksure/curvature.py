@@ -52,7 +52,7 @@ def hessian_vector(problem: Problem, factors: Factors, state: PointState, direct
         name: (torch.cat([du, u], 1), torch.cat([v, dv], 1))
         for (name, (u, v)), (du, dv) in zip(factors.items(), direction.values(), strict=True)
     }
-    dz = problem.operator.apply_factors(moved) @ problem.contrasts.T
+    dz = problem.operator.apply_factors(moved).double() @ problem.contrasts.T
     curved = problem.loss.hessian_vector(state.logits, problem.labels, dz) * problem.weights[:, None]
     _, pullback = problem.operator.apply_factors_vjp(factors)
     data = pullback(problem.residual(curved))
@@ -80,6 +80,8 @@ def inertia(
     """
     tau = relative_tau * min(problem.penalty.values())
     size = problem.operator.n_samples * problem.operator.n_outputs
+    if problem.operator.dtype != torch.float64:
+        return Inertia(None, tau, f"an inertia proof needs a float64 operator, not {problem.operator.dtype}")
     if size > max_size:
         return Inertia(None, tau, f"the data matrix of {size} rows is larger than {max_size}")
     negative = 0

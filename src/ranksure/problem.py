@@ -3,6 +3,9 @@
 ``F(delta) = sum_i w_i loss(z_i, y_i) + sum_j lambda_j ||delta_j||_*`` with linearised logits
 ``z = base + A(delta) E^T``. On LoRA factors the penalty is ``(lambda_j / 2)(||u_j||^2 + ||v_j||^2)``,
 which is at least the nuclear norm and equal to it at balanced factors.
+
+Logits, labels and weights stay in float64 whatever the operator is stored in: only what goes through
+the operator is rounded to its dtype.
 """
 
 from __future__ import annotations
@@ -31,10 +34,10 @@ class Problem:
         labels: ``(N,)`` integers, or ``(N, K)`` floats.
         loss: convex loss of the logits.
         penalty: ``lambda_j > 0`` by block name.
-        weights: sample weights, ``(N,)``; ``1 / N`` by default.
+        weights: positive sample weights, ``(N,)``; ``1 / N`` by default.
 
     Raises:
-        SettingError: a penalty is missing, not positive or not finite.
+        SettingError: a penalty or a weight is missing, not positive or not finite.
     """
 
     operator: TangentOperator
@@ -55,11 +58,13 @@ class Problem:
                 )
         weights = self.weights
         if weights.numel() == 0:
-            weights = torch.full((op.n_samples,), 1 / op.n_samples)
+            weights = torch.full((op.n_samples,), 1 / op.n_samples, dtype=torch.float64)
+        if weights.shape != (op.n_samples,) or not bool(((weights > 0) & torch.isfinite(weights)).all()):
+            raise SettingError(f"sample weights must be {op.n_samples} positive, finite numbers")
         labels = self.labels.to(op.device)
-        object.__setattr__(self, "weights", weights.to(op.device, op.dtype))
-        object.__setattr__(self, "labels", labels.to(op.dtype) if labels.is_floating_point() else labels)
-        object.__setattr__(self, "base_logits", self.base_logits.to(op.device, op.dtype))
+        object.__setattr__(self, "weights", weights.to(op.device, torch.float64))
+        object.__setattr__(self, "labels", labels.double() if labels.is_floating_point() else labels)
+        object.__setattr__(self, "base_logits", self.base_logits.to(op.device, torch.float64))
 
     @property
     def n_logits(self) -> int:
@@ -69,7 +74,7 @@ class Problem:
     @cached_property
     def contrasts(self) -> Tensor:
         """``E``, shape ``(K, C)``."""
-        return self.loss.contrasts(self.n_logits).to(self.operator.device, self.operator.dtype)
+        return self.loss.contrasts(self.n_logits).to(self.operator.device)
 
     @cached_property
     def objective_at_zero(self) -> float:
@@ -105,7 +110,7 @@ class Problem:
 
     def logits(self, contrast_values: Tensor) -> Tensor:
         """Linearised logits ``(..., N, K)`` from contrast values ``(..., N, C)``."""
-        return self.base_logits + contrast_values @ self.contrasts.T
+        return self.base_logits + contrast_values.double() @ self.contrasts.T
 
     def data_loss(self, logits: Tensor) -> Tensor:
         """Weighted loss, one value for each leading batch entry."""
@@ -122,8 +127,8 @@ class Problem:
         return float(linear - (self.weights * conjugate).sum())
 
     def residual(self, dual: Tensor) -> Tensor:
-        """``R`` in contrast coordinates, ``(..., N, C)``: what the adjoint takes."""
-        return dual @ self.contrasts
+        """``R`` in contrast coordinates, ``(..., N, C)``, in the operator's dtype: what the adjoint takes."""
+        return (dual @ self.contrasts).to(self.operator.dtype)
 
     # ---- values and gradients on factors
 
@@ -139,7 +144,7 @@ class Problem:
         """Objective on factors and its gradient, for one start or a batch of starts."""
         contrast_values, pullback = self.operator.apply_factors_vjp(factors)
         logits = self.logits(contrast_values)
-        value = self.data_loss(logits) + self.penalty_of(factors)
+        value = self.data_loss(logits).to(self.operator.dtype) + self.penalty_of(factors)
         gradient = pullback(self.residual(self.dual_variable(logits)))
         for name, (u, v) in factors.items():
             gu, gv = gradient[name]
