@@ -66,10 +66,11 @@ class Certificate:
 
 
 def captured_interval(gained: float, most: float, found: float) -> tuple[float, float]:
-    """``[gained / most, gained / found]``, clipped to one; zero where nothing can be gained."""
+    """The shares ``gained / most`` and ``gained / found`` in order, clipped to one; one where nothing can be gained."""
     if most <= 0:
         return (1.0, 1.0)
-    return (gained / most, min(1.0, gained / found) if found > 0 else 0.0)
+    ends = (gained / most, min(1.0, gained / found) if found > 0 else 0.0)
+    return (min(ends), max(ends))  # a point worse than no update at all has negative shares
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,10 @@ def certify(problem: Problem, factors: Factors, best_dual: float = -math.inf) ->
     if hasattr(problem.operator, "to"):
         problem = problem.to(torch.float64)
     factors = cast_factors(factors, problem.operator)
-    contrast_values = problem.operator.apply_factors(factors) if factors else 0 * problem.base_logits @ problem.contrasts
+    if factors:
+        contrast_values = problem.operator.apply_factors(factors)
+    else:
+        contrast_values = torch.zeros_like(problem.base_logits @ problem.contrasts)
     logits = problem.logits(contrast_values)
     penalty = sum(problem.penalty[name] * norm for name, norm in nuclear_norms(factors).items())
     objective = float(problem.data_loss(logits)) + penalty
@@ -141,6 +145,7 @@ def certify(problem: Problem, factors: Factors, best_dual: float = -math.inf) ->
     at_zero = problem.objective_at_zero
     eps = torch.finfo(problem.operator.dtype).eps
     rounding = (problem.operator.n_samples + 64) * eps * (abs(objective) + abs(best) + abs(at_zero))
+    rounding += 64 * eps * _cancellation(problem, logits, dual, step)
     gap = max(objective - best, 0.0) + rounding
     gain = at_zero - best
     if not math.isfinite(objective):  # an overflow proves nothing
@@ -149,6 +154,13 @@ def certify(problem: Problem, factors: Factors, best_dual: float = -math.inf) ->
         relative = gap / gain if gain > rounding else (0.0 if gap <= 2 * rounding else math.inf)
     certificate = Certificate(objective, best, gap, at_zero, relative, ratios, step, rounding)
     return PointState(certificate, logits, gradients)
+
+
+def _cancellation(problem: Problem, logits: Tensor, dual: Tensor, step: float) -> float:
+    """Size of the terms that cancel in the losses and in the dual value when logits share a large offset."""
+    sizes = logits.abs().sum(1) + problem.base_logits.abs().sum(1)
+    slopes = problem.weights + max(1.0, step) * dual.abs().sum(1)
+    return float((sizes * slopes).sum())
 
 
 def lambda_max(problem: Problem) -> float:
