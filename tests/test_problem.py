@@ -1,0 +1,120 @@
+"""The problem's values and gradients, and that nothing is rounded on the way."""
+
+import pytest
+import torch
+from tests.helpers import (
+    LOSS_NAMES,
+    dense_operator,
+    factored_objective,
+    flatten,
+    generator_of,
+    objective,
+    randn,
+    random_factors,
+    random_problem,
+    token_group,
+    updates,
+)
+
+from ranksure.errors import SettingError
+from ranksure.losses import get_loss
+from ranksure.operators.dense import DenseOperator
+from ranksure.operators.factored import FactoredOperator
+from ranksure.problem import Problem
+
+
+@pytest.mark.parametrize("loss", LOSS_NAMES)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_value_and_gradient_match_autograd(loss, weighted):
+    problem = random_problem(3, loss, k=3, weighted=weighted)
+    factors = random_factors(problem.operator.shapes, {"a.query": 2, "a.value": 1})
+    x = flatten(factors).requires_grad_()
+    expected = factored_objective(problem, factors, x)
+    value, gradient = problem.value_and_gradient(factors)
+    assert float(value) == pytest.approx(float(expected.detach()), rel=1e-13)
+    torch.testing.assert_close(flatten(gradient), torch.autograd.grad(expected, x)[0], rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("loss", LOSS_NAMES)
+def test_batched_starts(loss):
+    problem = random_problem(4, loss, k=2)
+    factors = random_factors(problem.operator.shapes, 2, starts=3)
+    values, gradients = problem.value_and_gradient(factors)
+    for s in range(3):
+        one = {name: (u[s], v[s]) for name, (u, v) in factors.items()}
+        value, gradient = problem.value_and_gradient(one)
+        torch.testing.assert_close(values[s], value)
+        for name in one:
+            torch.testing.assert_close(gradients[name][0][s], gradient[name][0])
+            torch.testing.assert_close(gradients[name][1][s], gradient[name][1])
+
+
+@pytest.mark.parametrize("loss", LOSS_NAMES)
+def test_objective_at_zero_and_default_weights(loss):
+    problem = random_problem(5, loss, n=3, k=2)
+    zero = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in problem.operator.shapes.items()}
+    assert problem.objective_at_zero == pytest.approx(objective(problem, zero), rel=1e-14)
+    assert problem.weights.tolist() == [1 / 3] * 3  # in float64, not 1/3 rounded to float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_storage_dtype_rounds_the_operator_only(dtype):
+    g = generator_of(0)
+    operator = FactoredOperator([token_group([2, 3, 1], 9, {"a": 8}, 1, 0)], 3).to(dtype)
+    base = randn(3, 2, generator=g)
+    problem = Problem(operator, base, torch.tensor([0, 1, 1]), get_loss("cross-entropy"), {"a": 0.1})
+    exact = torch.nn.functional.cross_entropy(base, problem.labels).item()
+    assert problem.objective_at_zero == pytest.approx(exact, rel=1e-14)
+    assert problem.to(torch.float64).objective_at_zero == pytest.approx(exact, rel=1e-14)
+    reduced, bases = problem.reduced
+    assert reduced.operator.dtype == torch.float64
+    assert reduced.objective_at_zero == pytest.approx(exact, rel=1e-14)
+    small = random_factors(reduced.operator.shapes, 1)
+    assert bases is not None
+    full = updates(bases.lift(small))
+    nuclear = 0.1 * float(torch.linalg.svdvals(full["a"]).sum())
+    expected = objective(problem.to(torch.float64), full) - nuclear + float(problem.penalty_of(small))
+    assert float(reduced.value_and_gradient(small)[0]) == pytest.approx(expected, rel=1e-12)
+
+
+def test_float32_operator_computes_in_float32():
+    problem = random_problem(0, operator=dense_operator(0, 4, 1, {"a": (3, 2)}).to(torch.float32))
+    factors = {name: (u.float(), v.float()) for name, (u, v) in random_factors({"a": (3, 2)}, 1).items()}
+    value, gradient = problem.value_and_gradient(factors)
+    assert value.dtype == gradient["a"][0].dtype == torch.float32
+    exact, _ = problem.to(torch.float64).value_and_gradient(
+        {n: (u.double(), v.double()) for n, (u, v) in factors.items()}
+    )
+    assert float(value) == pytest.approx(float(exact), rel=1e-5)
+
+
+def test_with_penalty_keeps_what_was_prepared():
+    operator = FactoredOperator([token_group([1, 1], 9, {"a": 8}, 1, 0)], 2)
+    problem = random_problem(1, operator=operator)
+    reduced = problem.reduced[0].operator
+    other = problem.with_penalty(0.25)
+    assert other.reduced[0].operator is reduced
+    assert other.penalty == other.reduced[0].penalty == {"a": 0.25}
+    assert problem.penalty != other.penalty
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf"), None])
+def test_bad_penalty(value):
+    problem = random_problem(0)
+    penalty = {"a.query": 0.1} if value is None else {"a.query": 0.1, "a.value": value}
+    with pytest.raises(SettingError, match=r"a\.value"):
+        problem.with_penalty(penalty)
+
+
+@pytest.mark.parametrize("weights", [[0.5, 0.5, 0.0], [0.5, 0.5, -0.1], [0.5, 0.5, float("nan")], [0.5, 0.5]])
+def test_bad_weights(weights):
+    g = generator_of(0)
+    with pytest.raises(SettingError, match="3 positive, finite"):
+        Problem(
+            DenseOperator({"a": randn(3, 1, 2, 2, generator=g)}),
+            randn(3, 2, generator=g),
+            torch.tensor([0, 1, 0]),
+            get_loss("cross-entropy"),
+            {"a": 0.1},
+            torch.tensor(weights),
+        )
