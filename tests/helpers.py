@@ -165,6 +165,11 @@ def objective(problem: Problem, delta: Delta) -> float:
     return float((weights * each).sum()) + nuclear
 
 
+def joined(first: Factors, second: Factors) -> Factors:
+    """Columns side by side: the sum of the updates."""
+    return {n: (torch.cat([u, second[n][0]], 1), torch.cat([v, second[n][1]], 1)) for n, (u, v) in first.items()}
+
+
 def updates(factors: Factors) -> Delta:
     return {name: u @ v.mT for name, (u, v) in factors.items()}
 

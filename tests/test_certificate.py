@@ -12,6 +12,7 @@ from tests.helpers import (
     LOSS_NAMES,
     convex_optimum,
     generator_of,
+    joined,
     objective,
     randn,
     random_factors,
@@ -206,7 +207,7 @@ def test_large_offsets_stay_covered_by_the_rounding_allowance(loss):
     )
     for seed in range(20):
         noise = random_factors(small.operator.shapes, 1, seed, scale=1e-5 * seed)
-        factors = {n: (torch.cat([a, noise[n][0]], 1), torch.cat([b, noise[n][1]], 1)) for n, (a, b) in optimum.items()}
+        factors = joined(optimum, noise)
         exact = certify(small, factors).certificate
         certificate = certify(moved, factors).certificate
         assert certificate.gap >= exact.objective - upper

@@ -178,5 +178,5 @@ def test_contrasts_are_orthonormal_and_span_what_the_loss_sees(name, k):
 
 def test_get_loss():
     assert {get_loss(name).name for name in LOSSES} == set(LOSS_NAMES)
-    with pytest.raises(SettingError, match="hinge.*cross-entropy, logistic, squared-error"):
+    with pytest.raises(SettingError, match=r"hinge.*cross-entropy, logistic, squared-error"):
         get_loss("hinge")
