@@ -29,7 +29,7 @@ from ranksure.curvature import Inertia, escape_direction, inertia
 from ranksure.operators.base import Factors, cast_factors, ranks_of, zero_factors
 from ranksure.operators.span import SpanBases
 from ranksure.problem import Problem
-from ranksure.solvers.lbfgs import FactorLayout, minimize
+from ranksure.solvers.lbfgs import FactorLayout, Minimum, minimize
 
 Status = Literal["converged", "not-converged"]
 
@@ -276,9 +276,9 @@ class FixedRank:
     Attributes:
         solution: the best start's end point and its certificate (against every rank).
         starts: number of starts made.
-        objectives: objective reached by every start.
+        objectives: objective reached by every start (unfinished where one start was already good enough).
         stationary: whether the gradient reached its tolerance.
-        curvature: inertia of the Hessian at the point.
+        curvature: inertia of the Hessian at the point; undetermined where the gap made it needless.
     """
 
     solution: Solution
@@ -323,12 +323,17 @@ def solve_fixed_rank(
     shapes = dict(working.operator.shapes)
     full_ranks = {name: min(ranks.get(name, 0), *problem.operator.shapes[name], *shapes[name]) for name in shapes}
     layout = FactorLayout(shapes, full_ranks)
+    if layout.size == 0:
+        zero = zero_factors(working.operator)
+        state = certify(working, zero, best_dual)
+        lifted = bases.lift(zero) if bases is not None else zero
+        solution = Solution(lifted, state.certificate, "converged", "", 0, time.perf_counter() - began)
+        return FixedRank(solution, 1, [state.certificate.objective], True, Inertia(0, 0.0))
     generator = torch.Generator().manual_seed(seed)
     starts: list[Tensor] = []
     if reference is not None:
-        full = cast_factors(bases.restrict(reference) if bases is not None else reference, working.operator)
+        full = _restricted(working, bases, reference)
         starts.append(layout.flatten(_padded(truncated(full, full_ranks), shapes, full_ranks)))
-        enough_value = None
     if not starts:
         random_starts = max(1, random_starts)
     for index in range(random_starts):
@@ -337,12 +342,6 @@ def solve_fixed_rank(
     goal = tolerance * _scale(working)
     gain = working.objective_at_zero - best_dual
     enough_value = best_dual + enough * gain if math.isfinite(best_dual) else None
-    if layout.size == 0:
-        zero = zero_factors(working.operator)
-        state = certify(working, zero, best_dual)
-        lifted = bases.lift(zero) if bases is not None else zero
-        solution = Solution(lifted, state.certificate, "converged", "", 0, time.perf_counter() - began)
-        return FixedRank(solution, 1, [state.certificate.objective], True, Inertia(0, 0.0))
     result = minimize(
         function, torch.cat(starts), tolerance=goal, max_evaluations=max_evaluations, stop_below=enough_value
     )
@@ -359,17 +358,23 @@ def solve_fixed_rank(
         curvature = inertia(working, factors, state)
         if curvature.negative in (0, None):
             break
-        x, norm, used = _leave_saddle(working, layout, function, x, factors, state, goal, max_evaluations)
-        evaluations += used
+        lower = _leave_saddle(working, layout, function, x, factors, state, goal, max_evaluations)
+        evaluations += lower.evaluations
+        best = int(torch.argmin(lower.value))
+        if not float(lower.value[best]) < float(function(x)[0]):
+            break
+        x, norm = lower.x[best : best + 1], float(lower.gradient_norm[best])
+        curvature = Inertia(None, curvature.tau, "not determined after a saddle was left")
     factors = balanced({**zero_factors(working.operator), **layout.unflatten(x)})
     state = certify(working, factors, best_dual)
     lifted = bases.lift(factors) if bases is not None else factors
     stationary = norm <= goal
+    done = stationary or state.certificate.relative_gap <= enough
     solution = Solution(
         lifted,
         state.certificate,
-        "converged" if stationary or state.certificate.relative_gap <= enough else "not-converged",
-        "" if stationary else "the limit of evaluations was reached before a stationary point; raise max_evaluations",
+        "converged" if done else "not-converged",
+        "" if done else "the limit of evaluations was reached before a stationary point; raise max_evaluations",
         evaluations,
         time.perf_counter() - began,
     )
@@ -385,16 +390,14 @@ def _leave_saddle(
     state: PointState,
     goal: float,
     max_evaluations: int,
-) -> tuple[Tensor, float, int]:
+) -> Minimum:
     """Step both ways along the direction of negative curvature and descend from there."""
     kept = {name: factors[name] for name in layout.parts}
     _, direction = escape_direction(problem, kept, state)
     flat = layout.flatten(direction)
     size = max(float(x.norm()), 1e-6)
     trials = torch.cat([x + sign * share * size * flat for share in (0.01, 0.1) for sign in (1, -1)])
-    result = minimize(function, trials, tolerance=goal, max_evaluations=max_evaluations)
-    best = int(torch.argmin(result.value))
-    return result.x[best : best + 1], float(result.gradient_norm[best]), result.evaluations
+    return minimize(function, trials, tolerance=goal, max_evaluations=max_evaluations)
 
 
 def _padded(factors: Factors, shapes: dict[str, tuple[int, int]], ranks: dict[str, int]) -> Factors:
