@@ -1,0 +1,253 @@
+"""The command line: parses, calls, prints. Answers go to standard output, everything else to standard error."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from ranksure.errors import RanksureError
+
+app = typer.Typer(
+    name="ranksure",
+    help="Which LoRA rank does this fine-tuning need, and has this run reached the best that any rank could?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+_PLAN_EXAMPLES = """
+[bold]Examples[/bold]
+
+  ranksure plan --model ./my-bert --data train.csv --target-modules query,value --layers-to-transform last --out plan
+
+  ranksure plan --model distilbert/distilbert-base-uncased --data train.jsonl --eval-data test.jsonl --samples 256
+
+  ranksure plan --model ./my-bert --data train.csv --dry-run
+
+  ranksure plan --model ./my-bert --data train.csv --json > plan.json
+"""
+
+Model = Annotated[str, typer.Option("--model", help="Model folder or Hub id (a sequence-classification checkpoint or an encoder).")]
+Data = Annotated[str, typer.Option("--data", help=".csv, .tsv, .jsonl or .parquet file, save_to_disk folder, or Hub data set.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder for plan.json and the solved adapter.")]
+TextColumn = Annotated[str, typer.Option("--text-column", help="Column of texts.")]
+PairColumn = Annotated[str | None, typer.Option("--text-pair-column", help="Column of second texts.")]
+LabelColumn = Annotated[str, typer.Option("--label-column", help="Column of labels.")]
+EvalData = Annotated[str | None, typer.Option("--eval-data", help="Rows to report held-out figures on.")]
+SplitName = Annotated[str | None, typer.Option("--split", help="Split of a Hub or saved data set.")]
+EvalSplit = Annotated[str | None, typer.Option("--eval-split", help="Split of the evaluation data.")]
+Targets = Annotated[
+    str | None,
+    typer.Option("--target-modules", help="Names (query,value), a regular expression, or all-linear. Default: PEFT's for the model."),
+]
+Layers = Annotated[str, typer.Option("--layers-to-transform", help="last, all, 0-5, or 0,2,4.")]
+Samples = Annotated[int, typer.Option("--samples", help="Training rows to solve on.")]
+HeldOutRows = Annotated[int, typer.Option("--heldout", help="Most held-out rows.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of the shuffle and of random starts.")]
+WeightDecay = Annotated[
+    str, typer.Option("--weight-decay", help="auto (held-out loss on the path), or lambda: the L2 decay on factors of scale 1.")
+]
+Ranks = Annotated[str, typer.Option("--ranks", help="Uniform ranks to examine.")]
+Captured = Annotated[float, typer.Option("--captured", help="Share of the possible gain that a recommended rank must capture.")]
+Memory = Annotated[str, typer.Option("--memory", help="Memory budget, such as 8GB.")]
+LossName = Annotated[str, typer.Option("--loss", help="cross-entropy, logistic (two classes, one output) or squared-error.")]
+Pooling = Annotated[str, typer.Option("--pooling", help="model (its own head input) or mean (of the last hidden states).")]
+MaxLength = Annotated[int | None, typer.Option("--max-length", help="Tokens per text (default: the model's limit, at most 256).")]
+BatchSize = Annotated[int, typer.Option("--batch-size", help="Texts per batch.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="Model dtype: auto, float32, bfloat16, float16.")]
+CaptureDtype = Annotated[str, typer.Option("--capture-dtype", help="Storage of captured factors: float32 or bfloat16.")]
+Revision = Annotated[str | None, typer.Option("--revision", help="Hub revision of the model.")]
+Starts = Annotated[int | None, typer.Option("--random-starts", help="Random starts per rank (default: as the size allows).")]
+Uniform = Annotated[bool, typer.Option("--uniform", help="Zero-pad the adapter to one rank (for vLLM and others that ignore patterns).")]
+Merged = Annotated[bool, typer.Option("--merged", help="Write a merged checkpoint instead of an adapter.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code from the model repository.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the memory and time estimate and stop.")]
+Json = Annotated[bool, typer.Option("--json", help="The result as JSON on standard output, all else on standard error.")]
+
+
+@app.command("plan", epilog=_PLAN_EXAMPLES)
+def plan_command(
+    model: Model,
+    data: Data,
+    out: Out = None,
+    text_column: TextColumn = "text",
+    text_pair_column: PairColumn = None,
+    label_column: LabelColumn = "label",
+    eval_data: EvalData = None,
+    split: SplitName = None,
+    eval_split: EvalSplit = None,
+    target_modules: Targets = None,
+    layers_to_transform: Layers = "all",
+    samples: Samples = 64,
+    heldout: HeldOutRows = 512,
+    seed: Seed = 0,
+    weight_decay: WeightDecay = "auto",
+    ranks: Ranks = "1,2,4,8,16",
+    captured: Captured = 0.99,
+    memory: Memory = "8GB",
+    loss: LossName = "cross-entropy",
+    pooling: Pooling = "model",
+    max_length: MaxLength = None,
+    batch_size: BatchSize = 32,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    capture_dtype: CaptureDtype = "float32",
+    revision: Revision = None,
+    random_starts: Starts = None,
+    uniform: Uniform = False,
+    merged: Merged = False,
+    trust_remote_code: Trust = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """Find the LoRA rank that a fine-tuning needs, and prove the answer."""
+    from ranksure.planner.settings import parse_ranks, parse_target_modules
+
+    settings: dict[str, Any] = {
+        "text_column": text_column,
+        "text_pair_column": text_pair_column,
+        "label_column": label_column,
+        "eval_data": eval_data,
+        "split": split,
+        "eval_split": eval_split,
+        "target_modules": parse_target_modules(target_modules),
+        "layers_to_transform": layers_to_transform,
+        "samples": samples,
+        "heldout": heldout,
+        "seed": seed,
+        "weight_decay": _weight_decay(weight_decay),
+        "ranks": parse_ranks(ranks),
+        "captured": captured,
+        "memory": memory,
+        "loss": loss,
+        "pooling": pooling,
+        "max_length": max_length,
+        "batch_size": batch_size,
+        "device": device,
+        "dtype": dtype,
+        "capture_dtype": capture_dtype,
+        "revision": revision,
+        "random_starts": random_starts,
+        "uniform": uniform,
+        "merged": merged,
+        "trust_remote_code": trust_remote_code,
+    }
+    _plan(model, data, settings, out, dry_run=dry_run, json=json)
+
+
+@app.command("demo", epilog="[bold]Example[/bold]\n\n  ranksure demo --out out/demo\n")
+def demo_command(
+    out: Out = None,
+    samples: Samples = 64,
+    layers_to_transform: Layers = "last",
+    seed: Seed = 0,
+    weight_decay: WeightDecay = "auto",
+    ranks: Ranks = "1,2,4,8,16",
+    pooling: Pooling = "model",
+    memory: Memory = "8GB",
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """The same on the bundled model (all-MiniLM-L6-v2) and data (Rotten Tomatoes)."""
+    from ranksure.planner.settings import parse_ranks
+    from ranksure.tasks.bundled import minilm_path, rotten_tomatoes
+
+    settings: dict[str, Any] = {
+        "target_modules": ["query", "value"],
+        "layers_to_transform": layers_to_transform,
+        "samples": samples,
+        "seed": seed,
+        "weight_decay": _weight_decay(weight_decay),
+        "ranks": parse_ranks(ranks),
+        "pooling": pooling,
+        "memory": memory,
+    }
+    _plan(str(minilm_path()), rotten_tomatoes(), settings, out, dry_run=dry_run, json=json)
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    """Which LoRA rank does this fine-tuning need, and has this run reached the best that any rank could?"""
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"ranksure {installed('ranksure')}")
+        raise typer.Exit
+
+
+def _weight_decay(text: str) -> float | str:
+    from ranksure.errors import SettingError
+
+    if text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise SettingError(f"--weight-decay {text!r} is neither auto nor a number") from None
+
+
+def _plan(model: str, data: Any, settings: dict[str, Any], out: Path | None, *, dry_run: bool, json: bool) -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if out is not None:
+        _check_writable(out)
+    from ranksure.planner.prepare import estimate, prepare
+    from ranksure.planner.progress import Clock
+    from ranksure.planner.render import RichReporter, show, show_estimate
+    from ranksure.planner.run import run_plan
+    from ranksure.planner.settings import PlanSettings
+
+    console = Console(stderr=json, width=None if sys.stdout.isatty() else 140)
+    clock = Clock(RichReporter(Console(stderr=True)))
+    prepared = prepare(model, data, PlanSettings(**settings), None, clock)
+    if dry_run:
+        show_estimate(prepared, estimate(prepared), console)
+        return
+    result = run_plan(prepared, clock)
+    if out is not None:
+        with clock.stage("export", "Writing and checking the adapter"):
+            result.save(out)
+    show(result, console, None if out is None else str(out))
+    if json:
+        sys.stdout.write(result.to_json())
+
+
+def _check_writable(out: Path) -> None:
+    """Refuse before the work what could not be written after it."""
+    from ranksure.errors import SettingError
+
+    if out.exists() and not out.is_dir():
+        raise SettingError(f"--out {out} is a file; name a folder")
+    if out.is_dir() and any(out.iterdir()) and not (out / "plan.json").is_file():
+        raise SettingError(f"--out {out} is not empty and holds no plan.json; name a new folder, or empty this one")
+    parent = next(folder for folder in [out.absolute(), *out.absolute().parents] if folder.exists())
+    if not os.access(parent, os.W_OK):
+        raise SettingError(f"--out {out} cannot be written: {parent} is not writable")
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line on standard error and exit code 2; Ctrl-C is 130."""
+    try:
+        app()
+    except RanksureError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error[/bold red] {_escaped(str(error))}", highlight=False)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; nothing was written")
+        raise SystemExit(130) from None
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,333 @@
+"""From settings to a linearised problem: data, splits, model, head, capture, held-out rows."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ranksure.capture import Progress, capture, check_memory, estimate_bytes
+from ranksure.certificate import lambda_max
+from ranksure.errors import DataError, SettingError, TargetError
+from ranksure.losses import Loss, get_loss
+from ranksure.modules import block_shape, select_targets
+from ranksure.network import device_of, frozen, logits_of, to_device
+from ranksure.operators.base import Factors, cast_factors
+from ranksure.operators.factored import FactoredOperator
+from ranksure.planner.progress import Clock
+from ranksure.planner.settings import PlanSettings, describe_source
+from ranksure.problem import Problem, uniform_penalty
+from ranksure.tasks.head import HeadFit, fit_head, head_features, install_head
+from ranksure.tasks.rows import Rows, load_rows
+from ranksure.tasks.text import TextTask, load_text_task
+
+_SELECT_AT_LEAST = 16
+_WORKING_COPIES = 3.5  # float32 factors, their float64 copy, and the solver's temporaries
+
+
+@dataclass
+class Split:
+    """Disjoint rows: to solve on, to choose lambda on, to report on."""
+
+    train: Rows
+    select: Rows | None
+    report: Rows | None
+    total: int
+
+
+@dataclass
+class Prepared:
+    """A task with its rows and targets, before any pass through the network."""
+
+    settings: PlanSettings
+    task: TextTask
+    loss: Loss
+    split: Split
+    targets: dict[str, nn.Module]
+    notes: list[str]
+
+
+@dataclass
+class Estimate:
+    """What the work will take: bytes (an upper estimate) and seconds (rough)."""
+
+    tokens: int
+    factor_bytes: int
+    total_bytes: int
+    capture_seconds: float
+    solve_seconds: float
+
+
+@dataclass
+class HeldOut:
+    """Rows that the network was captured on but the solver never sees."""
+
+    operator: FactoredOperator
+    base_logits: Tensor
+    labels: Tensor
+    loss: Loss
+    rows: Rows
+
+    def logits(self, factors: Factors) -> Tensor:
+        """Linearised logits, ``(N, K)``, float64."""
+        contrasts = self.loss.contrasts(self.base_logits.shape[1])
+        present = {name: pair for name, pair in factors.items() if pair[0].shape[1] > 0}
+        if not present:
+            return self.base_logits
+        z = self.operator.apply_factors(cast_factors(present, self.operator)).double()
+        return self.base_logits + z @ contrasts.T
+
+    def losses(self, factors: Factors) -> Tensor:
+        """Loss of each row."""
+        return self.loss.value(self.logits(factors), self.labels)
+
+    def accuracy(self, factors: Factors) -> float | None:
+        """Share of rows classified correctly; None for regression."""
+        return accuracy(self.logits(factors), self.labels, self.loss)
+
+
+@dataclass
+class Linearised:
+    """The linearised problem at ``lambda = 1`` (see ``Problem.with_penalty``) and what surrounds it."""
+
+    prepared: Prepared
+    problem: Problem
+    select: HeldOut | None
+    report: HeldOut | None
+    head: HeadFit | None
+    pooling_accuracy: dict[str, float | None] = field(default_factory=dict)
+    lambda_max: float = 0.0
+
+
+def accuracy(logits: Tensor, labels: Tensor, loss: Loss) -> float | None:
+    """Share of rows whose largest logit (or sign) is the label; None for regression."""
+    if loss.name == "squared-error":
+        return None
+    guess = logits.argmax(1) if loss.name == "cross-entropy" else (logits[:, 0] > 0).to(labels.dtype)
+    truth = labels if labels.dim() == 1 else labels[:, 0]
+    return float((guess == truth).double().mean())
+
+
+def prepare(model: Any, data: Any, settings: PlanSettings, tokenizer: Any, clock: Clock) -> Prepared:
+    """Read the data, load the model, choose the targets and split the rows.
+
+    Raises:
+        RanksureError: whatever in the input cannot be used, in one line.
+    """
+    with clock.stage("load", "Reading data and model"):
+        regression = settings.loss == "squared-error"
+        columns = {"text_column": settings.text_column, "label_column": settings.label_column}
+        if isinstance(data, Rows):
+            rows = data
+        else:
+            rows = load_rows(
+                data, **columns, text_pair_column=settings.text_pair_column, split=settings.split, regression=regression
+            )
+        evaluation = None
+        if settings.eval_data is not None:
+            evaluation = load_rows(
+                settings.eval_data,
+                **columns,
+                text_pair_column=settings.text_pair_column,
+                split=settings.eval_split,
+                regression=regression,
+            )
+        if settings.samples > len(rows):
+            raise SettingError(
+                f"--samples {settings.samples} is more than the {len(rows)} rows of {rows.source}; use at most {len(rows)}"
+            )
+        task = load_text_task(
+            model,
+            rows,
+            tokenizer=tokenizer,
+            loss=settings.loss,
+            pooling=settings.pooling,  # pyright: ignore[reportArgumentType]
+            revision=settings.revision,
+            dtype=settings.dtype,
+            device=settings.device,
+            max_length=settings.max_length,
+            batch_size=settings.batch_size,
+            trust_remote_code=settings.trust_remote_code,
+            seed=settings.seed,
+        )
+        if task.label_names is not None and rows.label_names != task.label_names:
+            rows = rows.with_label_names(task.label_names)
+        if evaluation is not None and rows.label_names is not None:
+            evaluation = evaluation.with_label_names(rows.label_names)
+        targets = _targets(task, settings)
+        _check_ranks(targets, settings)
+        split = _split(rows, evaluation, settings)
+        notes = [*rows.notes, *(evaluation.notes if evaluation else []), *task.notes]
+        truncated = task.count_truncated(split.train)
+        if truncated:
+            notes.append(
+                f"{truncated} of the {len(split.train)} training texts reach {task.max_length} tokens and are cut there; "
+                "raise --max-length to keep more."
+            )
+        if split.train.label_names is not None:
+            present = set(split.train.labels)
+            if len(present) < 2:
+                raise DataError(f"the {settings.samples} sampled rows of {rows.source} hold one class only; raise --samples")
+            absent = [name for i, name in enumerate(split.train.label_names) if i not in present]
+            if absent:
+                notes.append(f"The sampled rows hold no row of class {', '.join(absent)}; raise --samples.")
+    return Prepared(settings, task, get_loss(settings.loss), split, targets, notes)
+
+
+def _targets(task: TextTask, settings: PlanSettings) -> dict[str, nn.Module]:
+    wanted = settings.target_modules
+    if wanted is None:
+        from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+
+        wanted = DEFAULTS.get(str(getattr(task.adapted.config, "model_type", "")), "all-linear")
+    inside = [name for name, _ in task.adapted.named_modules()]
+    exclude = [n for n in inside if any(n == new or n.startswith(new + ".") for new in [*task.new_modules, task.head])]
+    return select_targets(task.adapted, wanted, settings.layers_to_transform, exclude)
+
+
+def _check_ranks(targets: dict[str, nn.Module], settings: PlanSettings) -> None:
+    largest = max(settings.ranks)
+    for name, module in targets.items():
+        m, n = block_shape(module)
+        if largest > min(m, n):
+            raise TargetError(
+                f"rank {largest} is larger than module {name} ({m} x {n}, at most rank {min(m, n)}); lower --ranks"
+            )
+
+
+def _split(rows: Rows, evaluation: Rows | None, settings: PlanSettings) -> Split:
+    """Training prefix, then rows to select on, then rows to report on; nested and stratified by the shuffle."""
+    shuffled = rows.shuffled(settings.seed)
+    train = shuffled.subset(range(settings.samples))
+    rest = list(range(settings.samples, len(rows)))[: settings.heldout]
+    if evaluation is not None:
+        held = evaluation.shuffled(settings.seed)
+        held = held.subset(range(min(len(held), settings.heldout)))
+        if len(rest) >= _SELECT_AT_LEAST:
+            select, report = shuffled.subset(rest[: max(_SELECT_AT_LEAST, settings.heldout // 2)]), held
+        else:
+            half = len(held) // 2
+            select, report = held.subset(range(half)), held.subset(range(half, len(held)))
+    else:
+        half = len(rest) // 2
+        select, report = shuffled.subset(rest[:half]), shuffled.subset(rest[half:])
+    if settings.weight_decay == "auto" and len(select) < _SELECT_AT_LEAST:
+        raise SettingError(
+            f"--weight-decay auto needs at least {2 * _SELECT_AT_LEAST} held-out rows beside the {settings.samples} samples "
+            f"of {describe_source(rows.source)}; give --eval-data, fewer --samples, or a number"
+        )
+    return Split(train, select if len(select) else None, report if len(report) else None, len(rows))
+
+
+def estimate(prepared: Prepared) -> Estimate:
+    """Memory from the exact token counts, time from one forward and backward pass and a timed product."""
+    task, settings = prepared.task, prepared.settings
+    rows = [r for r in (prepared.split.train, prepared.split.select, prepared.split.report) if r is not None]
+    batches = [task.batches(r) for r in rows]
+    tokens = [sum(int(batch["attention_mask"].sum()) for batch in group) for group in batches]
+    contrasts = prepared.loss.effective_outputs(task.n_outputs)
+    itemsize = 2 if settings.capture_dtype == "bfloat16" else 4
+    sizes = [
+        estimate_bytes(prepared.targets, len(r), count / len(r), contrasts, itemsize)
+        for r, count in zip(rows, tokens, strict=True)
+    ]
+    weights = sum(p.numel() * p.element_size() for p in task.model.parameters())
+    total = weights + int(_WORKING_COPIES * sizes[0]) + sum(sizes[1:])
+
+    batch = to_device(batches[0][0], device_of(task.model))
+    with frozen(task.model):
+        logits_of(task.model, batch)
+        began = time.perf_counter()
+        logits_of(task.model, batch)
+        forward = time.perf_counter() - began
+    padded = sum(b["input_ids"].numel() for group in batches for b in group) / batch["input_ids"].numel()
+    capture_seconds = forward * (1 + 2 * contrasts) * padded
+    probe = torch.randn(1024, 1024, dtype=torch.float64)
+    began = time.perf_counter()
+    probe @ probe
+    rate = 2 * 1024**3 / (time.perf_counter() - began)
+    per_rank = sum(4 * tokens[0] * (m * contrasts + n) for m, n in map(block_shape, prepared.targets.values()))
+    # About 400 evaluations at a handful of columns for path, optimum, ranks and pattern together, memory-bound.
+    solve_seconds = 400 * 8 * per_rank * (2 + len(settings.ranks)) / rate
+    return Estimate(tokens[0], sizes[0], total, capture_seconds, solve_seconds)
+
+
+def linearise(prepared: Prepared, clock: Clock) -> Linearised:
+    """Fit the head where it is new, and capture training and held-out rows."""
+    task, loss, settings = prepared.task, prepared.loss, prepared.settings
+    check_memory(estimate_total(prepared), settings.memory_bytes, "the captured factors and their working copies")
+    head, pooling = None, {}
+    if task.head_is_new:
+        with clock.stage("head", "Fitting the new head") as advance:
+            head = _fit(task, loss, prepared.split.train, advance)
+            install_head(task.model, task.head, head)
+    with clock.stage("capture", "Capturing gradients of the training rows") as advance:
+        operator, base = _capture(prepared, prepared.split.train, advance)
+    labels = task.labels(prepared.split.train)
+    problem = Problem(operator, base, labels, loss, uniform_penalty(operator, 1.0))
+    held: list[HeldOut | None] = []
+    with clock.stage("capture", "Capturing gradients of the held-out rows") as advance:
+        for rows in (prepared.split.select, prepared.split.report):
+            held.append(None if rows is None else HeldOut(*_capture(prepared, rows, advance), task.labels(rows), loss, rows))
+    report = held[1]
+    if head is not None and report is not None and settings.loss != "squared-error" and settings.pooling == "model":
+        with clock.stage("head", "Comparing poolings") as advance:
+            pooling = {"model": accuracy(report.base_logits, report.labels, loss)}
+            other = task.with_mean_pooling()
+            fit = _fit(other, loss, prepared.split.train, advance)
+            install_head(other.model, other.head, fit)
+            features = head_features(other.model, other.head, other.batches(report.rows), other.n_outputs, advance)
+            pooling["mean"] = accuracy(fit.logits(features), report.labels, loss)
+    elif head is not None and report is not None and settings.loss != "squared-error":
+        pooling = {"mean": accuracy(report.base_logits, report.labels, loss)}
+    return Linearised(prepared, problem, held[0], report, head, pooling, lambda_max(problem))
+
+
+def estimate_total(prepared: Prepared) -> float:
+    """Bytes for the training factors with their working copies, and the model."""
+    task = prepared.task
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in task.batches(prepared.split.train))
+    itemsize = 2 if prepared.settings.capture_dtype == "bfloat16" else 4
+    n = len(prepared.split.train)
+    contrasts = prepared.loss.effective_outputs(task.n_outputs)
+    weights = sum(p.numel() * p.element_size() for p in task.model.parameters())
+    return weights + _WORKING_COPIES * estimate_bytes(prepared.targets, n, tokens / n, contrasts, itemsize)
+
+
+def _fit(task: TextTask, loss: Loss, rows: Rows, advance: Progress) -> HeadFit:
+    features = head_features(task.model, task.head, task.batches(rows), task.n_outputs, advance)
+    layer = task.model.get_submodule(task.head)
+    return fit_head(features, task.labels(rows), loss, task.n_outputs, bias=getattr(layer, "bias", None) is not None)
+
+
+def _capture(prepared: Prepared, rows: Rows, advance: Progress) -> tuple[FactoredOperator, Tensor]:
+    task = prepared.task
+    dtype = torch.bfloat16 if prepared.settings.capture_dtype == "bfloat16" else torch.float32
+    captured = capture(
+        task.model,
+        task.batches(rows),
+        prepared.targets,
+        prepared.loss.contrasts(task.n_outputs),
+        dtype=dtype,
+        memory_bytes=prepared.settings.memory_bytes,
+        progress=advance,
+    )
+    operator = captured.operator
+    return (operator.to(torch.float32) if dtype == torch.bfloat16 else operator), captured.base_logits
+
+
+def at_fewer_samples(problem: Problem, n: int) -> Problem:
+    """The problem on the first ``n`` rows, same head, lambda scaled as ``N^-1/2``."""
+    assert isinstance(problem.operator, FactoredOperator)
+    factor = (problem.operator.n_samples / n) ** 0.5
+    return replace(
+        problem,
+        operator=problem.operator.select(torch.arange(n)),
+        base_logits=problem.base_logits[:n],
+        labels=problem.labels[:n],
+        weights=torch.full((n,), 1 / n),
+        penalty={name: lam * factor for name, lam in problem.penalty.items()},
+    )

@@ -1,0 +1,180 @@
+"""The plan on a terminal: tables and sentences, drawn by rich."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ranksure.planner.prepare import Estimate, Prepared
+from ranksure.planner.progress import Advance
+from ranksure.planner.result import PlanResult
+
+_COLOURS = {"optimal": "green", "rank-bound": "yellow", "not-converged": "red"}
+
+
+class RichReporter:
+    """Progress bars on a console."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    @contextmanager
+    def stage(self, title: str) -> Iterator[Advance]:
+        """A bar that disappears when its stage is done."""
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            task = progress.add_task(title, total=None)
+            yield lambda done, total: progress.update(task, completed=done, total=total)
+        self.console.print(f"[dim]done[/dim] {title}", highlight=False)
+
+
+def show(result: PlanResult, console: Console, folder: str | None = None) -> None:
+    """Print a plan."""
+    data = result.data
+    console.print()
+    console.print(
+        f"[bold]{data['model']}[/bold] on {data['data']['source']}: {data['n_samples']} of {data['data']['rows']} rows, "
+        f"{data['n_outputs']} outputs, {data['loss']}, {len(data['target_modules'])} target modules",
+        highlight=False,
+    )
+    console.print(
+        f"weight decay (lambda) {data['weight_decay']:.4g}, chosen by {data['weight_decay_chosen_by']}; "
+        f"lambda_max {data['lambda_max']:.4g}",
+        highlight=False,
+    )
+    console.print(_bounds_table(data["bounds"]))
+    console.print(_rank_table(data))
+    console.print(_module_table(data))
+    if data["subsets"]:
+        console.print(_subset_table(data))
+        _extrapolation(data, console)
+    _linearity(data, console)
+    accuracies = data["head"]["accuracy"]
+    if accuracies:
+        shown = ", ".join(f"{pooling} pooling {value:.1%}" for pooling, value in accuracies.items())
+        console.print(f"new head, held-out accuracy before any adapter: {shown}", highlight=False)
+    for note in data["notes"]:
+        console.print(f"[yellow]note[/yellow] {note}", highlight=False)
+    for warning in result.warnings:
+        console.print(f"[bold yellow]warning[/bold yellow] {warning}", highlight=False)
+    console.print(Panel("\n".join(result.sentences()), title="Answer", expand=False))
+    if not result.is_zero:
+        console.print(result.snippet(), highlight=False, markup=False, soft_wrap=True)
+    if folder is not None:
+        console.print(f"written to {folder} in {data['seconds']['total']:.1f} s", highlight=False)
+
+
+def show_estimate(prepared: Prepared, guess: Estimate, console: Console) -> None:
+    """Print the estimate of a dry run."""
+    options = prepared.settings
+    table = Table(title="Estimate (nothing was computed)", title_justify="left")
+    table.add_column("what")
+    table.add_column("value", justify="right")
+    table.add_row("training rows, held-out rows", f"{options.samples}, {_held_rows(prepared)}")
+    table.add_row("target modules", str(len(prepared.targets)))
+    table.add_row("training tokens", f"{guess.tokens:,}")
+    table.add_row("captured factors, at most", f"{guess.factor_bytes / 2**20:,.0f} MiB")
+    table.add_row("all memory, at most", f"{guess.total_bytes / 2**20:,.0f} MiB of {options.memory_bytes / 2**20:,.0f} MiB")
+    table.add_row("capture, about", f"{guess.capture_seconds:,.0f} s")
+    table.add_row("solving, very roughly", f"{guess.solve_seconds:,.0f} s")
+    console.print(table)
+
+
+def _held_rows(prepared: Prepared) -> int:
+    return sum(len(rows) for rows in (prepared.split.select, prepared.split.report) if rows is not None)
+
+
+def _bounds_table(bounds: dict[str, Any]) -> Table:
+    table = Table(title="What theory guarantees (rank of each module)", title_justify="left")
+    for column in ("claim", "paper (KN)", "loss's effective outputs", "measured operator rank"):
+        table.add_column(column, justify="left" if column == "claim" else "right")
+    for key, text in (("existence", "an optimum exists at rank <="), ("landscape", "no spurious minima from rank")):
+        row = bounds[key]
+        table.add_row(text, *(_number(row[column]) for column in ("paper", "effective", "numerical")))
+    return table
+
+
+def _rank_table(data: dict[str, Any]) -> Table:
+    optimum = data["optimum"]
+    table = Table(
+        title=f"What each rank reaches (certified optimum: F = {optimum['objective']:.6f}, relative gap "
+        f"{optimum['relative_gap']:.1e}; without adapter F = {optimum['objective_at_zero']:.6f})",
+        title_justify="left",
+    )
+    for column in ("rank", "objective", "gap", "rho", "captured", "held-out loss", "accuracy", "parameters", "starts", "verdict"):
+        table.add_column(column, justify="left" if column == "verdict" else "right")
+    for row in data["ranks"]:
+        low, high = row["captured"]
+        captured = f"{low:.2%}" if high - low < 5e-5 else f"{low:.2%} to {high:.2%}"
+        accuracy = row["heldout_accuracy"]
+        table.add_row(
+            str(row["rank"]) + ("" if row["requested"] else "*"),
+            f"{row['objective']:.6f}",
+            f"{row['gap']:.1e}",
+            f"{row['spectral_ratio']:.3f}",
+            captured,
+            "-" if row["heldout_loss"] is None else f"{row['heldout_loss']:.4f}",
+            "-" if accuracy is None else f"{accuracy:.1%}",
+            f"{row['parameters']:,}",
+            str(row["starts"]),
+            f"[{_COLOURS[row['verdict']]}]{row['verdict']}[/]",
+        )
+    if any(not row["requested"] for row in data["ranks"]):
+        table.caption = "* examined to find the smallest sufficient rank"
+    return table
+
+
+def _module_table(data: dict[str, Any], most: int = 24) -> Table:
+    table = Table(title="Rank of every module", title_justify="left")
+    for column in ("module", "shape", "certified optimum", "smallest pattern found"):
+        table.add_column(column, justify="left" if column == "module" else "right")
+    pattern = data["recommended"]["rank_pattern"]
+    names = data["target_modules"]
+    for name in names[:most]:
+        m, n = data["shapes"][name]
+        table.add_row(name, f"{m} x {n}", str(data["optimum"]["ranks"][name]), str(pattern.get(name, 0)))
+    if len(names) > most:
+        table.caption = f"and {len(names) - most} more in plan.json"
+    return table
+
+
+def _subset_table(data: dict[str, Any]) -> Table:
+    table = Table(title="How the answer moves with data (nested subsets, lambda scaled as N^-1/2)", title_justify="left")
+    ranks = list(data["subsets"][0]["captured"])
+    for column in ("rows", "largest certified rank", f"rank for {data['captured_target']:.0%}", *(f"rank {r}" for r in ranks)):
+        table.add_column(column, justify="right")
+    for row in data["subsets"]:
+        shares = [f"{row['captured'][rank]:.1%}" for rank in ranks]
+        table.add_row(str(row["n_samples"]), str(row["largest_rank"]), str(row["rank_needed"]), *shares)
+    return table
+
+
+def _extrapolation(data: dict[str, Any], console: Console) -> None:
+    fit = data["extrapolation"]
+    if fit is None:
+        console.print("extrapolation: too few subsets for a fit", highlight=False)
+        return
+    console.print(
+        f"extrapolation (a power law N^{fit['exponent']:.2f} through {len(fit['points'])} subsets, not certified): "
+        f"about rank {fit['rank_needed']:.1f} at {fit['n_samples']} rows",
+        highlight=False,
+    )
+
+
+def _linearity(data: dict[str, Any], console: Console) -> None:
+    linearity = data["linearity"]
+    shown = [f"{key} {linearity[key]:.1%}" for key in ("train", "heldout") if linearity[key] is not None]
+    text = f"real network against its linearisation, relative difference of the change: {', '.join(shown)}"
+    if linearity.get("heldout_real_loss") is not None:
+        text += f"; real held-out loss {linearity['heldout_real_loss']:.4f} (linear {linearity['heldout_linear_loss']:.4f})"
+    console.print(text, highlight=False)
+
+
+def _number(value: int | None) -> str:
+    return "not measured" if value is None else str(value)

@@ -1,0 +1,209 @@
+"""The answer of a plan: numbers, sentences, a ``LoraConfig``, and the files on disk."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft import LoraConfig
+
+from ranksure.adapters.merged import export_merged
+from ranksure.adapters.peft_config import axolotl_yaml, config_snippet, lora_config
+from ranksure.adapters.peft_export import export_adapter, export_mean_pooled
+from ranksure.adapters.staging import staged_folder
+from ranksure.operators.base import Factors
+from ranksure.tasks.text import MeanPooled
+
+if TYPE_CHECKING:
+    from ranksure.planner.prepare import Prepared
+
+LINEARITY_WARNING = 0.5
+"""Relative difference between the real network and its linearisation above which a plan warns."""
+
+
+class PlanResult:
+    """What a plan found.
+
+    Attributes:
+        data: the content of ``plan.json``.
+        factors: the certified optimum, ``(u, v)`` by module, at scale one.
+    """
+
+    def __init__(self, data: dict[str, Any], factors: Factors, prepared: Prepared) -> None:
+        self.data, self.factors, self._prepared = data, factors, prepared
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether the optimum is no update at all (lambda at or above lambda_max)."""
+        return not any(self.data["optimum"]["ranks"].values())
+
+    @property
+    def lora_config(self) -> LoraConfig:
+        """The smallest rank pattern found, ready for ``peft.get_peft_model``.
+
+        Raises:
+            AdapterError: the optimum is zero, so there is nothing to train.
+        """
+        return self._config(self.data["recommended"]["rank_pattern"])
+
+    @property
+    def uniform_lora_config(self) -> LoraConfig:
+        """The smallest uniform rank found, on every target module.
+
+        Raises:
+            AdapterError: the optimum is zero, so there is nothing to train.
+        """
+        r = self.data["recommended"]["r"]
+        return self._config({name: min(r, *shape) for name, shape in self.data["shapes"].items()})
+
+    def _config(self, ranks: dict[str, int]) -> LoraConfig:
+        task = self._prepared.task
+        mean = task.pooling == "mean"
+        return lora_config(
+            ranks,
+            model=task.adapted,
+            task_type="FEATURE_EXTRACTION" if mean else "SEQ_CLS",
+            modules_to_save=None if mean or not task.head_is_new else task.new_modules,
+            base_model_name_or_path=task.name,
+            revision=task.revision,
+        )
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a user should know before trusting the advice."""
+        out: list[str] = []
+        linearity = self.data["linearity"]
+        worst = max((v for v in (linearity["train"], linearity["heldout"]) if v is not None), default=0.0)
+        if worst > LINEARITY_WARNING:
+            out.append(
+                f"The real network differs from its linearisation by {worst:.0%} of the change: the certificate is for the "
+                "linearised problem, so treat the ranks as a guide and check the trained run."
+            )
+        optimum = self.data["optimum"]
+        if optimum["status"] != "converged":
+            out.append(f"The optimum was not certified to the tolerance (gap {optimum['relative_gap']:.1e}): {optimum['remedy']}.")
+        accuracies = self.data["head"]["accuracy"]
+        if accuracies.get("mean") is not None and accuracies.get("model") is not None:
+            gain = accuracies["mean"] - accuracies["model"]
+            if gain > 0.01:
+                out.append(
+                    f"Mean pooling is the better head here ({accuracies['mean']:.1%} against {accuracies['model']:.1%} "
+                    "held-out accuracy before any adapter): try --pooling mean."
+                )
+        return out
+
+    def sentences(self) -> list[str]:
+        """The answer in three plain sentences."""
+        data = self.data
+        bounds, optimum, advice = data["bounds"], data["optimum"], data["recommended"]
+        if self.is_zero:
+            return [
+                f"No adapter is needed: at weight decay {data['weight_decay']:.3g} (lambda_max is {data['lambda_max']:.3g}) "
+                "the certified optimum is no update at all, so the rank is 0.",
+                "Lower the weight decay to let the data move the weights.",
+            ]
+        share = f"{data['captured_target']:.0%}"
+        kept = advice["rank_pattern"]
+        pattern = f"{sum(kept.values())} rank{'s' * (sum(kept.values()) != 1)} over {_count(len(kept), 'module')}"
+        left_out = len(data["target_modules"]) - len(kept)
+        first = (
+            f"Rank {advice['r']} is enough: it captures at least {share} of what any rank could gain on these "
+            f"{data['n_samples']} rows, and the smallest pattern found needs {pattern}"
+            + (f" ({_count(left_out, 'target')} can be left out)." if left_out else ".")
+        )
+        existence = bounds["existence"]["numerical"] or bounds["existence"]["effective"]
+        landscape = bounds["landscape"]["numerical"] or bounds["landscape"]["effective"]
+        stuck = [row["rank"] for row in data["ranks"] if row["verdict"] == "rank-bound"]
+        trapped = f", and rank {_listed(stuck)} is stuck below it (rank-bound)" if stuck else ""
+        largest = max(optimum["ranks"].values())
+        second = (
+            f"Theory promises an optimum of rank at most {existence} and no spurious minima from rank {landscape}; the "
+            f"certified optimum has rank {largest} (relative gap {optimum['relative_gap']:.1e}){trapped}."
+        )
+        held = data["heldout"]
+        if held is None:
+            return [first, second, "There were no held-out rows, so nothing is said about generalisation."]
+        third = (
+            f"On {held['rows']} held-out rows that chose nothing, the smallest rank within one standard error of the best "
+            f"is {advice['heldout_r']}"
+            + (", so the adapter does not help beyond the head." if advice["heldout_r"] == 0 else ".")
+        )
+        return [first, second, third]
+
+    def snippet(self) -> str:
+        """Python source of the recommended configuration."""
+        return config_snippet(self.lora_config)
+
+    def to_json(self) -> str:
+        """``plan.json`` as text; infinite values become null."""
+        return json.dumps(_finite(self.data), indent=2, allow_nan=False) + "\n"
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write ``plan.json``, the configuration and the solved update; the folder appears whole or not at all.
+
+        Raises:
+            AdapterError: the folder holds something else or cannot be written, or the adapter does not
+                load back as written.
+        """
+        out = Path(folder)
+        with staged_folder(out, "plan.json") as stage:
+            (stage / "plan.json").write_text(self.to_json(), encoding="utf-8")
+            if not self.is_zero:
+                (stage / "lora_config.py").write_text(self.snippet(), encoding="utf-8")
+                (stage / "axolotl.yaml").write_text(self._axolotl(), encoding="utf-8")
+                self._export(stage, out)
+        return out
+
+    def _axolotl(self) -> str:
+        task, advice = self._prepared.task, self.data["recommended"]
+        saved = task.new_modules if task.head_is_new and task.pooling == "model" else None
+        return axolotl_yaml(advice["rank_pattern"], weight_decay=advice["weight_decay"], modules_to_save=saved)
+
+    def _export(self, stage: Path, out: Path) -> None:
+        task, options = self._prepared.task, self._prepared.settings
+        id2label = dict(enumerate(task.label_names)) if task.label_names and task.n_outputs > 1 else None
+        if options.merged:
+            export_merged(
+                task.adapted, self.factors, stage / "merged", tokenizer=task.tokenizer, id2label=id2label,
+                shown_path=out / "merged",
+            )
+            return
+        common = {
+            "base_model_name_or_path": task.name,
+            "revision": task.revision,
+            "id2label": id2label,
+            "uniform": options.uniform,
+            "shown_path": out / "adapter",
+        }
+        if isinstance(task.model, MeanPooled):
+            head = task.model.head
+            export_mean_pooled(task.adapted, self.factors, head.weight, head.bias, stage / "adapter", **common)
+            return
+        export_adapter(
+            task.adapted,
+            self.factors,
+            stage / "adapter",
+            head=task.new_modules if task.head_is_new else None,
+            num_labels=task.n_outputs,
+            **common,
+        )
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}{'s' * (n != 1)}"
+
+
+def _listed(values: list[int]) -> str:
+    texts = [str(value) for value in values]
+    return texts[0] if len(texts) == 1 else ", ".join(texts[:-1]) + " and " + texts[-1]
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,321 @@
+"""``ranksure.plan()``: the question "which rank?" answered for a model and its data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ranksure.adapters.low_rank_hooks import applied
+from ranksure.losses import Loss
+from ranksure.network import predict
+from ranksure.operators.base import Factors
+from ranksure.planner.prepare import Linearised, Prepared, accuracy, estimate, linearise, prepare
+from ranksure.planner.progress import Clock, Reporter, Silent
+from ranksure.planner.ranks import RankTable, parameters, rank_table, smallest_pattern
+from ranksure.planner.result import PlanResult
+from ranksure.planner.scaling import extrapolate, subset_row, subset_rows
+from ranksure.planner.settings import PlanSettings
+from ranksure.problem import Problem
+from ranksure.solvers.burer_monteiro import Solution, solve
+from ranksure.solvers.path import PathPoint, lambda_path
+from ranksure.tasks.rows import Rows
+from ranksure.theory.bounds import existence_bounds, landscape_bounds, numerical_rank
+
+_GRAM_LIMIT = 4096  # largest N C whose Gram matrix is formed for the numerical rank
+
+
+def plan(
+    model: Any,
+    data: Any,
+    *,
+    tokenizer: Any = None,
+    reporter: Reporter | None = None,
+    **settings: Any,
+) -> PlanResult:
+    """Find the LoRA rank that a fine-tuning needs, and prove the answer.
+
+    Args:
+        model: model folder, Hub id, or a sequence-classification model in memory.
+        data: ``.csv``, ``.tsv``, ``.jsonl`` or ``.parquet`` file, ``save_to_disk`` folder, Hub id, data
+            frame, data set, or :class:`~ranksure.tasks.rows.Rows`.
+        tokenizer: needed with a model in memory.
+        reporter: receives progress.
+        **settings: see :class:`~ranksure.planner.settings.PlanSettings`.
+
+    Returns:
+        The result; ``result.lora_config`` is a ``peft.LoraConfig``, ``result.save(folder)`` writes
+        ``plan.json`` and the solved adapter.
+
+    Raises:
+        RanksureError: whatever in the input cannot be used, in one line.
+    """
+    options = PlanSettings(**settings)
+    clock = Clock(reporter or Silent())
+    prepared = prepare(model, data, options, tokenizer, clock)
+    return run_plan(prepared, clock)
+
+
+def run_plan(prepared: Prepared, clock: Clock) -> PlanResult:
+    """Everything after the data and the model are read."""
+    options, loss = prepared.settings, prepared.loss
+    guess = estimate(prepared)
+    lin = linearise(prepared, clock)
+    bounds = _bounds(lin, clock)
+    lam, path = _choose_lambda(lin, clock)
+    zero = lam >= lin.lambda_max
+    problem = lin.problem.with_penalty(lam)
+    with clock.stage("solve", "Solving to a certified optimum") as advance:
+        start = min(path, key=lambda point: abs(math.log(point.lam / lam))).solution.factors if path else None
+        solution = solve(
+            problem,
+            tolerance=options.tolerance,
+            start=start,
+            progress=lambda index, certificate: advance(_digits(certificate.relative_gap, options.tolerance), 100),
+        )
+    with clock.stage("ranks", "Examining ranks") as advance:
+        table, smallest = rank_table(
+            problem,
+            solution,
+            list(options.ranks),
+            share=options.captured,
+            seed=options.seed,
+            random_starts=options.random_starts,
+            advance=advance,
+        )
+    with clock.stage("pattern", "Finding the smallest rank pattern") as advance:
+        pattern, _ = (dict.fromkeys(solution.ranks, 0), solution) if zero else smallest_pattern(problem, solution, options.captured, advance)
+    subsets: list[dict[str, Any]] = []
+    extrapolation = None
+    n = problem.operator.n_samples
+    if prepared.split.total > n and not zero:
+        with clock.stage("subsets", "Solving nested subsets") as advance:
+            sizes = [size for size in (n // 4, n // 2) if size >= 4]
+            rows = subset_rows(problem, sizes, options.ranks, options.captured, advance)
+            rows.append(subset_row(problem, solution, n, options.ranks, options.captured))
+            subsets = [row.to_json() for row in rows]
+            extrapolation = extrapolate(rows, prepared.split.total)
+    with clock.stage("linearity", "Comparing with the real network"):
+        linearity = _linearity(lin, solution.factors)
+    heldout, heldout_rank = _held_out(lin, table)
+    data = {
+        "schema": 1,
+        "model": prepared.task.name,
+        "revision": prepared.task.revision,
+        "data": {"source": prepared.split.train.source, "sha256": prepared.split.train.sha256, "rows": prepared.split.total},
+        "n_samples": n,
+        "n_outputs": prepared.task.n_outputs,
+        "loss": loss.name,
+        "pooling": prepared.task.pooling,
+        "weight_decay": lam,
+        "weight_decay_chosen_by": "held-out loss on the path" if options.weight_decay == "auto" else "the user",
+        "lambda_max": lin.lambda_max,
+        "target_modules": list(problem.operator.shapes),
+        "shapes": {name: list(shape) for name, shape in problem.operator.shapes.items()},
+        "bounds": bounds,
+        "path": _path_json(lin, path),
+        "optimum": _optimum_json(solution),
+        "ranks": [_row_json(problem, row, heldout) for row in table.rows],
+        "heldout": heldout["base"],
+        "recommended": _recommended(problem, smallest, pattern, lam, heldout_rank, zero),
+        "subsets": subsets,
+        "extrapolation": extrapolation,
+        "linearity": linearity,
+        "head": _head_json(lin),
+        "captured_target": options.captured,
+        "seed": options.seed,
+        "estimate": {"bytes": guess.total_bytes, "seconds": guess.capture_seconds + guess.solve_seconds},
+        "seconds": {**clock.seconds, "total": round(sum(clock.seconds.values()), 3)},
+        "notes": prepared.notes,
+        "versions": _versions(),
+    }
+    return PlanResult(data, solution.factors, prepared)
+
+
+def _digits(gap: float, tolerance: float) -> int:
+    """Progress of a solve in percent of the decimal digits that the gap has to lose."""
+    if not 0 < gap < 1:
+        return 0 if gap else 100
+    return min(100, int(100 * math.log10(gap) / math.log10(tolerance)))
+
+
+def _bounds(lin: Linearised, clock: Clock) -> dict[str, Any]:
+    problem, task = lin.problem, lin.prepared.task
+    operator = problem.reduced[0].operator
+    shapes = dict(problem.operator.shapes)
+    n = problem.operator.n_samples
+    effective = problem.loss.effective_outputs(task.n_outputs)
+    whole, each = None, None
+    if n * problem.operator.n_outputs <= _GRAM_LIMIT:
+        with clock.stage("bounds", "Measuring the rank of the operator") as advance:
+            total = None
+            each = {}
+            for index, name in enumerate(shapes):
+                gram = operator.gram([name])
+                each[name] = numerical_rank(gram)
+                total = gram if total is None else total + gram
+                advance(index + 1, len(shapes))
+            assert total is not None
+            whole = numerical_rank(total)
+    return {
+        "existence": existence_bounds(n, task.n_outputs, effective, whole, shapes).to_json(),
+        "landscape": landscape_bounds(n, task.n_outputs, effective, each, shapes).to_json(),
+        "operator_rank": whole,
+    }
+
+
+def _choose_lambda(lin: Linearised, clock: Clock) -> tuple[float, list[PathPoint]]:
+    asked = lin.prepared.settings.weight_decay
+    if not isinstance(asked, str):
+        return float(asked), []
+    if lin.lambda_max == 0:
+        return 1.0, []
+    with clock.stage("path", "Following the path of lambda") as advance:
+        path = lambda_path(lin.problem, progress=lambda index, point: advance(index + 1, 12))
+    assert lin.select is not None
+    losses = [float(lin.select.losses(point.solution.factors).mean()) for point in path]
+    return path[min(range(len(path)), key=losses.__getitem__)].lam, path
+
+
+def _path_json(lin: Linearised, path: list[PathPoint]) -> list[dict[str, Any]]:
+    return [
+        {
+            "weight_decay": point.lam,
+            "selection_loss": float(lin.select.losses(point.solution.factors).mean()) if lin.select else None,
+            "ranks": point.solution.ranks,
+            "relative_gap": point.solution.certificate.relative_gap,
+        }
+        for point in path
+    ]
+
+
+def _optimum_json(solution: Solution) -> dict[str, Any]:
+    certificate = solution.certificate
+    return {
+        "objective": certificate.objective,
+        "dual": certificate.dual,
+        "gap": certificate.gap,
+        "relative_gap": certificate.relative_gap,
+        "objective_at_zero": certificate.objective_at_zero,
+        "ranks": solution.ranks,
+        "spectral_ratio": certificate.spectral_ratio,
+        "status": solution.status,
+        "remedy": solution.remedy,
+    }
+
+
+def _held_out(lin: Linearised, table: RankTable) -> tuple[dict[str, Any], int | None]:
+    """Held-out figures by rank, and the smallest rank within one paired standard error of the best."""
+    held = lin.report
+    if held is None:
+        return {"base": None, "rows": {}}, None
+    base = held.losses({})
+    losses: dict[int, Tensor] = {0: base}
+    rows: dict[int, dict[str, float | None]] = {}
+    for row in table.rows:
+        losses[row.rank] = held.losses(row.factors)
+        rows[row.rank] = {"loss": float(losses[row.rank].mean()), "accuracy": held.accuracy(row.factors)}
+    best = min(losses, key=lambda rank: float(losses[rank].mean()))
+    chosen = best
+    for rank in sorted(losses):
+        difference = losses[rank] - losses[best]
+        error = float(difference.std()) / math.sqrt(len(difference)) if len(difference) > 1 else 0.0
+        if float(difference.mean()) <= error:
+            chosen = rank
+            break
+    summary = {
+        "rows": len(held.rows),
+        "loss_without_adapter": float(base.mean()),
+        "accuracy_without_adapter": held.accuracy({}),
+        "best_rank": best,
+        "note": "rows that chose nothing; figures of the linearised network",
+    }
+    return {"base": summary, "rows": rows}, chosen
+
+
+def _row_json(problem: Problem, row: Any, heldout: dict[str, Any]) -> dict[str, Any]:
+    figures = heldout["rows"].get(row.rank, {"loss": None, "accuracy": None})
+    ranks = {name: min(row.rank, *shape) for name, shape in problem.operator.shapes.items()}
+    return {
+        "rank": row.rank,
+        "objective": row.certificate.objective,
+        "gap": row.certificate.gap,
+        "spectral_ratio": row.certificate.spectral_ratio,
+        "captured": list(row.captured),
+        "heldout_loss": figures["loss"],
+        "heldout_accuracy": figures["accuracy"],
+        "parameters": parameters(problem, ranks),
+        "verdict": row.verdict,
+        "starts": row.starts,
+        "stationary": row.stationary,
+        "negative_curvature": row.negative_curvature,
+        "requested": row.requested,
+    }
+
+
+def _recommended(
+    problem: Problem, smallest: int, pattern: dict[str, int], lam: float, heldout_rank: int | None, zero: bool
+) -> dict[str, Any]:
+    kept = {name: rank for name, rank in pattern.items() if rank > 0}
+    uniform = {name: min(smallest, *shape) for name, shape in problem.operator.shapes.items()}
+    return {
+        "r": 0 if zero else smallest,
+        "lora_alpha": 0 if zero else smallest,
+        "rank_pattern": kept,
+        "alpha_pattern": dict(kept),
+        "target_modules": list(kept),
+        "weight_decay": lam,
+        "heldout_r": heldout_rank,
+        "parameters_uniform": parameters(problem, uniform),
+        "parameters_pattern": parameters(problem, kept),
+        "note": "smallest found; L2 decay on LoRA factors at scale lora_alpha / r = 1, as SGD's weight_decay (not AdamW's)",
+    }
+
+
+def _head_json(lin: Linearised) -> dict[str, Any]:
+    fit = lin.head
+    out: dict[str, Any] = {"new": fit is not None, "accuracy": lin.pooling_accuracy}
+    if fit is not None:
+        out |= {"ridge": fit.ridge, "cross_validated_loss": min(fit.scores)}
+    return out
+
+
+def _linearity(lin: Linearised, factors: Factors) -> dict[str, Any]:
+    """``||z(W0 + delta) - z_lin|| / ||z_lin - z(W0)||`` in the logits that the loss can see."""
+    prepared, loss = lin.prepared, lin.prepared.loss
+    out: dict[str, Any] = {"train": None, "heldout": None}
+    if all(u.shape[1] == 0 for u, _ in factors.values()):
+        return {"train": 0.0, "heldout": 0.0 if lin.report else None, "note": "the update is zero"}
+    train = lin.problem.logits(lin.problem.operator.apply_factors(_cast(factors, lin.problem.operator.dtype))).double()
+    sets: dict[str, tuple[Rows, Tensor, Tensor, Tensor]] = {
+        "train": (prepared.split.train, lin.problem.base_logits.double(), train, lin.problem.labels)
+    }
+    if lin.report is not None:
+        held = lin.report
+        sets["heldout"] = (held.rows, held.base_logits, held.logits(factors), held.labels)
+    contrasts = loss.contrasts(prepared.task.n_outputs)
+    for key, (rows, base, linear, labels) in sets.items():
+        with applied(prepared.targets, factors):
+            real = predict(prepared.task.model, prepared.task.batches(rows)).double()
+        moved = ((linear - base) @ contrasts).norm()
+        out[key] = float(((real - linear) @ contrasts).norm() / moved.clamp(min=1e-300))
+        labels = labels if labels.dtype == torch.long else labels.double()
+        out[f"{key}_real_loss"] = float(loss.value(real, labels).mean())
+        out[f"{key}_linear_loss"] = float(loss.value(linear, labels).mean())
+        out[f"{key}_real_accuracy"] = accuracy(real, labels, loss)
+    return out
+
+
+def _cast(factors: Factors, dtype: torch.dtype) -> Factors:
+    return {name: (u.to(dtype), v.to(dtype)) for name, (u, v) in factors.items() if u.shape[1] > 0}
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "transformers", "peft")}
+
+

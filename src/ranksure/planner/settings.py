@@ -1,0 +1,164 @@
+"""What a plan is asked: every option, its default, and the checks that need no data or model."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ranksure.errors import SettingError
+from ranksure.losses import get_loss
+from ranksure.modules import parse_layers
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "K": 10**3, "M": 10**6, "G": 10**9}
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """Options of a plan; names and meanings follow PEFT and transformers where they have one.
+
+    Attributes:
+        text_column: column of texts.
+        label_column: column of labels.
+        text_pair_column: column of second texts, or None.
+        split: split of a Hub or saved data set.
+        eval_data: labelled rows to report held-out figures on; by default rows of the data that chose nothing.
+        eval_split: its split.
+        target_modules: names, a regular expression, ``"all-linear"``, or None for PEFT's default for the model.
+        layers_to_transform: ``"last"``, ``"all"``, ``"0-5"``, a number or a list.
+        samples: training rows ``N``.
+        heldout: most held-out rows.
+        seed: seed of every random choice.
+        weight_decay: the penalty ``lambda`` on factors of scale one, or ``"auto"``.
+        ranks: uniform ranks to examine.
+        captured: share of the possible gain that a recommended rank must capture.
+        memory: memory budget, bytes or a string such as ``"8GB"``.
+        loss: ``cross-entropy``, ``logistic`` or ``squared-error``.
+        pooling: ``model`` or ``mean``.
+        max_length: tokens per text.
+        batch_size: texts per batch.
+        device: ``auto`` or a torch device.
+        dtype: dtype of the model: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
+        capture_dtype: storage of the captured factors: ``float32`` or ``bfloat16``.
+        revision: Hub revision of the model.
+        trust_remote_code: allow the model repository's code to run.
+        tolerance: relative gap of the final solution.
+        random_starts: random starts per rank, or None to choose by size.
+        uniform: write the adapter zero-padded to one rank.
+        merged: write a merged checkpoint instead of an adapter.
+    """
+
+    text_column: str = "text"
+    label_column: str = "label"
+    text_pair_column: str | None = None
+    split: str | None = None
+    eval_data: Any = None
+    eval_split: str | None = None
+    target_modules: str | Sequence[str] | None = None
+    layers_to_transform: str | int | Sequence[int] | None = None
+    samples: int = 64
+    heldout: int = 512
+    seed: int = 0
+    weight_decay: float | str = "auto"
+    ranks: Sequence[int] = (1, 2, 4, 8, 16)
+    captured: float = 0.99
+    memory: float | str = "8GB"
+    loss: str = "cross-entropy"
+    pooling: str = "model"
+    max_length: int | None = None
+    batch_size: int = 32
+    device: str = "auto"
+    dtype: str = "auto"
+    capture_dtype: str = "float32"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    tolerance: float = 1e-6
+    random_starts: int | None = None
+    uniform: bool = False
+    merged: bool = False
+
+    def __post_init__(self) -> None:
+        get_loss(self.loss)
+        parse_layers(self.layers_to_transform)
+        parse_memory(self.memory)
+        if self.samples < 4:
+            raise SettingError(f"--samples {self.samples} is too few: use at least 4")
+        if self.heldout < 0:
+            raise SettingError(f"--heldout {self.heldout} is negative")
+        if not 0 <= self.seed < 2**32:
+            raise SettingError(f"--seed {self.seed} is out of range: use 0 to {2**32 - 1}")
+        if self.batch_size < 1:
+            raise SettingError(f"--batch-size {self.batch_size} must be at least 1")
+        if not 0 < self.captured < 1:
+            raise SettingError(f"--captured {self.captured} must lie between 0 and 1, such as 0.99")
+        if not 1e-12 <= self.tolerance <= 1e-3:
+            raise SettingError(f"tolerance {self.tolerance} must lie between 1e-12 and 1e-3")
+        if self.capture_dtype not in ("float32", "bfloat16"):
+            raise SettingError(f"unknown capture dtype {self.capture_dtype!r}: use float32 or bfloat16")
+        if self.uniform and self.merged:
+            raise SettingError("--uniform and --merged exclude each other: a merged checkpoint has no adapter")
+        if self.merged and self.pooling == "mean":
+            raise SettingError("--merged needs --pooling model: a mean-pooled head is not part of the checkpoint's class")
+        if not self.ranks or min(self.ranks) < 1:
+            raise SettingError(f"--ranks {','.join(map(str, self.ranks))}: give ranks of at least 1, such as 1,2,4,8")
+        if isinstance(self.weight_decay, str):
+            if self.weight_decay != "auto":
+                raise SettingError(f"--weight-decay {self.weight_decay!r} is neither auto nor a number")
+        elif not math.isfinite(self.weight_decay) or self.weight_decay < 0:
+            raise SettingError(f"--weight-decay {self.weight_decay} must be a positive number, or auto")
+        elif self.weight_decay == 0:
+            raise SettingError(
+                "--weight-decay 0 is refused: without a penalty the dual is trivial, cross-entropy may have no minimiser, "
+                "and no rank can be certified; use auto or a small positive number"
+            )
+
+    @property
+    def memory_bytes(self) -> int:
+        """The memory budget in bytes."""
+        return parse_memory(self.memory)
+
+
+def parse_memory(text: float | str) -> int:
+    """Bytes from a number or a string such as ``8GB``, ``512MiB`` or ``6.5 GB``.
+
+    Raises:
+        SettingError: not understood, or not positive.
+    """
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([a-zA-Z]*)\s*", str(text))
+    try:
+        value = float(match[1]) * _UNITS[match[2].upper()] if match else 0
+    except (KeyError, ValueError):
+        value = 0
+    if value <= 0:
+        raise SettingError(f"--memory {text!r} is not understood: write 8GB, 512MiB or a number of bytes")
+    return int(value)
+
+
+def parse_target_modules(text: str | None) -> str | list[str] | None:
+    """``query,value`` as names; ``all-linear`` and anything with regular-expression signs as they are."""
+    if text is None or text == "all-linear":
+        return text
+    if re.fullmatch(r"[\w.,\- ]+", text):
+        return [part.strip() for part in text.split(",") if part.strip()]
+    return text
+
+
+def parse_ranks(text: str) -> list[int]:
+    """``1,2,4,8`` as integers.
+
+    Raises:
+        SettingError: an entry is not a whole number.
+    """
+    try:
+        return sorted({int(part) for part in text.split(",") if part.strip()})
+    except ValueError:
+        raise SettingError(f"--ranks {text!r} is not understood: write whole numbers such as 1,2,4,8") from None
+
+
+def describe_source(source: Any) -> str:
+    """How messages name a data source."""
+    return str(source) if isinstance(source, (str, Path)) else f"a {type(source).__name__} in memory"

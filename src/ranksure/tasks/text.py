@@ -1,0 +1,321 @@
+"""Text classification (or regression) as a task: model, tokenizer, batches and labels.
+
+The model class is the one that users fine-tune, ``AutoModelForSequenceClassification``. With mean
+pooling the same checkpoint's encoder is averaged over its tokens and read by a linear head.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from ranksure.errors import ModelError, SettingError
+from ranksure.tasks.rows import Rows
+from ranksure.tasks.sources import one_line
+
+Pooling = Literal["model", "mean"]
+
+
+class MeanPooled(nn.Module):
+    """An encoder whose last hidden states are averaged over real tokens and read by a linear head.
+
+    Args:
+        encoder: an ``AutoModel``; its output has ``last_hidden_state``.
+        n_outputs: number of logits.
+    """
+
+    def __init__(self, encoder: PreTrainedModel, n_outputs: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        width = int(encoder.config.hidden_size)
+        self.head = nn.Linear(width, n_outputs, device=encoder.device, dtype=encoder.dtype)
+
+    def forward(self, **batch: Any) -> Tensor:
+        hidden = self.encoder(**batch).last_hidden_state
+        mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+        return self.head((hidden * mask).sum(1) / mask.sum(1))
+
+
+@dataclass
+class TextTask:
+    """A model with what it needs to run on texts.
+
+    Attributes:
+        model: the network that maps a batch to logits.
+        adapted: the model that PEFT would wrap; target names are relative to it.
+        tokenizer: its tokenizer.
+        pooling: ``"model"`` or ``"mean"``.
+        head: qualified name (in ``model``) of the linear layer that gives the logits.
+        new_modules: qualified names (in ``adapted``) of modules that the checkpoint does not hold, as a
+            rule the head; they go into ``modules_to_save``.
+        head_is_new: whether the head must be fitted first.
+        n_outputs: number of logits ``K``.
+        name: model folder or Hub id.
+        revision: Hub revision, if one was given.
+        max_length: tokens per text.
+        batch_size: texts per batch.
+        notes: sentences for the user.
+    """
+
+    model: nn.Module
+    adapted: PreTrainedModel
+    tokenizer: Any
+    pooling: Pooling
+    head: str
+    new_modules: list[str]
+    head_is_new: bool
+    n_outputs: int
+    name: str
+    revision: str | None
+    max_length: int
+    batch_size: int
+    label_names: list[str] | None
+    notes: list[str] = field(default_factory=list)
+
+    def batches(self, rows: Rows) -> list[dict[str, Tensor]]:
+        """Tokenised batches in the order of the rows, padded to the longest text of each batch."""
+        out: list[dict[str, Tensor]] = []
+        for low in range(0, len(rows), self.batch_size):
+            high = low + self.batch_size
+            pairs = None if rows.pairs is None else rows.pairs[low:high]
+            encoded = self.tokenizer(
+                rows.texts[low:high],
+                pairs,
+                padding=True,
+                truncation=True,
+                max_length=self.max_length,
+                return_tensors="pt",
+            )
+            out.append({key: value for key, value in encoded.items() if isinstance(value, Tensor)})
+        return out
+
+    def count_truncated(self, rows: Rows) -> int:
+        """How many texts reach the limit of ``max_length`` tokens."""
+        return sum(int((batch["attention_mask"].sum(1) >= self.max_length).sum()) for batch in self.batches(rows))
+
+    def labels(self, rows: Rows) -> Tensor:
+        """Class ids ``(N,)``, or float targets ``(N, 1)`` for one output."""
+        if self.n_outputs == 1:
+            return torch.tensor(rows.labels, dtype=torch.float64)[:, None]
+        return torch.tensor(rows.labels, dtype=torch.long)
+
+    def with_mean_pooling(self) -> TextTask:
+        """The same encoder (shared, not copied) under mean pooling, with a new head."""
+        encoder = self.adapted.base_model if self.pooling == "model" else self.adapted
+        return _mean_pooled(self, cast(PreTrainedModel, encoder))
+
+
+def load_text_task(
+    model: str | os.PathLike[str] | PreTrainedModel,
+    rows: Rows,
+    *,
+    tokenizer: Any = None,
+    loss: str = "cross-entropy",
+    pooling: Pooling = "model",
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    max_length: int | None = None,
+    batch_size: int = 32,
+    trust_remote_code: bool = False,
+    seed: int = 0,
+) -> TextTask:
+    """Load a checkpoint (or take a loaded model) for labelled texts.
+
+    Args:
+        model: folder, Hub id, or a sequence-classification model in memory.
+        rows: the data; its classes give the number of logits.
+        tokenizer: needed with a model in memory, else loaded beside the model.
+        loss: ``cross-entropy`` (one logit per class), ``logistic`` (two classes, one logit) or
+            ``squared-error`` (regression, one logit).
+        pooling: ``model`` for the model's own head input, ``mean`` for the mean of the last hidden states.
+        revision: Hub revision.
+        dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
+        device: ``auto``, ``cpu``, ``cuda`` or another torch device.
+        max_length: tokens per text; by default the model's limit, at most 256.
+        batch_size: texts per batch.
+        trust_remote_code: allow the repository's own code to run.
+        seed: seed of whatever the checkpoint leaves to chance.
+
+    Raises:
+        ModelError: the model cannot be found, loaded or used for these labels.
+        SettingError: an option has no meaning here.
+    """
+    n_outputs = _n_outputs(rows, loss)
+    if isinstance(model, PreTrainedModel):
+        if tokenizer is None:
+            raise SettingError("a model in memory needs its tokenizer: pass tokenizer=")
+        loaded, new, notes = model, [], []
+        name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+    else:
+        name = os.fspath(model)
+        loaded, new, notes = _load(name, n_outputs, revision, dtype, trust_remote_code, seed)
+        tokenizer = tokenizer or _load_tokenizer(name, revision, trust_remote_code)
+    if pooling not in ("model", "mean"):
+        raise SettingError(f"unknown pooling {pooling!r}: use model or mean")
+    loaded.to(_device(device))  # pyright: ignore[reportArgumentType]
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if getattr(loaded.config, "pad_token_id", None) is None:
+        loaded.config.pad_token_id = tokenizer.pad_token_id
+    head = _head_name(loaded, n_outputs)
+    task = TextTask(
+        model=loaded,
+        adapted=loaded,
+        tokenizer=tokenizer,
+        pooling="model",
+        head=head,
+        new_modules=new,
+        head_is_new=any(head == name or head.startswith(name + ".") for name in new),
+        n_outputs=n_outputs,
+        name=name,
+        revision=revision,
+        max_length=_max_length(loaded, tokenizer, max_length),
+        batch_size=batch_size,
+        label_names=rows.label_names,
+        notes=notes,
+    )
+    if not task.head_is_new:
+        task.label_names = _own_label_order(loaded, rows)
+    return task.with_mean_pooling() if pooling == "mean" else task
+
+
+def _mean_pooled(task: TextTask, encoder: PreTrainedModel) -> TextTask:
+    wrapped = MeanPooled(encoder, task.n_outputs)
+    return TextTask(
+        model=wrapped,
+        adapted=encoder,
+        tokenizer=task.tokenizer,
+        pooling="mean",
+        head="head",
+        new_modules=[],
+        head_is_new=True,
+        n_outputs=task.n_outputs,
+        name=task.name,
+        revision=task.revision,
+        max_length=task.max_length,
+        batch_size=task.batch_size,
+        label_names=task.label_names,
+        notes=list(task.notes),
+    )
+
+
+def _n_outputs(rows: Rows, loss: str) -> int:
+    if loss == "cross-entropy":
+        if rows.label_names is None:
+            raise SettingError("cross-entropy needs class labels; for float targets use --loss squared-error")
+        return len(rows.label_names)
+    if loss == "logistic" and (rows.label_names is None or len(rows.label_names) != 2):
+        found = "float targets" if rows.label_names is None else f"{len(rows.label_names)} classes"
+        raise SettingError(f"the logistic loss needs two classes, but {rows.source} has {found}: use cross-entropy")
+    return 1
+
+
+def _load(
+    name: str, n_outputs: int, revision: str | None, dtype: str, trust_remote_code: bool, seed: int
+) -> tuple[PreTrainedModel, list[str], list[str]]:
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise SettingError(f"unknown dtype {dtype!r}: use auto, float32, bfloat16 or float16")
+    looks_local = Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not Path(name).is_dir():
+        raise ModelError(f"model folder {name} does not exist" if not Path(name).exists() else f"{name} is not a folder")
+    if looks_local and not (Path(name) / "config.json").is_file():
+        raise ModelError(f"{name} holds no config.json, so it is not a Hugging Face model folder")
+    common = {"revision": revision, "trust_remote_code": trust_remote_code}
+    notes: list[str] = []
+    verbosity = transformers_logging.get_verbosity()
+    progress = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        torch.manual_seed(seed)  # parameters that the checkpoint lacks are drawn at random
+        config = AutoConfig.from_pretrained(name, num_labels=n_outputs, **common)
+        arguments = {**common, "config": config, "dtype": dtype, "ignore_mismatched_sizes": True}
+        try:
+            loaded, info = _from_pretrained(name, use_safetensors=True, **arguments)
+        except OSError:
+            loaded, info = _from_pretrained(name, use_safetensors=False, **arguments)
+            notes.append(f"The weights of {name} are pickled, not safetensors; they were read with weights_only.")
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"model {name} cannot be loaded as a sequence classifier: {one_line(error)} (give a folder with config.json "
+            "and model.safetensors, or a Hub id while online)"
+        ) from None
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if progress:
+            transformers_logging.enable_progress_bar()
+    mismatched = [entry[0] if isinstance(entry, (tuple, list)) else entry for entry in info["mismatched_keys"]]
+    if mismatched:
+        notes.append(f"The head of {name} has another number of outputs than the data's {n_outputs}; a new one is fitted.")
+    new = sorted({_owner(loaded, key) for key in [*info["missing_keys"], *mismatched]})
+    return loaded, new, notes
+
+
+def _from_pretrained(name: str, **arguments: Any) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    return AutoModelForSequenceClassification.from_pretrained(name, output_loading_info=True, **arguments)
+
+
+def _load_tokenizer(name: str, revision: str | None, trust_remote_code: bool) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        raise ModelError(f"the tokenizer of {name} cannot be loaded: {one_line(error)}") from None
+
+
+def _owner(model: PreTrainedModel, key: str) -> str:
+    """The child of the model (outside its base) or the module of its base that holds a missing key."""
+    first = key.split(".", 1)[0]
+    return key.rsplit(".", 1)[0] if first == model.base_model_prefix else first
+
+
+def _head_name(model: PreTrainedModel, n_outputs: int) -> str:
+    prefix = model.base_model_prefix + "."
+    found = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module.out_features == n_outputs and not name.startswith(prefix)
+    ]
+    if not found:
+        raise ModelError(f"{type(model).__name__} has no linear layer with {n_outputs} outputs outside its base model")
+    return found[-1]
+
+
+def _own_label_order(model: PreTrainedModel, rows: Rows) -> list[str] | None:
+    """A trained head's own class order, where the data's labels are its names."""
+    if rows.label_names is None:
+        return None
+    names = [str(model.config.id2label[i]) for i in range(len(rows.label_names))]
+    lower = {name.lower(): name for name in rows.label_names}
+    if sorted(lower) == sorted(name.lower() for name in names):
+        return [lower[name.lower()] for name in names]
+    return rows.label_names
+
+
+def _max_length(model: PreTrainedModel, tokenizer: Any, asked: int | None) -> int:
+    limits = [getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length]
+    limit = min([int(value) for value in limits if value is not None and 0 < value < 10**6], default=512)
+    if asked is not None and asked < 4:
+        raise SettingError(f"max_length {asked} is too short: use at least 4 tokens")
+    if asked is not None and asked > limit:
+        raise SettingError(f"max_length {asked} is more than the model's limit of {limit} tokens")
+    return asked if asked is not None else min(limit, 256)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingError(f"device {name!r} cannot be used: {one_line(error)}") from None
+    return device
