@@ -53,6 +53,16 @@ class Group:
             return x.new_zeros(self.width, x.shape[1]).index_add_(0, self.inputs, x)
         return self.inputs.T @ x
 
+    def project_rows(self, v: Tensor) -> Tensor:
+        """``v @ A^T`` for ``v`` of shape ``(q, n)``: :meth:`project` for a few long rows."""
+        return v.index_select(1, self.inputs) if self.is_index else v @ self.inputs.T
+
+    def pull_rows(self, x: Tensor) -> Tensor:
+        """``x @ A`` for ``x`` of shape ``(q, T)``: :meth:`project_adjoint` for a few long rows."""
+        if self.is_index:
+            return x.new_zeros(x.shape[0], self.width).index_add_(1, self.inputs, x)
+        return x @ self.inputs
+
     def input_norms(self) -> Tensor:
         if self.is_index:
             return torch.ones(self.n_tokens, dtype=torch.float64, device=self.inputs.device)
@@ -150,8 +160,11 @@ class FactoredOperator:
         return self.apply_factors_vjp(factors)[0]
 
     def apply_factors_vjp(self, factors: Factors) -> tuple[Tensor, Pullback]:
+        # Factors enter as a few long rows, never as narrow columns: a product with a handful of columns
+        # runs several times slower than the same one with a handful of rows.
         u0 = next(iter(factors.values()))[0]
-        starts = u0.shape[0] if u0.dim() == 3 else 1
+        batched = u0.dim() == 3
+        starts = u0.shape[0] if batched else 1
         c = self.n_outputs
         z: Tensor | None = None
         saved: list[tuple[Group, dict[str, tuple[Tensor, Tensor]]]] = []
@@ -159,42 +172,37 @@ class FactoredOperator:
             present = [name for name in group.outputs if name in factors]
             if not present:
                 continue
-            columns = [_columns(factors[name][1]) for name in present]
-            projected = group.project(columns[0] if len(columns) == 1 else torch.cat(columns, 1))
+            rows = [_rows(factors[name][1]) for name in present]
+            projected = group.project_rows(rows[0] if len(rows) == 1 else torch.cat(rows))
             total: Tensor | None = None
             kept: dict[str, tuple[Tensor, Tensor]] = {}
-            for name, av in zip(present, projected.split([q.shape[1] for q in columns], 1), strict=True):
-                b = group.outputs[name]
-                bu = (b.reshape(-1, b.shape[2]) @ _columns(factors[name][0])).view(b.shape[0], c, av.shape[1])
+            for name, av in zip(present, projected.split([q.shape[0] for q in rows]), strict=True):
+                bu = _rows(factors[name][0]) @ group.outputs[name].flatten(0, 1).T
+                by_start = (starts, av.shape[0] // starts, group.n_tokens)
+                bu, av = bu.view(*by_start, c), av.view(*by_start, 1)
                 kept[name] = (bu, av)
-                product = bu * av.unsqueeze(1)
-                value = product.sum(-1) if starts == 1 else product.unflatten(2, (starts, product.shape[2] // starts)).sum(-1)
+                value = (bu * av).sum(1)
                 total = value if total is None else total.add_(value)
             saved.append((group, kept))
             assert total is not None
-            part = _segment_sum(total.flatten(1), offsets)
+            part = _segment_sum(total.transpose(0, 1).flatten(1), offsets)
             z = part if z is None else z.add_(part)
         if z is None:
-            z = torch.zeros(self.n_samples, c * starts, dtype=self.dtype, device=self.device)
-        batched = u0.dim() == 3
-        z = z.view(self.n_samples, c, starts).permute(2, 0, 1) if batched else z.view(self.n_samples, c)
+            z = torch.zeros(self.n_samples, starts * c, dtype=self.dtype, device=self.device)
+        z = z.view(self.n_samples, starts, c).transpose(0, 1) if batched else z
 
         def pullback(residual: Tensor) -> Factors:
-            # (N, C) or (S, N, C) -> (N, C * S), the layout of the token contributions
-            flat = residual.permute(1, 2, 0).reshape(self.n_samples, -1) if batched else residual
+            by_start = residual if batched else residual.unsqueeze(0)
             out: Factors = {}
             for group, kept in saved:
-                weight = flat.index_select(0, group.sample).view(group.n_tokens, c, starts)
+                weight = by_start.index_select(1, group.sample).unsqueeze(1)  # (S, 1, T, C)
                 dv: list[Tensor] = []
                 for name, (bu, av) in kept.items():
-                    b = group.outputs[name]
-                    w = weight if starts == 1 else weight.repeat_interleave(av.shape[1] // starts, 2)
-                    right = (w * av.unsqueeze(1)).flatten(0, 1)
-                    grad_u = b.reshape(-1, b.shape[2]).T @ right
-                    dv.append((w * bu).sum(1) if c > 1 else (w * bu).squeeze(1))
+                    grad_u = (weight * av).flatten(0, 1).flatten(1) @ group.outputs[name].flatten(0, 1)
+                    dv.append(((weight * bu).sum(3) if c > 1 else (weight * bu).squeeze(3)).flatten(0, 1))
                     out[name] = (_factor(grad_u, starts, batched), grad_u)  # v's gradient follows
-                grads = group.project_adjoint(dv[0] if len(dv) == 1 else torch.cat(dv, 1))
-                for name, grad_v in zip(kept, grads.split([d.shape[1] for d in dv], 1), strict=True):
+                grads = group.pull_rows(dv[0] if len(dv) == 1 else torch.cat(dv))
+                for name, grad_v in zip(kept, grads.split([d.shape[0] for d in dv]), strict=True):
                     out[name] = (out[name][0], _factor(grad_v, starts, batched))
             return {name: out[name] for name in factors if name in out}
 
@@ -341,14 +349,14 @@ def _segment_sum(x: Tensor, offsets: Tensor) -> Tensor:
     return torch.segment_reduce(x.contiguous(), "sum", offsets=offsets, axis=0)
 
 
-def _columns(factor: Tensor) -> Tensor:
-    """``(m, r)`` as it is; a batch ``(S, m, r)`` as ``(m, S * r)``."""
-    return factor if factor.dim() == 2 else factor.transpose(0, 1).flatten(1)
+def _rows(factor: Tensor) -> Tensor:
+    """``(m, r)`` as ``(r, m)``; a batch ``(S, m, r)`` as ``(S * r, m)``."""
+    return factor.T.contiguous() if factor.dim() == 2 else factor.mT.flatten(0, 1)
 
 
-def _factor(columns: Tensor, starts: int, batched: bool) -> Tensor:
-    """The inverse of :func:`_columns`."""
-    return columns.unflatten(1, (starts, columns.shape[1] // starts)).transpose(0, 1) if batched else columns
+def _factor(rows: Tensor, starts: int, batched: bool) -> Tensor:
+    """The inverse of :func:`_rows`."""
+    return rows.unflatten(0, (starts, rows.shape[0] // starts)).mT if batched else rows.T
 
 
 def _pairs_within(offsets: Tensor) -> tuple[Tensor, Tensor]:
