@@ -85,6 +85,8 @@ class _Recorder:
                 return None
             if not output.requires_grad:  # frozen base: nothing before this module asks for gradients
                 output = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
+            else:  # a linear layer may return a view, whose hooks are lost when it is changed in place
+                output = output.clone()
             if use is not None:
                 output.register_hook(use.grads.append)
             return output
@@ -182,13 +184,14 @@ def capture(
     recorder = _Recorder(targets)
     packer = _Packer(targets, contrasts.shape[1], dtype)
     logits: list[Tensor] = []
+    shared = next((index for index, size in enumerate(sizes) if size > 1), None)
     with frozen(model):
         check_deterministic(model, to_device(batches[0], device))
         with ExitStack() as stack:
             recorder.attach(stack)
             for index, batch in enumerate(batches):
                 moved = to_device(batch, device)
-                if index == 0:
+                if index == shared:
                     _check_samples_apart(model, moved, recorder, contrasts)
                 z, uses = _run(model, moved, recorder, contrasts)
                 logits.append(z)
@@ -228,7 +231,10 @@ def _run(
     if z.shape[1] != contrasts.shape[0]:
         raise CaptureError(f"the network has {z.shape[1]} logits, but the loss expects {contrasts.shape[0]}")
     if not z.requires_grad:
-        raise CaptureError("no target module reaches the logits with a gradient; check target_modules")
+        raise CaptureError(
+            "no target module reaches the logits with a gradient: check target_modules, and whether a reentrant "
+            "checkpoint cuts them off (call model.enable_input_require_grads() or turn checkpointing off)"
+        )
     recorder.backward = True
     columns = contrasts.shape[1]
     for c in range(columns):
@@ -241,15 +247,13 @@ def _run(
 def _check_samples_apart(model: nn.Module, batch: Batch, recorder: _Recorder, contrasts: Tensor) -> None:
     """A backward pass for the first sample alone must leave the other samples' rows exactly zero."""
     size = batch_rows(batch)
-    if size < 2:
-        return
     _, uses = _run(model, batch, recorder, contrasts[:, :1], rows=slice(0, 1))
     for name, entries in uses.items():
         for _, _, grads in entries:
             g = grads[0]
             if g.shape[0] % size:
                 raise CaptureError(_not_by_sample(name, tuple(g.shape), size))
-            if bool(g.view(size, -1)[1:].any()):
+            if bool(g.reshape(size, -1)[1:].any()):
                 raise CaptureError(
                     f"samples interact in target module {name}: the logits of one sample depend on another's rows "
                     "(batch statistics, or a layout whose leading dimension is not the sample); use --batch-size 1 "

@@ -55,8 +55,11 @@ def batch_rows(batch: Batch) -> int:
 
 
 def to_device(batch: Batch, device: torch.device | str) -> dict[str, Any]:
-    """The batch with its tensors on ``device``."""
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    """The batch with its tensors on ``device``, apart from the caller's graph and gradients."""
+    return {
+        key: value.detach().to(device).requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+        for key, value in batch.items()
+    }
 
 
 def device_of(model: nn.Module) -> torch.device:
