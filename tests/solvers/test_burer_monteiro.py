@@ -1,6 +1,7 @@
 """The certified solver against a convex solver, and the landscape at fixed rank."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -88,7 +89,7 @@ def test_factored_operator_with_reduction(loss):
     problem = random_problem(2, loss, k=k, operator=FactoredOperator(groups, 4), share=0.2)
     solution = solve(problem, tolerance=1e-8)
     assert solution.status == "converged"
-    assert {name: tuple(u.shape)[0] for name, (u, _) in solution.factors.items()} == {"a": 14, "b": 3, "e": 3}
+    assert {name: len(u) for name, (u, _) in solution.factors.items()} == {"a": 14, "b": 3, "e": 3}
     upper, _ = convex_optimum(problem)
     assert objective(problem, updates(solution.factors)) == pytest.approx(upper, rel=1e-6)
     assert certify(problem, solution.factors).certificate.relative_gap <= 1.1e-8
@@ -130,9 +131,9 @@ def test_rounds_never_raise_the_objective(loss):
     )
     assert len(objectives) > 1
     assert objectives[0] == pytest.approx(problem.objective_at_zero)
-    for before, after in zip(objectives, objectives[1:], strict=False):
+    for before, after in pairwise(objectives):
         assert after <= before + 1e-12
-    for before, after in zip(duals, duals[1:], strict=False):
+    for before, after in pairwise(duals):
         assert after >= before
     gaps = [gap for _, gap in solution.history]
     seconds = [second for second, _ in solution.history]
