@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from ranksure.errors import TargetError
 
 ALL_LINEAR = "all-linear"
+_CLASSIFIER_NAMES = ("score", "classifier")  # as PEFT knows them
 _LAYER_INDEX = re.compile(r"^(?:.*?\.)?[^.]*\.(\d+)\.")  # the first numbered segment, as PEFT reads it
 
 
@@ -123,11 +124,12 @@ def select_targets(
     excluded = set(exclude)
     candidates = {name: module for name, module in _outer_modules(model) if name and name not in excluded}
     if target_modules == ALL_LINEAR:
-        head = _output_layer(model)
+        head = _output_head(model)
+        inside = set(head.modules()) if head is not None else set()
         matched = {
             name: module
             for name, module in candidates.items()
-            if isinstance(base_layer(module), (nn.Linear, Conv1D)) and base_layer(module) is not head
+            if isinstance(base_layer(module), (nn.Linear, Conv1D)) and module not in inside
         }
         wanted = [ALL_LINEAR]
     elif isinstance(target_modules, str):
@@ -193,14 +195,18 @@ def _ends_with(name: str, target: str) -> bool:
     return name == target or name.endswith("." + target)
 
 
-def _output_layer(model: nn.Module) -> nn.Module | None:
-    """The output head that ``all-linear`` leaves out: a language model's, or the last Linear."""
+def _output_head(model: nn.Module) -> nn.Module | None:
+    """The output head that ``all-linear`` leaves out.
+
+    For a Hugging Face model what PEFT leaves out: the output embeddings, or the classifier by its
+    usual names (a bare encoder has neither). For another network its last Linear.
+    """
     getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
-    if isinstance(head, nn.Module):
-        return head
+    if callable(getter):
+        heads = [getter(), *(getattr(model, name, None) for name in _CLASSIFIER_NAMES)]
+        return next((head for head in heads if isinstance(head, nn.Module)), None)
     linear = [m for _, m in _outer_modules(model) if isinstance(base_layer(m), (nn.Linear, Conv1D))]
-    return base_layer(linear[-1]) if linear else None
+    return linear[-1] if linear else None
 
 
 def _no_match(wanted: str, candidates: dict[str, nn.Module]) -> str:
