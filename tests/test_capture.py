@@ -448,7 +448,7 @@ def test_gradient_checkpointing(reentrant, grad_input, shared):
 @pytest.mark.parametrize("names", [("layers.0",), ("layers.2", "head"), ("layers.0", "layers.1", "layers.2")])
 def test_a_reentrant_checkpoint_that_cuts_targets_off_is_an_error(names):
     model = Checkpointed(True, grad_input=False)
-    with pytest.raises(CaptureError, match="checkpoint|reaches the logits"):
+    with pytest.raises(CaptureError, match=r"checkpoint|reaches the logits"):
         capture(model, sequences(2), net_targets(model, *names), EYE2)
 
 
@@ -542,7 +542,7 @@ def test_rows_that_belong_to_no_sample(sizes):
             return self.head((x + self.positions(torch.arange(3)[None])).tanh().mean(1))
 
     model = Positions().double()
-    with pytest.raises(CaptureError, match="cannot be assigned|samples interact"):
+    with pytest.raises(CaptureError, match=r"cannot be assigned|samples interact"):
         capture(model, sequences(*sizes), net_targets(model, "positions"), EYE2)
 
 
