@@ -122,8 +122,7 @@ class _Recorder:
                     )
                 count = len(uses)
                 merged = [
-                    _Use(name, replayed[i].inputs, replayed[i].version, replayed[i].owner, False)
-                    for i in range(count)
+                    _Use(name, replayed[i].inputs, replayed[i].version, replayed[i].owner, False) for i in range(count)
                 ]
                 for index, use in enumerate(replayed):
                     merged[index % count].grads.extend(use.grads)

@@ -182,7 +182,7 @@ def escape_direction(problem: Problem, factors: Factors, state: PointState, seed
     start = torch.randn(size, generator=generator, dtype=torch.float64).numpy()
     operator = LinearOperator((size, size), matvec=product, dtype="float64")  # pyright: ignore[reportCallIssue]
     try:
-        _, vectors = eigsh(operator, k=1, which="SA", v0=start, maxiter=300, tol=1e-3)
+        _, vectors = eigsh(operator, k=1, which="SA", v0=start, maxiter=300, tol=1e-3)  # pyright: ignore[reportArgumentType]
         vector = torch.from_numpy(vectors[:, 0].copy()).to(like.device)
     except ArpackNoConvergence as error:
         if error.eigenvectors is None or error.eigenvectors.shape[1] == 0:
@@ -191,5 +191,5 @@ def escape_direction(problem: Problem, factors: Factors, state: PointState, seed
     vector = vector / vector.norm()
     direction = unflatten(vector)
     image = hessian_vector(problem, factors, state, direction)
-    value = sum(float((a * b).sum()) for x, y in zip(direction.values(), image.values(), strict=True) for a, b in zip(x, y, strict=True))
-    return value, direction
+    pairs = [(a, b) for name in direction for a, b in zip(direction[name], image[name], strict=True)]
+    return sum(float((a * b).sum()) for a, b in pairs), direction

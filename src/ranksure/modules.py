@@ -87,9 +87,7 @@ def parse_layers(layers: str | int | Sequence[int] | None) -> str | list[int] | 
     for part in layers.split(","):
         match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
         if match is None:
-            raise TargetError(
-                f"layers_to_transform {layers!r} is not understood: write last, all, 3, 0-5 or 0,2,4"
-            )
+            raise TargetError(f"layers_to_transform {layers!r} is not understood: write last, all, 3, 0-5 or 0,2,4")
         low = int(match[1])
         high = int(match[2]) if match[2] else low
         if high < low:
@@ -167,7 +165,7 @@ def _in_layers(
     index = {name: int(found[1]) for name in matched if (found := _LAYER_INDEX.match(name))}
     if not index:
         raise TargetError("layers_to_transform was given, but no target module has a layer number in its name")
-    keep = [max(index.values())] if layers == "last" else layers
+    keep = [max(index.values())] if isinstance(layers, str) else layers
     unknown = sorted(set(keep) - set(index.values()))
     if unknown:
         present = sorted(set(index.values()))
@@ -175,7 +173,7 @@ def _in_layers(
             f"layers_to_transform names layer {unknown[0]}, but the target modules have layers "
             f"{present[0]} to {present[-1]}"
         )
-    return {name: module for name, module in matched.items() if index.get(name) in keep}
+    return {name: module for name, module in matched.items() if name in index and index[name] in keep}
 
 
 def _outer_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:

@@ -108,7 +108,7 @@ def check_deterministic(model: nn.Module, batch: Batch) -> Tensor:
     scale = 1 + float(first.double().abs().max())
     if difference > 64 * torch.finfo(first.dtype).eps * scale:
         raise CaptureError(
-            f"the network is not deterministic in evaluation mode: two passes over one batch differ by {difference:.2g}; "
-            "turn off dropout or sampling that ignores model.eval()"
+            f"the network is not deterministic in evaluation mode: two passes over one batch differ by "
+            f"{difference:.2g}; turn off dropout or sampling that ignores model.eval()"
         )
     return first

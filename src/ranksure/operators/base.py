@@ -95,6 +95,4 @@ def ranks_of(factors: Factors) -> dict[str, int]:
 
 def cast_factors(factors: Factors, like: TangentOperator) -> Factors:
     """Factors in the operator's dtype and on its device."""
-    return {
-        name: (u.to(like.device, like.dtype), v.to(like.device, like.dtype)) for name, (u, v) in factors.items()
-    }
+    return {name: (u.to(like.device, like.dtype), v.to(like.device, like.dtype)) for name, (u, v) in factors.items()}

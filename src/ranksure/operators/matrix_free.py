@@ -58,7 +58,8 @@ class MatrixFreeOperator:
         self.shapes = {name: block_shape(module) for name, module in self.targets.items()}
 
     def apply(self, delta: Delta) -> Tensor:
-        return self._forward_mode({name: (lambda x, m=self.targets[name], d=d: side_path(m, x, d)) for name, d in delta.items()})
+        sides = {name: (lambda x, m=self.targets[name], d=d: side_path(m, x, d)) for name, d in delta.items()}
+        return self._forward_mode(sides)
 
     def apply_factors(self, factors: Factors) -> Tensor:
         batched = next(iter(factors.values()))[0].dim() == 3

@@ -133,9 +133,7 @@ def solve(
         state = certify(problem, lifted, max(best_dual, state.certificate.dual))
         if state.certificate.relative_gap > tolerance and status == "converged":
             status, remedy = "not-converged", "the gap on the full operator is above the tolerance; lower the tolerance"
-    return Solution(
-        lifted, state.certificate, status, remedy, evaluations, time.perf_counter() - began, history
-    )
+    return Solution(lifted, state.certificate, status, remedy, evaluations, time.perf_counter() - began, history)
 
 
 def _restricted(working: Problem, bases: SpanBases | None, start: Factors | None) -> Factors:
@@ -203,15 +201,20 @@ def _convex_step(problem: Problem, z: Tensor, pen: float, dz: Tensor, dpen: floa
     curvature = problem.loss.smoothness(problem.n_logits) * float((problem.weights[:, None] * dz.square()).sum())
     slope = -function(np.array([1.0, 0.0]))[1][1]
     first = max(slope, 0.0) / max(curvature, 1e-300)
-    scale = max(first, 1e-300)  # so that both variables are of order one
+    units = np.array([1.0, max(first, 1e-300)])  # so that both variables are of order one
+
+    def scaled(x: np.ndarray) -> tuple[float, np.ndarray]:
+        value, gradient = function(x * units)
+        return value, gradient * units
+
     found = scipy_minimize(
-        lambda y: (lambda f, g: (f, g * np.array([1.0, scale])))(*function(y * np.array([1.0, scale]))),
+        scaled,
         np.array([1.0, 1.0]),
         jac=True,
         method="L-BFGS-B",
         bounds=[(0, None), (0, None)],
     )
-    candidates = [(float(found.x[0]), float(found.x[1]) * scale), (1.0, first), (1.0, 0.0)]
+    candidates = [(float(found.x[0]), float(found.x[1] * units[1])), (1.0, first), (1.0, 0.0)]
     a, b = min(candidates, key=lambda ab: function(np.array(ab))[0])
     # A zero column is a saddle of the factors: keep a trace of the new direction for the descent.
     return a, max(b, 1e-6 * first)
@@ -242,7 +245,8 @@ def singular_values(factors: Factors) -> dict[str, Tensor]:
 def truncated(factors: Factors, ranks: dict[str, int]) -> Factors:
     """Best approximation of each update by one of the given rank (blocks not named keep theirs)."""
     parts = balanced(factors, drop=0.0)
-    return {name: (u[:, : ranks.get(name, u.shape[1])], v[:, : ranks.get(name, v.shape[1])]) for name, (u, v) in parts.items()}
+    kept = {name: ranks.get(name, u.shape[1]) for name, (u, _) in parts.items()}
+    return {name: (u[:, : kept[name]], v[:, : kept[name]]) for name, (u, v) in parts.items()}
 
 
 def _thin_svd(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -230,5 +230,5 @@ class _Memory:
         left = torch.linalg.solve_triangular(upper.mT, middle, upper=False)
         full = g.new_zeros(g.shape[0], self.history, 2)
         full[:, order, 0], full[:, order, 1] = left[:, :, 0], -p[:, :, 0]
-        hg = gamma[:, 0] * g + (self.s.mT @ full[:, :, :1])[:, :, 0] + gamma[:, 0] * (self.y.mT @ full[:, :, 1:])[:, :, 0]
-        return -hg
+        along_s, along_y = (self.s.mT @ full[:, :, :1])[:, :, 0], (self.y.mT @ full[:, :, 1:])[:, :, 0]
+        return -(gamma[:, 0] * (g + along_y) + along_s)
