@@ -172,14 +172,12 @@ def _add_directions(problem: Problem, factors: Factors, state: PointState, most:
         pairs[name] = (-p[:, :count] * weight, qt[:count].T * weight)
     if all(u.shape[1] == 0 for u, _ in pairs.values()):
         return factors
-    z = problem.operator.apply_factors(factors) if any(ranks_of(factors).values()) else 0.0
-    a, b = _convex_step(
-        problem,
-        z if isinstance(z, Tensor) else torch.zeros_like(state.logits @ problem.contrasts),
-        float(problem.penalty_of(factors)),
-        problem.operator.apply_factors(pairs),
-        float(problem.penalty_of(pairs)),
-    )
+    if any(ranks_of(factors).values()):
+        z = problem.operator.apply_factors(factors).double()
+    else:
+        z = torch.zeros_like(state.logits @ problem.contrasts)
+    dz = problem.operator.apply_factors(pairs).double()
+    a, b = _convex_step(problem, z, float(problem.penalty_of(factors)), dz, float(problem.penalty_of(pairs)))
     return {
         name: (
             torch.cat([math.sqrt(a) * factors[name][0], math.sqrt(b) * u], 1),
