@@ -185,13 +185,13 @@ def capture(
     logits: list[Tensor] = []
     shared = next((index for index, size in enumerate(sizes) if size > 1), None)
     with frozen(model):
-        check_deterministic(model, to_device(batches[0], device))
+        check_deterministic(model, to_device(_first_rows(batches[0]), device))
         with ExitStack() as stack:
             recorder.attach(stack)
             for index, batch in enumerate(batches):
                 moved = to_device(batch, device)
                 if index == shared:
-                    _check_samples_apart(model, moved, recorder, contrasts)
+                    _check_samples_apart(model, _first_rows(moved), recorder, contrasts)
                 z, uses = _run(model, moved, recorder, contrasts)
                 logits.append(z)
                 packer.add(uses, sizes[index], name_of_batch=index)
@@ -241,6 +241,13 @@ def _run(
         seed[rows or slice(None)] = contrasts[:, c].to(z)
         torch.autograd.backward(z, seed, retain_graph=c + 1 < columns)
     return z.detach().double().cpu(), recorder.collect(columns)
+
+
+def _first_rows(batch: Batch, rows: int = 3) -> Batch:
+    """The first samples of a batch: checks of the network's behaviour need no more."""
+    return {
+        key: value[:rows] if isinstance(value, Tensor) and value.dim() > 0 else value for key, value in batch.items()
+    }
 
 
 def _check_samples_apart(model: nn.Module, batch: Batch, recorder: _Recorder, contrasts: Tensor) -> None:

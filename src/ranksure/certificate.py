@@ -18,8 +18,6 @@ from torch import Tensor
 from ranksure.operators.base import Delta, Factors, cast_factors
 from ranksure.problem import Problem
 
-_GOLDEN = (math.sqrt(5) - 1) / 2
-
 
 @dataclass(frozen=True)
 class Certificate:
@@ -171,28 +169,37 @@ def lambda_max(problem: Problem) -> float:
 
 
 def _best_dual_step(problem: Problem, dual: Tensor, limit: float) -> tuple[float, float]:
-    """Maximise the concave ``D(c R)`` over ``0 <= c <= limit``; any ``c`` in range is a valid bound."""
+    """Maximise the concave ``D(c R)`` over ``0 <= c <= limit``; any ``c`` in range is a valid bound.
 
-    def value(c: float) -> float:
-        result = problem.dual_value(c * dual)
-        return result if math.isfinite(result) else -math.inf
+    A grid is refined around its best point; one call of the conjugate serves a whole grid.
+    """
+    gradient = dual / problem.weights[:, None]
+    linear = (dual * problem.base_logits).sum()
+    points = max(6, min(24, (1 << 22) // max(1, dual.numel())))
 
-    low, high = 0.0, limit
-    if limit > 4:  # the maximum is near c = 1 unless the point is far from stationary
-        high = 4.0
-        while high < limit and value(min(2 * high, limit)) > value(high):
-            high = min(2 * high, limit)
-        high = min(2 * high, limit)
-    a, b = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
-    fa, fb = value(a), value(b)
-    for _ in range(60):
-        if fa >= fb:
-            high, b, fb = b, a, fa
-            a = high - _GOLDEN * (high - low)
-            fa = value(a)
-        else:
-            low, a, fa = a, b, fb
-            b = low + _GOLDEN * (high - low)
-            fb = value(b)
-    candidates = [0.0, a, b, limit] + ([1.0] if limit >= 1 else [])
-    return max(((c, value(c)) for c in candidates), key=lambda pair: pair[1])
+    def best_of(steps: Tensor) -> tuple[float, float, int]:
+        conjugate = problem.loss.conjugate(steps[:, None, None] * gradient, problem.labels)
+        values = steps * linear - (conjugate * problem.weights).sum(-1)
+        values = torch.where(torch.isfinite(values), values, -math.inf)
+        index = int(values.argmax())
+        return float(steps[index]), float(values[index]), index
+
+    def grid(low: float, high: float) -> Tensor:
+        return torch.linspace(low, high, points, dtype=dual.dtype, device=dual.device).clamp_(low, high)
+
+    # The maximum is near c = 1 unless the point is far from stationary.
+    low, high = 0.0, min(limit, 4.0)
+    if limit > 4:
+        doubling = 4 * 2 ** torch.arange(math.ceil(math.log2(limit / 4)) + 1, dtype=dual.dtype, device=dual.device)
+        doubling = doubling.clamp_(max=limit)
+        _, _, index = best_of(doubling)
+        high = float(doubling[min(index + 1, len(doubling) - 1)])
+    fixed = torch.tensor([0.0, limit] + ([1.0] if limit >= 1 else []), dtype=dual.dtype, device=dual.device)
+    step, best, _ = best_of(fixed)
+    for _ in range(math.ceil(math.log(1e7) / math.log((points - 1) / 2))):
+        steps = grid(low, high)
+        found, value, index = best_of(steps)
+        if value > best:
+            step, best = found, value
+        low, high = float(steps[max(index - 1, 0)]), float(steps[min(index + 1, points - 1)])
+    return step, best

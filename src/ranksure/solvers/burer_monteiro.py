@@ -19,9 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-import numpy as np
 import torch
-from scipy.optimize import minimize as scipy_minimize
 from torch import Tensor
 
 from ranksure.certificate import Certificate, PointState, certify
@@ -188,34 +186,59 @@ def _add_directions(problem: Problem, factors: Factors, state: PointState, most:
 
 
 def _convex_step(problem: Problem, z: Tensor, pen: float, dz: Tensor, dpen: float) -> tuple[float, float]:
-    """Minimise ``loss(a z + b dz) + a pen + b dpen`` over ``a, b >= 0``; never worse than ``(1, 0)``."""
+    """Minimise ``loss(a z + b dz) + a pen + b dpen`` over ``a, b >= 0``; never worse than ``(1, 0)``.
 
-    def function(x: np.ndarray) -> tuple[float, np.ndarray]:
-        logits = problem.logits(x[0] * z + x[1] * dz)
-        residual = problem.residual(problem.dual_variable(logits))
-        value = float(problem.data_loss(logits)) + x[0] * pen + x[1] * dpen
-        return value, np.array([float((residual * z).sum()) + pen, float((residual * dz).sum()) + dpen])
+    Projected Newton in two variables (Bertsekas 1982): a variable at zero whose slope is positive rests.
+    """
+    paths = torch.stack([z, dz]).to(problem.contrasts) @ problem.contrasts.T
+    prices = torch.tensor([pen, dpen], dtype=paths.dtype, device=paths.device)
 
+    def logits_at(x: Tensor) -> Tensor:
+        return problem.base_logits + x[0] * paths[0] + x[1] * paths[1]
+
+    def value_at(x: Tensor) -> float:
+        return float(problem.data_loss(logits_at(x)) + (x * prices).sum())
+
+    def gradient_at(x: Tensor) -> Tensor:
+        return (paths * problem.dual_variable(logits_at(x))).sum((1, 2)) + prices
+
+    x = torch.tensor([1.0, 0.0]).to(paths)
     curvature = problem.loss.smoothness(problem.n_logits) * float((problem.weights[:, None] * dz.square()).sum())
-    slope = -function(np.array([1.0, 0.0]))[1][1]
-    first = max(slope, 0.0) / max(curvature, 1e-300)
-    units = np.array([1.0, max(first, 1e-300)])  # so that both variables are of order one
-
-    def scaled(x: np.ndarray) -> tuple[float, np.ndarray]:
-        value, gradient = function(x * units)
-        return value, gradient * units
-
-    found = scipy_minimize(
-        scaled,
-        np.array([1.0, 1.0]),
-        jac=True,
-        method="L-BFGS-B",
-        bounds=[(0, None), (0, None)],
-    )
-    candidates = [(float(found.x[0]), float(found.x[1] * units[1])), (1.0, first), (1.0, 0.0)]
-    a, b = min(candidates, key=lambda ab: function(np.array(ab))[0])
+    first = max(-float(gradient_at(x)[1]), 0.0) / max(curvature, 1e-300)
+    x[1] = first  # descends: the step of the quadratic bound
+    value = value_at(x)
+    for _ in range(50):
+        gradient = gradient_at(x)
+        curved = problem.loss.hessian_vector(logits_at(x), problem.labels, paths) * problem.weights[:, None]
+        hessian = torch.einsum("ank,bnk->ab", paths, curved)
+        move = _newton_step(x, gradient, hessian)
+        step, previous = 1.0, value
+        while step > 1e-10:
+            trial = (x - step * move).clamp(min=0)
+            value = value_at(trial)
+            if value <= previous - 1e-4 * float((gradient * (x - trial)).sum()) and math.isfinite(value):
+                break
+            step /= 2
+        else:
+            value = previous
+            break
+        x = trial
+        if previous - value <= 1e-15 * abs(previous):
+            break
+    a, b = float(x[0]), float(x[1])
     # A zero column is a saddle of the factors: keep a trace of the new direction for the descent.
     return a, max(b, 1e-6 * first)
+
+
+def _newton_step(x: Tensor, gradient: Tensor, hessian: Tensor) -> Tensor:
+    """Newton's step on the variables that are free to move, zero on the rest."""
+    free = (x > 0) | (gradient < 0)
+    diagonal = torch.diagonal(hessian).clamp(min=1e-300)
+    scaled = hessian / diagonal.sqrt()[:, None] / diagonal.sqrt() + 1e-10 * torch.eye(2).to(hessian)
+    scaled[~free] = scaled[:, ~free] = 0
+    scaled[~free, ~free] = 1
+    slope = torch.where(free, gradient, 0) / diagonal.sqrt()
+    return torch.linalg.solve(scaled, slope) / diagonal.sqrt()
 
 
 def balanced(factors: Factors, drop: float = 1e-10) -> Factors:
