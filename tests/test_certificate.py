@@ -33,7 +33,8 @@ from ranksure.operators.base import zero_factors
 from ranksure.operators.dense import DenseOperator
 from ranksure.operators.factored import FactoredOperator
 from ranksure.problem import Problem
-from ranksure.solvers.burer_monteiro import balanced, solve
+from ranksure.solvers.balancing import balanced
+from ranksure.solvers.burer_monteiro import solve
 
 SHAPE_CHOICES = (
     {"a": (2, 3)},

@@ -23,7 +23,7 @@ from ranksure.curvature import escape_direction, hessian_vector, inertia
 from ranksure.operators.dense import DenseOperator
 from ranksure.operators.factored import FactoredOperator
 from ranksure.operators.matrix_free import MatrixFreeOperator
-from ranksure.solvers.burer_monteiro import solve_fixed_rank
+from ranksure.solvers.fixed_rank import solve_fixed_rank
 
 SHAPES = {"a": (3, 2), "b": (2, 4), "c": (2, 1)}
 

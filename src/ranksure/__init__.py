@@ -21,7 +21,8 @@ from ranksure.modules import select_targets
 from ranksure.planner.result import PlanResult
 from ranksure.planner.run import plan
 from ranksure.problem import Problem
-from ranksure.solvers.burer_monteiro import Solution, solve
+from ranksure.solvers.burer_monteiro import solve
+from ranksure.solvers.solution import Solution
 
 __all__ = [
     "Captured",

@@ -87,6 +87,8 @@ class Problem:
         if "reduced" in self.__dict__:
             reduced, bases = self.reduced
             other.__dict__["reduced"] = (replace(reduced, penalty=other.penalty), bases)
+        if "single" in self.__dict__:
+            other.__dict__["single"] = replace(self.single, penalty=other.penalty)
         return other
 
     def to(self, dtype: torch.dtype) -> Problem:
@@ -105,6 +107,14 @@ class Problem:
             operator, bases = reduce_to_span(self.operator)
             return replace(self, operator=operator), bases
         return (self.to(torch.float64) if hasattr(self.operator, "to") else self), None
+
+    @cached_property
+    def single(self) -> Problem:
+        """The reduced problem with its operator in float32, for descent; shares the stored one where it can."""
+        reduced, bases = self.reduced
+        if bases is not None and bases.is_trivial and self.operator.dtype == torch.float32:
+            return self
+        return reduced.to(torch.float32)
 
     # ---- values in the space of logits
 

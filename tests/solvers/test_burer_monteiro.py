@@ -27,14 +27,9 @@ from ranksure.operators.dense import DenseOperator
 from ranksure.operators.factored import FactoredOperator
 from ranksure.operators.matrix_free import MatrixFreeOperator
 from ranksure.problem import Problem
-from ranksure.solvers.burer_monteiro import (
-    _add_directions,
-    balanced,
-    singular_values,
-    solve,
-    solve_fixed_rank,
-    truncated,
-)
+from ranksure.solvers.balancing import balanced, singular_values, truncated
+from ranksure.solvers.burer_monteiro import _add_directions, solve
+from ranksure.solvers.fixed_rank import solve_fixed_rank
 
 SHAPES = {"a": (3, 4), "b": (4, 2), "c": (2, 2)}
 

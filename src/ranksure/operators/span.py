@@ -30,6 +30,11 @@ class SpanBases:
     right: dict[str, Tensor | None]
     widths: dict[str, int]
 
+    @property
+    def is_trivial(self) -> bool:
+        """Whether no side of any block is reduced."""
+        return all(basis is None for basis in (*self.left.values(), *self.right.values()))
+
     def lift(self, factors: Factors) -> Factors:
         """Factors of the reduced blocks as factors of the full ones."""
         return {

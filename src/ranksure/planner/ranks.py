@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ranksure.certificate import Certificate, captured_interval
@@ -10,7 +10,10 @@ from ranksure.operators.base import Factors, ranks_of
 from ranksure.operators.factored import FactoredOperator
 from ranksure.planner.progress import Advance
 from ranksure.problem import Problem
-from ranksure.solvers.burer_monteiro import FixedRank, Solution, singular_values, solve_fixed_rank
+from ranksure.solvers.balancing import singular_values
+from ranksure.solvers.descent import SINGLE_PRECISION
+from ranksure.solvers.fixed_rank import FixedRank, solve_fixed_rank
+from ranksure.solvers.solution import Solution
 
 Verdict = Literal["optimal", "rank-bound", "not-converged"]
 
@@ -170,10 +173,10 @@ def captures(problem: Problem, solution: Solution, ranks: dict[str, int], share:
         problem,
         ranks,
         reference=solution.factors,
-        tolerance=1e-5,
+        tolerance=SINGLE_PRECISION,
         best_dual=solution.certificate.dual,
         max_evaluations=400,
-        enough=1 - share,
+        enough=0.98 * (1 - share),  # a little more than asked, so that rounding cannot undo it
         check_curvature=False,
     ).solution
     return found if found.certificate.captured()[0] >= share else None
@@ -245,6 +248,4 @@ def _last_value(solution: Solution, name: str) -> float:
 
 def _joined(point: Solution, optimum: Solution) -> Solution:
     """A point to truncate from, with the optimum's dual value in its certificate."""
-    from dataclasses import replace
-
     return replace(point, certificate=optimum.certificate)

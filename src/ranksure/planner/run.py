@@ -20,11 +20,13 @@ from ranksure.planner.result import PlanResult
 from ranksure.planner.scaling import extrapolate, subset_row, subset_rows
 from ranksure.planner.settings import PlanSettings
 from ranksure.problem import Problem
-from ranksure.solvers.burer_monteiro import Solution, solve
+from ranksure.solvers.burer_monteiro import solve
 from ranksure.solvers.path import PathPoint, lambda_path
+from ranksure.solvers.solution import Solution
 from ranksure.tasks.rows import Rows
 from ranksure.theory.bounds import existence_bounds, landscape_bounds, numerical_rank
 
+_PATIENCE = 3  # the path ends after this many points without a lower selection loss
 _GRAM_LIMIT = 4096  # largest N C whose Gram matrix is formed for the numerical rank
 
 
@@ -173,11 +175,17 @@ def _choose_lambda(lin: Linearised, clock: Clock) -> tuple[float, list[PathPoint
         return float(asked), []
     if lin.lambda_max == 0:
         return 1.0, []
+    select = lin.select
+    assert select is not None
+    losses: list[float] = []
+
+    def enough(points: list[PathPoint]) -> bool:
+        losses.append(float(select.losses(points[-1].solution.factors).mean()))
+        return len(losses) - losses.index(min(losses)) > _PATIENCE
+
     with clock.stage("path", "Following the path of lambda") as advance:
-        path = lambda_path(lin.problem, progress=lambda index, point: advance(index + 1, 12))
-    assert lin.select is not None
-    losses = [float(lin.select.losses(point.solution.factors).mean()) for point in path]
-    return path[min(range(len(path)), key=losses.__getitem__)].lam, path
+        path = lambda_path(lin.problem, stop=enough, progress=lambda index, point: advance(index + 1, 12))
+    return path[losses.index(min(losses))].lam, path
 
 
 def _path_json(lin: Linearised, path: list[PathPoint]) -> list[dict[str, Any]]:
@@ -185,6 +193,7 @@ def _path_json(lin: Linearised, path: list[PathPoint]) -> list[dict[str, Any]]:
         {
             "weight_decay": point.lam,
             "selection_loss": float(lin.select.losses(point.solution.factors).mean()) if lin.select else None,
+            "objective": point.solution.certificate.objective,
             "ranks": point.solution.ranks,
             "relative_gap": point.solution.certificate.relative_gap,
         }

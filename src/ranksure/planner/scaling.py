@@ -12,7 +12,10 @@ from ranksure.planner.prepare import at_fewer_samples
 from ranksure.planner.progress import Advance
 from ranksure.planner.ranks import clipped, smallest_uniform
 from ranksure.problem import Problem
-from ranksure.solvers.burer_monteiro import Solution, solve, solve_fixed_rank
+from ranksure.solvers.burer_monteiro import solve
+from ranksure.solvers.descent import SINGLE_PRECISION
+from ranksure.solvers.fixed_rank import solve_fixed_rank
+from ranksure.solvers.solution import Solution
 
 TOLERANCE = 1e-3
 
@@ -73,7 +76,7 @@ def subset_row(problem: Problem, solution: Solution, n: int, ranks: Sequence[int
                 problem,
                 clipped(problem, rank),
                 reference=solution.factors,
-                tolerance=1e-5,
+                tolerance=SINGLE_PRECISION,
                 best_dual=solution.certificate.dual,
                 max_evaluations=400,
                 enough=TOLERANCE,

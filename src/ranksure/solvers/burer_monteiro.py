@@ -16,49 +16,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ranksure.certificate import Certificate, PointState, certify
-from ranksure.curvature import Inertia, escape_direction, inertia
-from ranksure.operators.base import Factors, cast_factors, ranks_of, zero_factors
-from ranksure.operators.span import SpanBases
+from ranksure.operators.base import Factors, ranks_of, zero_factors
 from ranksure.problem import Problem
-from ranksure.solvers.lbfgs import FactorLayout, Minimum, minimize
-
-Status = Literal["converged", "not-converged"]
-
-
-@dataclass(frozen=True)
-class Solution:
-    """A point with its certificate.
-
-    Attributes:
-        factors: balanced factors by block; rank-0 blocks have no columns.
-        certificate: what is proved about the point.
-        status: whether the requested relative gap was reached.
-        remedy: what to do when it was not; empty otherwise.
-        evaluations: objective-and-gradient evaluations.
-        seconds: wall-clock time.
-        history: relative gap after each round, with the seconds at which it was known.
-    """
-
-    factors: Factors
-    certificate: Certificate
-    status: Status
-    remedy: str
-    evaluations: int
-    seconds: float
-    history: list[tuple[float, float]] = field(default_factory=list)
-
-    @property
-    def ranks(self) -> dict[str, int]:
-        """Rank of every block."""
-        return ranks_of(self.factors)
-
+from ranksure.solvers.balancing import balanced
+from ranksure.solvers.descent import descend, restricted
+from ranksure.solvers.lbfgs import FactorLayout
+from ranksure.solvers.solution import Solution, Status
 
 def solve(
     problem: Problem,
@@ -86,7 +54,7 @@ def solve(
     """
     began = time.perf_counter()
     working, bases = problem.reduced
-    factors = _restricted(working, bases, start)
+    factors = restricted(working, bases, start)
     evaluations = 0
     history: list[tuple[float, float]] = []
     inner = 1e-2
@@ -111,7 +79,7 @@ def solve(
         factors = _add_directions(working, factors, state)
         # Inner accuracy follows the gap: a gradient of relative size e costs about e of the gap.
         inner = min(inner, max(1e-10, 0.1 * certificate.relative_gap))
-        factors, used = _descend(working, factors, inner, max_evaluations - evaluations)
+        factors, used = _descend(problem, factors, inner, max_evaluations - evaluations)
         evaluations += used
         factors = balanced(factors)
         state = certify(working, factors, best_dual)
@@ -127,36 +95,22 @@ def solve(
         factors, state = best
     factors, state = _pruned(working, factors, state, tolerance, max(best_dual, state.certificate.dual))
     lifted = bases.lift(factors) if bases is not None else factors
-    if bases is not None:  # certified on the stored operator, not on its reduction
+    if bases is not None and not bases.is_trivial:  # certified on the stored operator, not on its reduction
         state = certify(problem, lifted, max(best_dual, state.certificate.dual))
         if state.certificate.relative_gap > tolerance and status == "converged":
             status, remedy = "not-converged", "the gap on the full operator is above the tolerance; lower the tolerance"
     return Solution(lifted, state.certificate, status, remedy, evaluations, time.perf_counter() - began, history)
 
 
-def _restricted(working: Problem, bases: SpanBases | None, start: Factors | None) -> Factors:
-    if start is None:
-        return zero_factors(working.operator)
-    full = bases.restrict(start) if bases is not None else start
-    return {**zero_factors(working.operator), **balanced(cast_factors(full, working.operator))}
-
-
-def _scale(problem: Problem) -> float:
-    """Natural size of the factored gradient: ``lambda ||x||`` at the largest ``x`` that can help."""
-    return math.sqrt(2 * max(problem.objective_at_zero, 1e-300) * min(problem.penalty.values()))
-
-
 def _descend(problem: Problem, factors: Factors, tolerance: float, budget: int) -> tuple[Factors, int]:
-    layout = FactorLayout(dict(problem.operator.shapes), ranks_of(factors))
+    working, _ = problem.reduced
+    layout = FactorLayout(dict(working.operator.shapes), ranks_of(factors))
     if layout.size == 0:
         return factors, 0
-    result = minimize(
-        layout.function(problem),
-        layout.flatten(factors),
-        tolerance=tolerance * _scale(problem),
-        max_evaluations=max(1, min(budget, 3000)),
+    result = descend(
+        problem, layout, layout.flatten(factors), tolerance=tolerance, max_evaluations=max(1, min(budget, 3000))
     )
-    return {**zero_factors(problem.operator), **layout.unflatten(result.x)}, result.evaluations
+    return {**zero_factors(working.operator), **layout.unflatten(result.x)}, result.evaluations
 
 
 def _add_directions(problem: Problem, factors: Factors, state: PointState, most: int = 4) -> Factors:
@@ -241,44 +195,6 @@ def _newton_step(x: Tensor, gradient: Tensor, hessian: Tensor) -> Tensor:
     return torch.linalg.solve(scaled, slope) / diagonal.sqrt()
 
 
-def balanced(factors: Factors, drop: float = 1e-10) -> Factors:
-    """The same updates with ``u^T u = v^T v`` diagonal, columns by size; columns below ``drop`` go.
-
-    Args:
-        factors: unbatched factors.
-        drop: singular values below this share of the largest of all blocks are dropped.
-    """
-    parts = {name: _thin_svd(u, v) for name, (u, v) in factors.items()}
-    largest = max((float(s[0]) for _, s, _ in parts.values() if len(s)), default=0.0)
-    out: Factors = {}
-    for name, (p, s, q) in parts.items():
-        keep = s > drop * largest if largest > 0 else torch.zeros_like(s, dtype=torch.bool)
-        root = s[keep].sqrt()
-        out[name] = (p[:, keep] * root, q[:, keep] * root)
-    return out
-
-
-def singular_values(factors: Factors) -> dict[str, Tensor]:
-    """Singular values of each update, largest first."""
-    return {name: _thin_svd(u, v)[1] for name, (u, v) in factors.items()}
-
-
-def truncated(factors: Factors, ranks: dict[str, int]) -> Factors:
-    """Best approximation of each update by one of the given rank (blocks not named keep theirs)."""
-    parts = balanced(factors, drop=0.0)
-    kept = {name: ranks.get(name, u.shape[1]) for name, (u, _) in parts.items()}
-    return {name: (u[:, : kept[name]], v[:, : kept[name]]) for name, (u, v) in parts.items()}
-
-
-def _thin_svd(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if u.shape[1] == 0:
-        return u, u.new_zeros(0), v
-    qu, ru = torch.linalg.qr(u)
-    qv, rv = torch.linalg.qr(v)
-    p, s, qt = torch.linalg.svd(ru @ rv.T, full_matrices=False)
-    return qu @ p, s, qv @ qt.T
-
-
 def _pruned(
     problem: Problem, factors: Factors, state: PointState, tolerance: float, best_dual: float
 ) -> tuple[Factors, PointState]:
@@ -292,160 +208,3 @@ def _pruned(
         if candidate.certificate.relative_gap <= target:
             return fewer, candidate
     return factors, state
-
-
-@dataclass(frozen=True)
-class FixedRank:
-    """Best point found at fixed ranks.
-
-    Attributes:
-        solution: the best start's end point and its certificate (against every rank).
-        starts: number of starts made.
-        objectives: objective reached by every start (unfinished where one start was already good enough).
-        stationary: whether the gradient reached its tolerance.
-        curvature: inertia of the Hessian at the point; undetermined where the gap made it needless.
-    """
-
-    solution: Solution
-    starts: int
-    objectives: list[float]
-    stationary: bool
-    curvature: Inertia
-
-
-def solve_fixed_rank(
-    problem: Problem,
-    ranks: dict[str, int],
-    *,
-    reference: Factors | None = None,
-    random_starts: int = 0,
-    seed: int = 0,
-    tolerance: float = 1e-8,
-    best_dual: float = -math.inf,
-    max_evaluations: int = 3000,
-    enough: float = 1e-7,
-    check_curvature: bool = True,
-) -> FixedRank:
-    """Minimise over factors of the given ranks from several starts, all in one batch.
-
-    Args:
-        problem: the problem.
-        ranks: rank by block, clipped to the block's size; zero leaves a block out.
-        reference: factors whose truncation is one start (the optimum, as a rule).
-        random_starts: further starts, Gaussian at three scales.
-        seed: seed of the random starts.
-        tolerance: relative gradient norm that counts as stationary.
-        best_dual: a dual value known to be feasible for this problem.
-        max_evaluations: most evaluations of the batch.
-        enough: relative gap at which no further search is made.
-        check_curvature: prove the absence of negative curvature, and leave saddles by it.
-
-    Returns:
-        The best end point, with what was checked about it.
-    """
-    began = time.perf_counter()
-    working, bases = problem.reduced
-    shapes = dict(working.operator.shapes)
-    full_ranks = {name: min(ranks.get(name, 0), *problem.operator.shapes[name], *shapes[name]) for name in shapes}
-    layout = FactorLayout(shapes, full_ranks)
-    if layout.size == 0:
-        zero = zero_factors(working.operator)
-        state = certify(working, zero, best_dual)
-        lifted = bases.lift(zero) if bases is not None else zero
-        solution = Solution(lifted, state.certificate, "converged", "", 0, time.perf_counter() - began)
-        return FixedRank(solution, 1, [state.certificate.objective], True, Inertia(0, 0.0))
-    generator = torch.Generator().manual_seed(seed)
-    starts: list[Tensor] = []
-    if reference is not None:
-        full = _restricted(working, bases, reference)
-        starts.append(layout.flatten(_padded(truncated(full, full_ranks), shapes, full_ranks)))
-    if not starts:
-        random_starts = max(1, random_starts)
-    for index in range(random_starts):
-        starts.append(_random_start(working, layout, full_ranks, generator, (0.1, 1.0, 0.3)[index % 3]))
-    function = layout.function(working)
-    goal = tolerance * _scale(working)
-    gain = working.objective_at_zero - best_dual
-    enough_value = best_dual + enough * gain if math.isfinite(best_dual) else None
-    result = minimize(
-        function, torch.cat(starts), tolerance=goal, max_evaluations=max_evaluations, stop_below=enough_value
-    )
-    evaluations = result.evaluations
-    objectives = [float(value) for value in result.value]
-    best = int(torch.argmin(result.value))
-    x, norm = result.x[best : best + 1], float(result.gradient_norm[best])
-    curvature = Inertia(None, 0.0, "not asked for")
-    for _ in range(4):
-        factors = {**zero_factors(working.operator), **layout.unflatten(x)}
-        state = certify(working, factors, best_dual)
-        if not check_curvature or state.certificate.relative_gap <= max(enough, 1e-12) or norm > goal:
-            break
-        curvature = inertia(working, factors, state)
-        if curvature.negative in (0, None):
-            break
-        lower = _leave_saddle(working, layout, function, x, factors, state, goal, max_evaluations)
-        evaluations += lower.evaluations
-        best = int(torch.argmin(lower.value))
-        if not float(lower.value[best]) < float(function(x)[0]):
-            break
-        x, norm = lower.x[best : best + 1], float(lower.gradient_norm[best])
-        curvature = Inertia(None, curvature.tau, "not determined after a saddle was left")
-    factors = balanced({**zero_factors(working.operator), **layout.unflatten(x)})
-    state = certify(working, factors, best_dual)
-    lifted = bases.lift(factors) if bases is not None else factors
-    stationary = norm <= goal
-    done = stationary or state.certificate.relative_gap <= enough
-    solution = Solution(
-        lifted,
-        state.certificate,
-        "converged" if done else "not-converged",
-        "" if done else "the limit of evaluations was reached before a stationary point; raise max_evaluations",
-        evaluations,
-        time.perf_counter() - began,
-    )
-    return FixedRank(solution, len(starts), objectives, stationary, curvature)
-
-
-def _leave_saddle(
-    problem: Problem,
-    layout: FactorLayout,
-    function: Callable[[Tensor], tuple[Tensor, Tensor]],
-    x: Tensor,
-    factors: Factors,
-    state: PointState,
-    goal: float,
-    max_evaluations: int,
-) -> Minimum:
-    """Step both ways along the direction of negative curvature and descend from there."""
-    kept = {name: factors[name] for name in layout.parts}
-    _, direction = escape_direction(problem, kept, state)
-    flat = layout.flatten(direction)
-    size = max(float(x.norm()), 1e-6)
-    trials = torch.cat([x + sign * share * size * flat for share in (0.01, 0.1) for sign in (1, -1)])
-    return minimize(function, trials, tolerance=goal, max_evaluations=max_evaluations)
-
-
-def _padded(factors: Factors, shapes: dict[str, tuple[int, int]], ranks: dict[str, int]) -> Factors:
-    """Fill missing columns with small deterministic ones, so that every column can move."""
-    out: Factors = {}
-    generator = torch.Generator().manual_seed(0)
-    for name, rank in ranks.items():
-        u, v = factors[name]
-        missing = rank - u.shape[1]
-        if missing > 0:
-            scale = 1e-3 * max(float(u.norm()), 1e-3) / math.sqrt(u.shape[0] * rank)
-            m, n = shapes[name]
-            extra = (torch.randn(m, missing, generator=generator), torch.randn(n, missing, generator=generator))
-            u, v = torch.cat([u, scale * extra[0].to(u)], 1), torch.cat([v, scale * extra[1].to(v)], 1)
-        out[name] = (u, v)
-    return out
-
-
-def _random_start(
-    problem: Problem, layout: FactorLayout, ranks: dict[str, int], generator: torch.Generator, scale: float
-) -> Tensor:
-    """Gaussian factors whose penalty is ``scale`` times the loss at zero."""
-    x = torch.randn(1, layout.size, generator=generator, dtype=torch.float64).to(problem.operator.device)
-    x = x.to(problem.operator.dtype)
-    penalty = float(problem.penalty_of(layout.unflatten(x)))
-    return x * math.sqrt(scale * max(problem.objective_at_zero, 1e-300) / penalty)

@@ -26,7 +26,8 @@ from ranksure.operators.base import Factors, cast_factors, zero_factors
 from ranksure.operators.dense import DenseOperator
 from ranksure.operators.factored import FactoredOperator
 from ranksure.problem import Problem
-from ranksure.solvers.burer_monteiro import Solution, Status, balanced
+from ranksure.solvers.balancing import balanced
+from ranksure.solvers.solution import Solution, Status
 
 Method: TypeAlias = Literal["gd", "sgd", "adam"]
 Schedule: TypeAlias = Literal["constant", "inverse-sqrt"]

@@ -73,7 +73,7 @@ class FactorLayout:
 
         def evaluate(x: Tensor) -> tuple[Tensor, Tensor]:
             value, gradient = problem.value_and_gradient(self.unflatten(x))
-            return value.reshape(-1), self.flatten(gradient)
+            return value.reshape(-1).to(x.dtype), self.flatten(gradient)
 
         return evaluate
 
@@ -152,7 +152,7 @@ def _line_search(
     best_x, best_f, best_g = x.clone(), f.clone(), g.clone()
     moved = torch.zeros_like(alive)
     open_ = alive.clone()
-    noise = 1e-14 * f.abs()
+    noise = max(1e-14, 2 * torch.finfo(x.dtype).eps) * f.abs()
     used = 0
     while bool(open_.any()) and used < most:
         trial = torch.where(open_[:, None], x + step[:, None] * direction, best_x)

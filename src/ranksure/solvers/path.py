@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from ranksure.certificate import lambda_max
 from ranksure.errors import SettingError
 from ranksure.problem import Problem
-from ranksure.solvers.burer_monteiro import Solution, solve
+from ranksure.solvers.burer_monteiro import solve
+from ranksure.solvers.solution import Solution
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ def lambda_path(
     smallest: float = 0.01,
     tolerance: float = 1e-3,
     progress: Callable[[int, PathPoint], None] | None = None,
+    stop: Callable[[list[PathPoint]], bool] | None = None,
 ) -> list[PathPoint]:
     """Solve at ``count`` lambdas, geometrically from ``lambda_max`` to ``smallest * lambda_max``.
 
@@ -40,6 +42,7 @@ def lambda_path(
         smallest: the last lambda as a share of ``lambda_max``.
         tolerance: relative gap of every point.
         progress: called after each point with its number and the point.
+        stop: called after each point with all so far; True ends the path there.
 
     Returns:
         The points, largest lambda first.
@@ -62,4 +65,6 @@ def lambda_path(
         points.append(PathPoint(lam, solve(problem.with_penalty(lam), tolerance=tolerance, start=start)))
         if progress is not None:
             progress(index, points[-1])
+        if stop is not None and stop(points):
+            break
     return points

@@ -23,7 +23,7 @@ from ranksure.errors import SettingError
 from ranksure.operators.base import Delta, Factors, TangentOperator, cast_factors, zero_factors
 from ranksure.operators.matrix_free import MatrixFreeOperator
 from ranksure.problem import Problem
-from ranksure.solvers.burer_monteiro import Solution, Status
+from ranksure.solvers.solution import Solution, Status
 
 _GRAM_LIMIT = 4096  # rows of the Gram matrix up to which its largest eigenvalue is computed
 _POWER_MARGIN = 1.1  # a power iteration approaches the norm from below
