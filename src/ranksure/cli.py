@@ -33,8 +33,12 @@ _PLAN_EXAMPLES = """
   ranksure plan --model ./my-bert --data train.csv --json > plan.json
 """
 
-Model = Annotated[str, typer.Option("--model", help="Model folder or Hub id (a sequence-classification checkpoint or an encoder).")]
-Data = Annotated[str, typer.Option("--data", help=".csv, .tsv, .jsonl or .parquet file, save_to_disk folder, or Hub data set.")]
+Model = Annotated[
+    str, typer.Option("--model", help="Model folder or Hub id (a sequence-classification checkpoint or an encoder).")
+]
+Data = Annotated[
+    str, typer.Option("--data", help=".csv, .tsv, .jsonl or .parquet file, save_to_disk folder, or Hub data set.")
+]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder for plan.json and the solved adapter.")]
 TextColumn = Annotated[str, typer.Option("--text-column", help="Column of texts.")]
 PairColumn = Annotated[str | None, typer.Option("--text-pair-column", help="Column of second texts.")]
@@ -44,32 +48,52 @@ SplitName = Annotated[str | None, typer.Option("--split", help="Split of a Hub o
 EvalSplit = Annotated[str | None, typer.Option("--eval-split", help="Split of the evaluation data.")]
 Targets = Annotated[
     str | None,
-    typer.Option("--target-modules", help="Names (query,value), a regular expression, or all-linear. Default: PEFT's for the model."),
+    typer.Option(
+        "--target-modules",
+        help="Names (query,value), a regular expression, or all-linear. Default: PEFT's for the model.",
+    ),
 ]
 Layers = Annotated[str, typer.Option("--layers-to-transform", help="last, all, 0-5, or 0,2,4.")]
 Samples = Annotated[int, typer.Option("--samples", help="Training rows to solve on.")]
 HeldOutRows = Annotated[int, typer.Option("--heldout", help="Most held-out rows.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the shuffle and of random starts.")]
 WeightDecay = Annotated[
-    str, typer.Option("--weight-decay", help="auto (held-out loss on the path), or lambda: the L2 decay on factors of scale 1.")
+    str,
+    typer.Option(
+        "--weight-decay", help="auto (held-out loss on the path), or lambda: the L2 decay on factors of scale 1."
+    ),
 ]
 Ranks = Annotated[str, typer.Option("--ranks", help="Uniform ranks to examine.")]
-Captured = Annotated[float, typer.Option("--captured", help="Share of the possible gain that a recommended rank must capture.")]
+Captured = Annotated[
+    float, typer.Option("--captured", help="Share of the possible gain that a recommended rank must capture.")
+]
 Memory = Annotated[str, typer.Option("--memory", help="Memory budget, such as 8GB.")]
-LossName = Annotated[str, typer.Option("--loss", help="cross-entropy, logistic (two classes, one output) or squared-error.")]
-Pooling = Annotated[str, typer.Option("--pooling", help="model (its own head input) or mean (of the last hidden states).")]
-MaxLength = Annotated[int | None, typer.Option("--max-length", help="Tokens per text (default: the model's limit, at most 256).")]
+LossName = Annotated[
+    str, typer.Option("--loss", help="cross-entropy, logistic (two classes, one output) or squared-error.")
+]
+Pooling = Annotated[
+    str, typer.Option("--pooling", help="model (its own head input) or mean (of the last hidden states).")
+]
+MaxLength = Annotated[
+    int | None, typer.Option("--max-length", help="Tokens per text (default: the model's limit, at most 256).")
+]
 BatchSize = Annotated[int, typer.Option("--batch-size", help="Texts per batch.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="Model dtype: auto, float32, bfloat16, float16.")]
 CaptureDtype = Annotated[str, typer.Option("--capture-dtype", help="Storage of captured factors: float32 or bfloat16.")]
 Revision = Annotated[str | None, typer.Option("--revision", help="Hub revision of the model.")]
-Starts = Annotated[int | None, typer.Option("--random-starts", help="Random starts per rank (default: as the size allows).")]
-Uniform = Annotated[bool, typer.Option("--uniform", help="Zero-pad the adapter to one rank (for vLLM and others that ignore patterns).")]
+Starts = Annotated[
+    int | None, typer.Option("--random-starts", help="Random starts per rank (default: as the size allows).")
+]
+Uniform = Annotated[
+    bool, typer.Option("--uniform", help="Zero-pad the adapter to one rank (for vLLM and others that ignore patterns).")
+]
 Merged = Annotated[bool, typer.Option("--merged", help="Write a merged checkpoint instead of an adapter.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code from the model repository.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the memory and time estimate and stop.")]
-Json = Annotated[bool, typer.Option("--json", help="The result as JSON on standard output, all else on standard error.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="The result as JSON on standard output, all else on standard error.")
+]
 
 
 @app.command("plan", epilog=_PLAN_EXAMPLES)
@@ -194,7 +218,6 @@ def _weight_decay(text: str) -> float | str:
 
 
 def _plan(model: str, data: Any, settings: dict[str, Any], out: Path | None, *, dry_run: bool, json: bool) -> None:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if out is not None:
         _check_writable(out)
     from ranksure.planner.prepare import estimate, prepare
@@ -233,10 +256,16 @@ def _check_writable(out: Path) -> None:
 
 def main() -> None:
     """Entry point: a user's mistake is one line on standard error and exit code 2; Ctrl-C is 130."""
+    # Set before torch loads: threads that spin while they wait make small products tens of times slower
+    # as soon as another process wants the same cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         app()
     except RanksureError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error[/bold red] {_escaped(str(error))}", highlight=False)
+        Console(stderr=True, soft_wrap=True).print(
+            f"[bold red]error[/bold red] {_escaped(str(error))}", highlight=False
+        )
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted; nothing was written")

@@ -137,7 +137,7 @@ def prepare(model: Any, data: Any, settings: PlanSettings, tokenizer: Any, clock
             )
         if settings.samples > len(rows):
             raise SettingError(
-                f"--samples {settings.samples} is more than the {len(rows)} rows of {rows.source}; use at most {len(rows)}"
+                f"--samples {settings.samples} is more than the {len(rows)} rows of {rows.source}; ask for fewer"
             )
         task = load_text_task(
             model,
@@ -164,13 +164,15 @@ def prepare(model: Any, data: Any, settings: PlanSettings, tokenizer: Any, clock
         truncated = task.count_truncated(split.train)
         if truncated:
             notes.append(
-                f"{truncated} of the {len(split.train)} training texts reach {task.max_length} tokens and are cut there; "
-                "raise --max-length to keep more."
+                f"{truncated} of the {len(split.train)} training texts reach {task.max_length} tokens and are cut "
+                "there; raise --max-length to keep more."
             )
         if split.train.label_names is not None:
             present = set(split.train.labels)
             if len(present) < 2:
-                raise DataError(f"the {settings.samples} sampled rows of {rows.source} hold one class only; raise --samples")
+                raise DataError(
+                    f"the {settings.samples} sampled rows of {rows.source} hold one class only; raise --samples"
+                )
             absent = [name for i, name in enumerate(split.train.label_names) if i not in present]
             if absent:
                 notes.append(f"The sampled rows hold no row of class {', '.join(absent)}; raise --samples.")
@@ -216,8 +218,8 @@ def _split(rows: Rows, evaluation: Rows | None, settings: PlanSettings) -> Split
         select, report = shuffled.subset(rest[:half]), shuffled.subset(rest[half:])
     if settings.weight_decay == "auto" and len(select) < _SELECT_AT_LEAST:
         raise SettingError(
-            f"--weight-decay auto needs at least {2 * _SELECT_AT_LEAST} held-out rows beside the {settings.samples} samples "
-            f"of {describe_source(rows.source)}; give --eval-data, fewer --samples, or a number"
+            f"--weight-decay auto needs at least {2 * _SELECT_AT_LEAST} held-out rows beside the {settings.samples} "
+            f"samples of {describe_source(rows.source)}; give --eval-data, fewer --samples, or a number"
         )
     return Split(train, select if len(select) else None, report if len(report) else None, len(rows))
 
@@ -247,7 +249,7 @@ def estimate(prepared: Prepared) -> Estimate:
     capture_seconds = forward * (1 + 2 * contrasts) * padded
     probe = torch.randn(1024, 1024, dtype=torch.float64)
     began = time.perf_counter()
-    probe @ probe
+    torch.matmul(probe, probe)
     rate = 2 * 1024**3 / (time.perf_counter() - began)
     per_rank = sum(4 * tokens[0] * (m * contrasts + n) for m, n in map(block_shape, prepared.targets.values()))
     # About 400 evaluations at a handful of columns for path, optimum, ranks and pattern together, memory-bound.
@@ -271,7 +273,9 @@ def linearise(prepared: Prepared, clock: Clock) -> Linearised:
     held: list[HeldOut | None] = []
     with clock.stage("capture", "Capturing gradients of the held-out rows") as advance:
         for rows in (prepared.split.select, prepared.split.report):
-            held.append(None if rows is None else HeldOut(*_capture(prepared, rows, advance), task.labels(rows), loss, rows))
+            held.append(
+                None if rows is None else HeldOut(*_capture(prepared, rows, advance), task.labels(rows), loss, rows)
+            )
     report = held[1]
     if head is not None and report is not None and settings.loss != "squared-error" and settings.pooling == "model":
         with clock.stage("head", "Comparing poolings") as advance:

@@ -39,7 +39,8 @@ def show(result: PlanResult, console: Console, folder: str | None = None) -> Non
     data = result.data
     console.print()
     console.print(
-        f"[bold]{data['model']}[/bold] on {data['data']['source']}: {data['n_samples']} of {data['data']['rows']} rows, "
+        f"[bold]{_short(data['model'])}[/bold] on {data['data']['source']}: "
+        f"{data['n_samples']} of {data['data']['rows']} rows, "
         f"{data['n_outputs']} outputs, {data['loss']}, {len(data['target_modules'])} target modules",
         highlight=False,
     )
@@ -80,7 +81,9 @@ def show_estimate(prepared: Prepared, guess: Estimate, console: Console) -> None
     table.add_row("target modules", str(len(prepared.targets)))
     table.add_row("training tokens", f"{guess.tokens:,}")
     table.add_row("captured factors, at most", f"{guess.factor_bytes / 2**20:,.0f} MiB")
-    table.add_row("all memory, at most", f"{guess.total_bytes / 2**20:,.0f} MiB of {options.memory_bytes / 2**20:,.0f} MiB")
+    table.add_row(
+        "all memory, at most", f"{guess.total_bytes / 2**20:,.0f} MiB of {options.memory_bytes / 2**20:,.0f} MiB"
+    )
     table.add_row("capture, about", f"{guess.capture_seconds:,.0f} s")
     table.add_row("solving, very roughly", f"{guess.solve_seconds:,.0f} s")
     console.print(table)
@@ -107,7 +110,18 @@ def _rank_table(data: dict[str, Any]) -> Table:
         f"{optimum['relative_gap']:.1e}; without adapter F = {optimum['objective_at_zero']:.6f})",
         title_justify="left",
     )
-    for column in ("rank", "objective", "gap", "rho", "captured", "held-out loss", "accuracy", "parameters", "starts", "verdict"):
+    for column in (
+        "rank",
+        "objective",
+        "gap",
+        "rho",
+        "captured",
+        "held-out loss",
+        "accuracy",
+        "parameters",
+        "starts",
+        "verdict",
+    ):
         table.add_column(column, justify="left" if column == "verdict" else "right")
     for row in data["ranks"]:
         low, high = row["captured"]
@@ -145,9 +159,16 @@ def _module_table(data: dict[str, Any], most: int = 24) -> Table:
 
 
 def _subset_table(data: dict[str, Any]) -> Table:
-    table = Table(title="How the answer moves with data (nested subsets, lambda scaled as N^-1/2)", title_justify="left")
+    table = Table(
+        title="How the answer moves with data (nested subsets, lambda scaled as N^-1/2)", title_justify="left"
+    )
     ranks = list(data["subsets"][0]["captured"])
-    for column in ("rows", "largest certified rank", f"rank for {data['captured_target']:.0%}", *(f"rank {r}" for r in ranks)):
+    for column in (
+        "rows",
+        "largest certified rank",
+        f"rank for {data['captured_target']:.0%}",
+        *(f"rank {r}" for r in ranks),
+    ):
         table.add_column(column, justify="right")
     for row in data["subsets"]:
         shares = [f"{row['captured'][rank]:.1%}" for rank in ranks]
@@ -172,8 +193,15 @@ def _linearity(data: dict[str, Any], console: Console) -> None:
     shown = [f"{key} {linearity[key]:.1%}" for key in ("train", "heldout") if linearity[key] is not None]
     text = f"real network against its linearisation, relative difference of the change: {', '.join(shown)}"
     if linearity.get("heldout_real_loss") is not None:
-        text += f"; real held-out loss {linearity['heldout_real_loss']:.4f} (linear {linearity['heldout_linear_loss']:.4f})"
+        text += (
+            f"; real held-out loss {linearity['heldout_real_loss']:.4f} (linear {linearity['heldout_linear_loss']:.4f})"
+        )
     console.print(text, highlight=False)
+
+
+def _short(model: str) -> str:
+    """The last two parts of a long path; a Hub id as it is."""
+    return model if model.count("/") < 2 else "/".join(model.rstrip("/").split("/")[-2:])
 
 
 def _number(value: int | None) -> str:

@@ -67,8 +67,6 @@ class PlanResult:
             model=task.adapted,
             task_type="FEATURE_EXTRACTION" if mean else "SEQ_CLS",
             modules_to_save=None if mean or not task.head_is_new else task.new_modules,
-            base_model_name_or_path=task.name,
-            revision=task.revision,
         )
 
     @property
@@ -79,12 +77,15 @@ class PlanResult:
         worst = max((v for v in (linearity["train"], linearity["heldout"]) if v is not None), default=0.0)
         if worst > LINEARITY_WARNING:
             out.append(
-                f"The real network differs from its linearisation by {worst:.0%} of the change: the certificate is for the "
-                "linearised problem, so treat the ranks as a guide and check the trained run."
+                f"The real network differs from its linearisation by {worst:.0%} of the change: the certificate is for "
+                "the linearised problem, so treat the ranks as a guide and check the trained run."
             )
         optimum = self.data["optimum"]
         if optimum["status"] != "converged":
-            out.append(f"The optimum was not certified to the tolerance (gap {optimum['relative_gap']:.1e}): {optimum['remedy']}.")
+            out.append(
+                f"The optimum was not certified to the tolerance: relative gap {optimum['relative_gap']:.1e}; "
+                f"{optimum['remedy']}."
+            )
         accuracies = self.data["head"]["accuracy"]
         if accuracies.get("mean") is not None and accuracies.get("model") is not None:
             gain = accuracies["mean"] - accuracies["model"]
@@ -101,8 +102,8 @@ class PlanResult:
         bounds, optimum, advice = data["bounds"], data["optimum"], data["recommended"]
         if self.is_zero:
             return [
-                f"No adapter is needed: at weight decay {data['weight_decay']:.3g} (lambda_max is {data['lambda_max']:.3g}) "
-                "the certified optimum is no update at all, so the rank is 0.",
+                f"No adapter is needed: at weight decay {data['weight_decay']:.3g} (lambda_max is "
+                f"{data['lambda_max']:.3g}) the certified optimum is no update at all, so the rank is 0.",
                 "Lower the weight decay to let the data move the weights.",
             ]
         share = f"{data['captured_target']:.0%}"
@@ -127,8 +128,8 @@ class PlanResult:
         if held is None:
             return [first, second, "There were no held-out rows, so nothing is said about generalisation."]
         third = (
-            f"On {held['rows']} held-out rows that chose nothing, the smallest rank within one standard error of the best "
-            f"is {advice['heldout_r']}"
+            f"On {held['rows']} held-out rows that chose nothing, the smallest rank within one standard error of the "
+            f"best is {advice['heldout_r']}"
             + (", so the adapter does not help beyond the head." if advice["heldout_r"] == 0 else ".")
         )
         return [first, second, third]
@@ -167,7 +168,11 @@ class PlanResult:
         id2label = dict(enumerate(task.label_names)) if task.label_names and task.n_outputs > 1 else None
         if options.merged:
             export_merged(
-                task.adapted, self.factors, stage / "merged", tokenizer=task.tokenizer, id2label=id2label,
+                task.adapted,
+                self.factors,
+                stage / "merged",
+                tokenizer=task.tokenizer,
+                id2label=id2label,
                 shown_path=out / "merged",
             )
             return

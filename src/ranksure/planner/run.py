@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ranksure.adapters.low_rank_hooks import applied
-from ranksure.losses import Loss
 from ranksure.network import predict
 from ranksure.operators.base import Factors
 from ranksure.planner.prepare import Linearised, Prepared, accuracy, estimate, linearise, prepare
@@ -89,7 +87,11 @@ def run_plan(prepared: Prepared, clock: Clock) -> PlanResult:
             advance=advance,
         )
     with clock.stage("pattern", "Finding the smallest rank pattern") as advance:
-        pattern, _ = (dict.fromkeys(solution.ranks, 0), solution) if zero else smallest_pattern(problem, solution, options.captured, advance)
+        pattern, _ = (
+            (dict.fromkeys(solution.ranks, 0), solution)
+            if zero
+            else smallest_pattern(problem, solution, options.captured, advance)
+        )
     subsets: list[dict[str, Any]] = []
     extrapolation = None
     n = problem.operator.n_samples
@@ -107,7 +109,11 @@ def run_plan(prepared: Prepared, clock: Clock) -> PlanResult:
         "schema": 1,
         "model": prepared.task.name,
         "revision": prepared.task.revision,
-        "data": {"source": prepared.split.train.source, "sha256": prepared.split.train.sha256, "rows": prepared.split.total},
+        "data": {
+            "source": prepared.split.train.source,
+            "sha256": prepared.split.train.sha256,
+            "rows": prepared.split.total,
+        },
         "n_samples": n,
         "n_outputs": prepared.task.n_outputs,
         "loss": loss.name,
@@ -280,7 +286,7 @@ def _recommended(
         "heldout_r": heldout_rank,
         "parameters_uniform": parameters(problem, uniform),
         "parameters_pattern": parameters(problem, kept),
-        "note": "smallest found; L2 decay on LoRA factors at scale lora_alpha / r = 1, as SGD's weight_decay (not AdamW's)",
+        "note": "smallest found; weight_decay is L2 on LoRA factors at scale lora_alpha / r = 1: SGD's, not AdamW's",
     }
 
 
@@ -326,5 +332,3 @@ def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
     return {name: version(name) for name in ("torch", "transformers", "peft")}
-
-

@@ -53,7 +53,9 @@ class SubsetRow:
         }
 
 
-def subset_rows(problem: Problem, sizes: Sequence[int], ranks: Sequence[int], share: float, advance: Advance) -> list[SubsetRow]:
+def subset_rows(
+    problem: Problem, sizes: Sequence[int], ranks: Sequence[int], share: float, advance: Advance
+) -> list[SubsetRow]:
     """Solve the problem on nested prefixes of the rows, to a relative gap of 1e-3."""
     rows: list[SubsetRow] = []
     for index, n in enumerate(sizes):

@@ -102,7 +102,9 @@ class PlanSettings:
         if self.uniform and self.merged:
             raise SettingError("--uniform and --merged exclude each other: a merged checkpoint has no adapter")
         if self.merged and self.pooling == "mean":
-            raise SettingError("--merged needs --pooling model: a mean-pooled head is not part of the checkpoint's class")
+            raise SettingError(
+                "--merged needs --pooling model: a mean-pooled head is not part of the checkpoint's class"
+            )
         if not self.ranks or min(self.ranks) < 1:
             raise SettingError(f"--ranks {','.join(map(str, self.ranks))}: give ranks of at least 1, such as 1,2,4,8")
         if isinstance(self.weight_decay, str):
@@ -112,8 +114,8 @@ class PlanSettings:
             raise SettingError(f"--weight-decay {self.weight_decay} must be a positive number, or auto")
         elif self.weight_decay == 0:
             raise SettingError(
-                "--weight-decay 0 is refused: without a penalty the dual is trivial, cross-entropy may have no minimiser, "
-                "and no rank can be certified; use auto or a small positive number"
+                "--weight-decay 0 is refused: without a penalty the dual is trivial, cross-entropy may have no "
+                "minimiser, and no rank can be certified; use auto or a small positive number"
             )
 
     @property

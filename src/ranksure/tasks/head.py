@@ -89,14 +89,15 @@ def fit_head(features: Tensor, labels: Tensor, loss: Loss, n_outputs: int, bias:
     # Every fold at every strength is one row of a single batched problem.
     ridges = torch.tensor(RIDGES, dtype=torch.float64)
     inside = (~outside).double().repeat(len(RIDGES), 1)
-    x = _minimise(reduced, labels, loss, n_outputs, bias, ridges.repeat_interleave(folds), inside)
+    x = _minimise(reduced, labels, loss, n_outputs, bias, ridges.repeat_interleave(folds), inside, 1e-5)
     held = loss.value(_apply(reduced, x, bias), labels).view(len(RIDGES), folds, n)
     losses = (held * outside).sum(1)  # each row's loss from the fold that left it out
     scores = losses.mean(1)
     difference = losses - losses[int(scores.argmin())]
     error = difference.std(1) / n**0.5
     ridge = RIDGES[int((difference.mean(1) <= error).nonzero().max())]
-    x = _minimise(reduced, labels, loss, n_outputs, bias, torch.tensor([ridge]), torch.ones(1, n, dtype=torch.float64))[0]
+    everything = torch.ones(1, n, dtype=torch.float64)
+    x = _minimise(reduced, labels, loss, n_outputs, bias, torch.tensor([ridge]), everything, 1e-8)[0]
     weight = (x[:, : basis.shape[0]] / unit) @ basis
     return HeadFit(weight, x[:, -1] - weight @ centre if bias else None, ridge, scores.tolist())
 
@@ -119,7 +120,14 @@ def _apply(features: Tensor, x: Tensor, bias: bool) -> Tensor:
 
 
 def _minimise(
-    features: Tensor, labels: Tensor, loss: Loss, n_outputs: int, bias: bool, ridges: Tensor, rows: Tensor
+    features: Tensor,
+    labels: Tensor,
+    loss: Loss,
+    n_outputs: int,
+    bias: bool,
+    ridges: Tensor,
+    rows: Tensor,
+    tolerance: float,
 ) -> Tensor:
     """Heads ``(S, K, d + bias)`` for ``S`` ridge strengths and row selections ``(S, N)``."""
     width = features.shape[1]
@@ -138,5 +146,5 @@ def _minimise(
         return value, gradient.flatten(1)
 
     start = torch.zeros(len(ridges), n_outputs * (width + bias), dtype=torch.float64)
-    found = minimize(function, start, tolerance=1e-8, max_evaluations=1000)
+    found = minimize(function, start, tolerance=tolerance, max_evaluations=1000)
     return found.x.view(-1, n_outputs, width + bias)

@@ -226,7 +226,9 @@ def _load(
         raise SettingError(f"unknown dtype {dtype!r}: use auto, float32, bfloat16 or float16")
     looks_local = Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not Path(name).is_dir():
-        raise ModelError(f"model folder {name} does not exist" if not Path(name).exists() else f"{name} is not a folder")
+        raise ModelError(
+            f"model folder {name} does not exist" if not Path(name).exists() else f"{name} is not a folder"
+        )
     if looks_local and not (Path(name) / "config.json").is_file():
         raise ModelError(f"{name} holds no config.json, so it is not a Hugging Face model folder")
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -246,8 +248,8 @@ def _load(
             notes.append(f"The weights of {name} are pickled, not safetensors; they were read with weights_only.")
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise ModelError(
-            f"model {name} cannot be loaded as a sequence classifier: {one_line(error)} (give a folder with config.json "
-            "and model.safetensors, or a Hub id while online)"
+            f"model {name} cannot be loaded as a sequence classifier: {one_line(error)} (give a folder with "
+            "config.json and model.safetensors, or a Hub id while online)"
         ) from None
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -255,7 +257,9 @@ def _load(
             transformers_logging.enable_progress_bar()
     mismatched = [entry[0] if isinstance(entry, (tuple, list)) else entry for entry in info["mismatched_keys"]]
     if mismatched:
-        notes.append(f"The head of {name} has another number of outputs than the data's {n_outputs}; a new one is fitted.")
+        notes.append(
+            f"The head of {name} has another number of outputs than the data's {n_outputs}; a new one is fitted."
+        )
     new = sorted({_owner(loaded, key) for key in [*info["missing_keys"], *mismatched]})
     return loaded, new, notes
 
@@ -293,7 +297,8 @@ def _own_label_order(model: PreTrainedModel, rows: Rows) -> list[str] | None:
     """A trained head's own class order, where the data's labels are its names."""
     if rows.label_names is None:
         return None
-    names = [str(model.config.id2label[i]) for i in range(len(rows.label_names))]
+    id2label: dict[Any, str] = {**(model.config.id2label or {})}
+    names = [str(id2label.get(i, i)) for i in range(len(rows.label_names))]
     lower = {name.lower(): name for name in rows.label_names}
     if sorted(lower) == sorted(name.lower() for name in names):
         return [lower[name.lower()] for name in names]

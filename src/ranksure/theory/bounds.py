@@ -49,7 +49,7 @@ def landscape_rank(dimension: int) -> int:
 
 
 def numerical_rank(gram: Tensor, tolerance: float = RANK_TOLERANCE) -> int:
-    """Rank of an operator from its Gram matrix ``A A^*`` in float64: singular values above ``tolerance`` times the largest."""
+    """Rank of an operator from its Gram matrix ``A A^*``: singular values above ``tolerance`` times the largest."""
     values = torch.linalg.eigvalsh(gram.double())
     return int((values > tolerance**2 * values[-1]).sum()) if float(values[-1]) > 0 else 0
 
