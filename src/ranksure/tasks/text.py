@@ -6,8 +6,10 @@ pooling the same checkpoint's encoder is averaged over its tokens and read by a 
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -98,8 +100,14 @@ class TextTask:
         return out
 
     def count_truncated(self, rows: Rows) -> int:
-        """How many texts reach the limit of ``max_length`` tokens."""
-        return sum(int((batch["attention_mask"].sum(1) >= self.max_length).sum()) for batch in self.batches(rows))
+        """How many texts have more than ``max_length`` tokens."""
+        count = 0
+        for low in range(0, len(rows), self.batch_size):
+            high = low + self.batch_size
+            pairs = None if rows.pairs is None else rows.pairs[low:high]
+            encoded = self.tokenizer(rows.texts[low:high], pairs, truncation=False, verbose=False)
+            count += sum(len(ids) > self.max_length for ids in encoded["input_ids"])
+        return count
 
     def labels(self, rows: Rows) -> Tensor:
         """Class ids ``(N,)``, or float targets ``(N, 1)`` for one output."""
@@ -162,6 +170,8 @@ def load_text_task(
     if pooling not in ("model", "mean"):
         raise SettingError(f"unknown pooling {pooling!r}: use model or mean")
     loaded.to(_device(device))  # pyright: ignore[reportArgumentType]
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise ModelError(f"the tokenizer of {name} has neither a padding token nor an end token: set pad_token in it")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if getattr(loaded.config, "pad_token_id", None) is None:
@@ -183,8 +193,8 @@ def load_text_task(
         label_names=rows.label_names,
         notes=notes,
     )
-    if not task.head_is_new:
-        task.label_names = _own_label_order(loaded, rows)
+    if not task.head_is_new and pooling == "model":
+        task.label_names = _own_label_order(loaded, rows, notes)
     return task.with_mean_pooling() if pooling == "mean" else task
 
 
@@ -233,28 +243,21 @@ def _load(
         raise ModelError(f"{name} holds no config.json, so it is not a Hugging Face model folder")
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
     notes: list[str] = []
-    verbosity = transformers_logging.get_verbosity()
-    progress = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     try:
-        torch.manual_seed(seed)  # parameters that the checkpoint lacks are drawn at random
-        config = AutoConfig.from_pretrained(name, num_labels=n_outputs, **common)
-        arguments = {**common, "config": config, "dtype": dtype, "ignore_mismatched_sizes": True}
-        try:
-            loaded, info = _from_pretrained(name, use_safetensors=True, **arguments)
-        except OSError:
-            loaded, info = _from_pretrained(name, use_safetensors=False, **arguments)
-            notes.append(f"The weights of {name} are pickled, not safetensors; they were read with weights_only.")
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        with _quiet():
+            torch.manual_seed(seed)  # parameters that the checkpoint lacks are drawn at random
+            config = AutoConfig.from_pretrained(name, num_labels=n_outputs, **common)
+            arguments = {**common, "config": config, "dtype": dtype, "ignore_mismatched_sizes": True}
+            try:
+                loaded, info = _from_pretrained(name, use_safetensors=True, **arguments)
+            except OSError:
+                loaded, info = _from_pretrained(name, use_safetensors=False, **arguments)
+                notes.append(f"The weights of {name} are pickled, not safetensors; they were read with weights_only.")
+    except Exception as error:  # a damaged folder fails in ways of many libraries: safetensors, pickle, json, ...
         raise ModelError(
             f"model {name} cannot be loaded as a sequence classifier: {one_line(error)} (give a folder with "
             "config.json and model.safetensors, or a Hub id while online)"
         ) from None
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if progress:
-            transformers_logging.enable_progress_bar()
     mismatched = [entry[0] if isinstance(entry, (tuple, list)) else entry for entry in info["mismatched_keys"]]
     if mismatched:
         notes.append(
@@ -264,15 +267,38 @@ def _load(
     return loaded, new, notes
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences loading reports, progress bars and the Hub client's retries."""
+    verbosity = transformers_logging.get_verbosity()
+    progress = transformers_logging.is_progress_bar_enabled()
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    hub.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        hub.setLevel(level)
+        transformers_logging.set_verbosity(verbosity)
+        if progress:
+            transformers_logging.enable_progress_bar()
+
+
 def _from_pretrained(name: str, **arguments: Any) -> tuple[PreTrainedModel, Mapping[str, Any]]:
     return AutoModelForSequenceClassification.from_pretrained(name, output_loading_info=True, **arguments)
 
 
 def _load_tokenizer(name: str, revision: str | None, trust_remote_code: bool) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # as for the model
         raise ModelError(f"the tokenizer of {name} cannot be loaded: {one_line(error)}") from None
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # what transformers makes of a folder without one
+        raise ModelError(f"the tokenizer of {name} has no vocabulary: save it beside the model, or pass tokenizer=")
+    return tokenizer
 
 
 def _owner(model: PreTrainedModel, key: str) -> str:
@@ -293,20 +319,29 @@ def _head_name(model: PreTrainedModel, n_outputs: int) -> str:
     return found[-1]
 
 
-def _own_label_order(model: PreTrainedModel, rows: Rows) -> list[str] | None:
-    """A trained head's own class order, where the data's labels are its names."""
-    if rows.label_names is None:
-        return None
-    id2label: dict[Any, str] = {**(model.config.id2label or {})}
-    names = [str(id2label.get(i, i)) for i in range(len(rows.label_names))]
+def _own_label_order(model: PreTrainedModel, rows: Rows, notes: list[str]) -> list[str] | None:
+    """A trained head's own class order, where the data's labels are its names; else the data's, with a note."""
+    if rows.label_names is None or len(rows.label_names) != model.config.num_labels:
+        return rows.label_names
+    id2label = cast("dict[int, str]", model.config.id2label)
+    names = [str(id2label[i]) for i in range(len(rows.label_names))]
     lower = {name.lower(): name for name in rows.label_names}
     if sorted(lower) == sorted(name.lower() for name in names):
         return [lower[name.lower()] for name in names]
+    if rows.label_names != [str(i) for i in range(len(names))]:  # such labels are the class numbers
+        pairs = ", ".join(f"{own} as {name}" for own, name in list(zip(rows.label_names, names, strict=True))[:10])
+        notes.append(
+            f"The trained head's classes are not named as the data's labels, so these are taken in their order: {pairs}"
+            "; if that is wrong, rename the labels."
+        )
     return rows.label_names
 
 
 def _max_length(model: PreTrainedModel, tokenizer: Any, asked: int | None) -> int:
     limits = [getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length]
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            limits.append(module.num_embeddings - module.padding_idx - 1)  # RoBERTa counts from there
     limit = min([int(value) for value in limits if value is not None and 0 < value < 10**6], default=512)
     if asked is not None and asked < 4:
         raise SettingError(f"max_length {asked} is too short: use at least 4 tokens")
@@ -320,7 +355,7 @@ def _device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise SettingError(f"device {name!r} cannot be used: {one_line(error)}") from None
     return device
