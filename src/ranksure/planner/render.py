@@ -34,8 +34,8 @@ class RichReporter:
         self.console.print(f"[dim]done[/dim] {title}", highlight=False)
 
 
-def show(result: PlanResult, console: Console, folder: str | None = None) -> None:
-    """Print a plan."""
+def show(result: PlanResult, console: Console, folder: str | None = None, brief: bool = False) -> None:
+    """Print a plan; ``brief`` leaves out what does not concern its ranks."""
     data = result.data
     console.print()
     console.print(
@@ -49,10 +49,12 @@ def show(result: PlanResult, console: Console, folder: str | None = None) -> Non
         f"lambda_max {data['lambda_max']:.4g}",
         highlight=False,
     )
+    if data["path"] and not brief:
+        console.print(_path_table(data))
     console.print(_bounds_table(data["bounds"]))
     console.print(_rank_table(data))
     console.print(_module_table(data))
-    if data["subsets"]:
+    if data["subsets"] and not brief:
         console.print(_subset_table(data))
         _extrapolation(data, console)
     _linearity(data, console)
@@ -65,7 +67,7 @@ def show(result: PlanResult, console: Console, folder: str | None = None) -> Non
     for warning in result.warnings:
         console.print(f"[bold yellow]warning[/bold yellow] {warning}", highlight=False)
     console.print(Panel("\n".join(result.sentences()), title="Answer", expand=False))
-    if not result.is_zero:
+    if not result.is_zero and not brief:
         console.print(result.snippet(), highlight=False, markup=False, soft_wrap=True)
     if folder is not None:
         console.print(f"written to {folder} in {data['seconds']['total']:.1f} s", highlight=False)
@@ -91,6 +93,18 @@ def show_estimate(prepared: Prepared, guess: Estimate, console: Console) -> None
 
 def _held_rows(prepared: Prepared) -> int:
     return sum(len(rows) for rows in (prepared.split.select, prepared.split.report) if rows is not None)
+
+
+def _path_table(data: dict[str, Any]) -> Table:
+    table = Table(title="How the weight decay was chosen (path from lambda_max down)", title_justify="left")
+    for column in ("weight decay", "selection loss", "largest rank", "sum of ranks", ""):
+        table.add_column(column, justify="right")
+    for point in data["path"]:
+        ranks = point["ranks"].values()
+        chosen = "chosen" if point["weight_decay"] == data["weight_decay"] else ""
+        loss = f"{point['selection_loss']:.4f}"
+        table.add_row(f"{point['weight_decay']:.4g}", loss, str(max(ranks)), str(sum(ranks)), chosen)
+    return table
 
 
 def _bounds_table(bounds: dict[str, Any]) -> Table:

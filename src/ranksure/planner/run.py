@@ -16,7 +16,7 @@ from ranksure.planner.progress import Clock, Reporter, Silent
 from ranksure.planner.ranks import RankTable, parameters, rank_table, smallest_pattern
 from ranksure.planner.result import PlanResult
 from ranksure.planner.scaling import extrapolate, subset_row, subset_rows
-from ranksure.planner.settings import PlanSettings
+from ranksure.planner.settings import PlanSettings, parse_share
 from ranksure.problem import Problem
 from ranksure.solvers.burer_monteiro import solve
 from ranksure.solvers.path import PathPoint, lambda_path
@@ -179,6 +179,9 @@ def _choose_lambda(lin: Linearised, clock: Clock) -> tuple[float, list[PathPoint
     asked = lin.prepared.settings.weight_decay
     if not isinstance(asked, str):
         return float(asked), []
+    share = parse_share(asked)
+    if share is not None:
+        return max(share * lin.lambda_max, 1e-300), []
     if lin.lambda_max == 0:
         return 1.0, []
     select = lin.select

@@ -33,7 +33,8 @@ class PlanSettings:
         samples: training rows ``N``.
         heldout: most held-out rows.
         seed: seed of every random choice.
-        weight_decay: the penalty ``lambda`` on factors of scale one, or ``"auto"``.
+        weight_decay: the penalty ``lambda`` on factors of scale one, a share of lambda_max (``"10%"``), or
+            ``"auto"``.
         ranks: uniform ranks to examine.
         captured: share of the possible gain that a recommended rank must capture.
         memory: memory budget, bytes or a string such as ``"8GB"``.
@@ -108,8 +109,11 @@ class PlanSettings:
         if not self.ranks or min(self.ranks) < 1:
             raise SettingError(f"--ranks {','.join(map(str, self.ranks))}: give ranks of at least 1, such as 1,2,4,8")
         if isinstance(self.weight_decay, str):
-            if self.weight_decay != "auto":
-                raise SettingError(f"--weight-decay {self.weight_decay!r} is neither auto nor a number")
+            if self.weight_decay != "auto" and parse_share(self.weight_decay) is None:
+                raise SettingError(
+                    f"--weight-decay {self.weight_decay!r} is neither auto, nor a number, nor a positive share of lambda_max "
+                    "such as 10%"
+                )
         elif not math.isfinite(self.weight_decay) or self.weight_decay < 0:
             raise SettingError(f"--weight-decay {self.weight_decay} must be a positive number, or auto")
         elif self.weight_decay == 0:
@@ -138,6 +142,12 @@ def parse_memory(text: float | str) -> int:
     if value <= 0:
         raise SettingError(f"--memory {text!r} is not understood: write 8GB, 512MiB or a number of bytes")
     return int(value)
+
+
+def parse_share(text: str) -> float | None:
+    """``10%`` as 0.1; None for anything that is not a positive percentage."""
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*%\s*", text)
+    return float(match[1]) / 100 if match and float(match[1]) > 0 else None
 
 
 def parse_target_modules(text: str | None) -> str | list[str] | None:
