@@ -28,7 +28,10 @@ class RichReporter:
     def stage(self, title: str) -> Iterator[Advance]:
         """A bar that disappears when its stage is done."""
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=self.console, transient=True) as progress:
+        # Where nobody watches, a bar that disappears would leave an empty line behind.
+        with Progress(
+            *columns, console=self.console, transient=True, disable=not self.console.is_terminal
+        ) as progress:
             task = progress.add_task(title, total=None)
             yield lambda done, total: progress.update(task, completed=done, total=total)
         self.console.print(f"[dim]done[/dim] {title}", highlight=False)
