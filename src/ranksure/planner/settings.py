@@ -100,6 +100,8 @@ class PlanSettings:
             raise SettingError(f"tolerance {self.tolerance} must lie between 1e-12 and 1e-3")
         if self.capture_dtype not in ("float32", "bfloat16"):
             raise SettingError(f"unknown capture dtype {self.capture_dtype!r}: use float32 or bfloat16")
+        if self.random_starts is not None and self.random_starts < 0:
+            raise SettingError(f"--random-starts {self.random_starts} is negative")
         if self.uniform and self.merged:
             raise SettingError("--uniform and --merged exclude each other: a merged checkpoint has no adapter")
         if self.merged and self.pooling == "mean":
@@ -139,7 +141,7 @@ def parse_memory(text: float | str) -> int:
         value = float(match[1]) * _UNITS[match[2].upper()] if match else 0
     except (KeyError, ValueError):
         value = 0
-    if value <= 0:
+    if not 0 < value < math.inf:
         raise SettingError(f"--memory {text!r} is not understood: write 8GB, 512MiB or a number of bytes")
     return int(value)
 
