@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -269,13 +270,17 @@ def _check_writable(out: Path) -> None:
     """Refuse before the work what could not be written after it."""
     from ranksure.errors import SettingError
 
-    if out.exists() and not out.is_dir():
-        raise SettingError(f"--out {out} is a file; name a folder")
-    if out.is_dir() and any(out.iterdir()) and not (out / "plan.json").is_file():
-        raise SettingError(f"--out {out} is not empty and holds no plan.json; name a new folder, or empty this one")
-    parent = next(folder for folder in [out.absolute(), *out.absolute().parents] if folder.exists())
-    if not os.access(parent, os.W_OK):
-        raise SettingError(f"--out {out} cannot be written: {parent} is not writable")
+    try:
+        if out.exists() and not out.is_dir():
+            raise SettingError(f"--out {out} is a file; name a folder")
+        if out.is_dir() and any(out.iterdir()) and not (out / "plan.json").is_file():
+            raise SettingError(f"--out {out} is not empty and holds no plan.json; name a new folder, or empty this one")
+        # The result is written beside its place and moved there, so the folder around it is what matters.
+        parent = next((folder for folder in out.resolve().parents if folder.exists()), out.resolve())
+        with tempfile.TemporaryDirectory(prefix=".ranksure-", dir=parent):
+            pass
+    except OSError as error:
+        raise SettingError(f"--out {out} cannot be written: {error.strerror or error}") from None
 
 
 def main() -> None:
@@ -292,8 +297,16 @@ def main() -> None:
         )
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; nothing was written")
+        _say_interrupted()
         raise SystemExit(130) from None
+    except SystemExit as stop:
+        if stop.code == 130:  # what typer makes of Ctrl-C
+            _say_interrupted()
+        raise
+
+
+def _say_interrupted() -> None:
+    Console(stderr=True).print("interrupted; no half-written output is left")
 
 
 def _escaped(text: str) -> str:
