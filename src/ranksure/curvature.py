@@ -5,7 +5,7 @@ derivative of the contrasts, ``D`` the positive semidefinite Hessian of the loss
 each column of ``u_j`` with the same column of ``v_j`` by ``[[lambda_j I, g_j], [g_j^T, lambda_j I]]``,
 whose eigenvalues are ``lambda_j`` and ``lambda_j +- sigma_i(g_j)``. So for any rank, the inertia of
 ``H + tau I`` follows from one singular value decomposition per block and one symmetric matrix of the
-size of the data (Haynsworth's additivity; derived in docs/theory.md):
+size of the data (Haynsworth's additivity; derived in docs/mathematics.md):
 
 ``n_-(H + tau I) = n_-(M + tau I) + n_+(I + D^{1/2} J (M + tau I)^{-1} J^T D^{1/2}) - N C``.
 

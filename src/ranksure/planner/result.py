@@ -92,7 +92,8 @@ class PlanResult:
             if gain > 0.01:
                 out.append(
                     f"Mean pooling is the better head here ({accuracies['mean']:.1%} against {accuracies['model']:.1%} "
-                    "held-out accuracy before any adapter): try --pooling mean."
+                    "held-out accuracy before any adapter): try --pooling mean, and look at its linearity before you "
+                    "trust it."
                 )
         return out
 

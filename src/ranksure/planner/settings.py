@@ -113,8 +113,7 @@ class PlanSettings:
         if isinstance(self.weight_decay, str):
             if self.weight_decay != "auto" and parse_share(self.weight_decay) is None:
                 raise SettingError(
-                    f"--weight-decay {self.weight_decay!r} is neither auto, nor a number, nor a positive share of lambda_max "
-                    "such as 10%"
+                    f"--weight-decay {self.weight_decay!r} is neither auto, nor a number, nor a share such as 10%"
                 )
         elif not math.isfinite(self.weight_decay) or self.weight_decay < 0:
             raise SettingError(f"--weight-decay {self.weight_decay} must be a positive number, or auto")

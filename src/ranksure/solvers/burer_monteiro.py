@@ -155,7 +155,7 @@ def _top_pairs(g: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _convex_step(problem: Problem, z: Tensor, pen: float, dz: Tensor, dpen: float) -> tuple[float, float]:
-    """Minimise ``loss(a z + b dz) + a pen + b dpen`` over ``a, b >= 0``; never worse than ``(1, 0)``.
+    """Minimise ``loss(a z + b dz) + a pen + b dpen`` over ``a, b >= 0``, but for a trace of ``b``.
 
     Projected Newton in two variables (Bertsekas 1982): a variable at zero whose slope is positive rests.
     """
