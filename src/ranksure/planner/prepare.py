@@ -14,7 +14,7 @@ from ranksure.certificate import lambda_max
 from ranksure.errors import DataError, SettingError, TargetError
 from ranksure.losses import Loss, get_loss
 from ranksure.modules import block_shape, select_targets
-from ranksure.network import device_of, frozen, logits_of, to_device
+from ranksure.network import device_of, frozen, logits_of, predict, to_device
 from ranksure.operators.base import Factors, cast_factors
 from ranksure.operators.factored import FactoredOperator
 from ranksure.planner.progress import Clock
@@ -276,18 +276,15 @@ def linearise(prepared: Prepared, clock: Clock) -> Linearised:
             held.append(
                 None if rows is None else HeldOut(*_capture(prepared, rows, advance), task.labels(rows), loss, rows)
             )
-    report = held[1]
-    if head is not None and report is not None and settings.loss != "squared-error" and settings.pooling == "model":
+    # Poolings are compared where lambda is chosen: a user who follows the comparison has not used up the report rows.
+    judge = held[0] or held[1]
+    if head is not None and judge is not None and settings.loss != "squared-error":
         with clock.stage("head", "Comparing poolings") as advance:
-            pooling = {"model": accuracy(report.base_logits, report.labels, loss)}
-            other = task.with_mean_pooling()
-            fit = _fit(other, loss, prepared.split.train, advance)
-            install_head(other.model, other.head, fit)
-            features = head_features(other.model, other.head, other.batches(report.rows), other.n_outputs, advance)
-            pooling["mean"] = accuracy(fit.logits(features), report.labels, loss)
-    elif head is not None and report is not None and settings.loss != "squared-error":
-        pooling = {"mean": accuracy(report.base_logits, report.labels, loss)}
-    return Linearised(prepared, problem, held[0], report, head, pooling, lambda_max(problem))
+            pooling[task.pooling] = accuracy(judge.base_logits, judge.labels, loss)
+            other = task.with_mean_pooling() if task.pooling == "model" else task.model_task
+            if other is not None:
+                pooling[other.pooling] = _head_accuracy(other, loss, prepared.split.train, judge, advance)
+    return Linearised(prepared, problem, held[0], held[1], head, pooling, lambda_max(problem))
 
 
 def estimate_total(prepared: Prepared) -> float:
@@ -305,6 +302,15 @@ def _fit(task: TextTask, loss: Loss, rows: Rows, advance: Progress) -> HeadFit:
     features = head_features(task.model, task.head, task.batches(rows), task.n_outputs, advance)
     layer = task.model.get_submodule(task.head)
     return fit_head(features, task.labels(rows), loss, task.n_outputs, bias=getattr(layer, "bias", None) is not None)
+
+
+def _head_accuracy(task: TextTask, loss: Loss, train: Rows, judge: HeldOut, advance: Progress) -> float | None:
+    """Accuracy of a task's head before any adapter; a new head is fitted, and nothing is installed."""
+    batches = task.batches(judge.rows)
+    if not task.head_is_new:
+        return accuracy(predict(task.model, batches).double(), judge.labels, loss)
+    features = head_features(task.model, task.head, batches, task.n_outputs, advance)
+    return accuracy(_fit(task, loss, train, advance).logits(features), judge.labels, loss)
 
 
 def _capture(prepared: Prepared, rows: Rows, advance: Progress) -> tuple[FactoredOperator, Tensor]:

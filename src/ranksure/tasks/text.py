@@ -64,6 +64,8 @@ class TextTask:
         revision: Hub revision, if one was given.
         max_length: tokens per text.
         batch_size: texts per batch.
+        label_names: class names by id; None for one output.
+        model_task: under mean pooling, the same checkpoint under its own pooling (weights shared).
         notes: sentences for the user.
     """
 
@@ -80,6 +82,7 @@ class TextTask:
     max_length: int
     batch_size: int
     label_names: list[str] | None
+    model_task: TextTask | None = None
     notes: list[str] = field(default_factory=list)
 
     def batches(self, rows: Rows) -> list[dict[str, Tensor]]:
@@ -214,6 +217,7 @@ def _mean_pooled(task: TextTask, encoder: PreTrainedModel) -> TextTask:
         max_length=task.max_length,
         batch_size=task.batch_size,
         label_names=task.label_names,
+        model_task=task,
         notes=list(task.notes),
     )
 
