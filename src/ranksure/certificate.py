@@ -163,7 +163,7 @@ def _cancellation(problem: Problem, logits: Tensor, dual: Tensor, step: float) -
 
 def lambda_max(problem: Problem) -> float:
     """Smallest uniform lambda at which the zero update is optimal: ``max_j ||A_j^*(R at 0)||_op``."""
-    problem = problem.to(torch.float64) if hasattr(problem.operator, "to") else problem
+    problem, _ = problem.reduced  # the bases are orthonormal, so the norms are the same
     gradients = problem.operator.adjoint(problem.residual(problem.dual_variable(problem.base_logits)))
     return max(float(torch.linalg.svdvals(g.double())[0]) for g in gradients.values())
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ranksure.capture import Progress, capture, check_memory, estimate_bytes
+from ranksure.capture import Progress, capture, estimate_bytes
 from ranksure.certificate import lambda_max
 from ranksure.errors import DataError, SettingError, TargetError
 from ranksure.losses import Loss, get_loss
@@ -25,7 +25,8 @@ from ranksure.tasks.rows import Rows, load_rows
 from ranksure.tasks.text import TextTask, load_text_task
 
 _SELECT_AT_LEAST = 16
-_WORKING_COPIES = 3.5  # float32 factors, their float64 copy, and the solver's temporaries
+_WORKING_COPIES = 4  # float32 factors, their float64 copy, and one more while they are packed
+_OVERHEAD_BYTES = 1 << 30  # the libraries, and the chunks in which products are formed
 
 
 @dataclass
@@ -237,7 +238,7 @@ def estimate(prepared: Prepared) -> Estimate:
         for r, count in zip(rows, tokens, strict=True)
     ]
     weights = sum(p.numel() * p.element_size() for p in task.model.parameters())
-    total = weights + int(_WORKING_COPIES * sizes[0]) + sum(sizes[1:])
+    total = _OVERHEAD_BYTES + weights + _WORKING_COPIES * sizes[0] + sum(sizes[1:])
 
     batch = to_device(batches[0][0], device_of(task.model))
     with frozen(task.model):
@@ -260,7 +261,6 @@ def estimate(prepared: Prepared) -> Estimate:
 def linearise(prepared: Prepared, clock: Clock) -> Linearised:
     """Fit the head where it is new, and capture training and held-out rows."""
     task, loss, settings = prepared.task, prepared.loss, prepared.settings
-    check_memory(estimate_total(prepared), settings.memory_bytes, "the captured factors and their working copies")
     head, pooling = None, {}
     if task.head_is_new:
         with clock.stage("head", "Fitting the new head") as advance:
@@ -285,17 +285,6 @@ def linearise(prepared: Prepared, clock: Clock) -> Linearised:
             if other is not None:
                 pooling[other.pooling] = _head_accuracy(other, loss, prepared.split.train, judge, advance)
     return Linearised(prepared, problem, held[0], held[1], head, pooling, lambda_max(problem))
-
-
-def estimate_total(prepared: Prepared) -> float:
-    """Bytes for the training factors with their working copies, and the model."""
-    task = prepared.task
-    tokens = sum(int(batch["attention_mask"].sum()) for batch in task.batches(prepared.split.train))
-    itemsize = 2 if prepared.settings.capture_dtype == "bfloat16" else 4
-    n = len(prepared.split.train)
-    contrasts = prepared.loss.effective_outputs(task.n_outputs)
-    weights = sum(p.numel() * p.element_size() for p in task.model.parameters())
-    return weights + _WORKING_COPIES * estimate_bytes(prepared.targets, n, tokens / n, contrasts, itemsize)
 
 
 def _fit(task: TextTask, loss: Loss, rows: Rows, advance: Progress) -> HeadFit:

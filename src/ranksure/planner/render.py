@@ -29,9 +29,7 @@ class RichReporter:
         """A bar that disappears when its stage is done."""
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
         # Where nobody watches, a bar that disappears would leave an empty line behind.
-        with Progress(
-            *columns, console=self.console, transient=True, disable=not self.console.is_terminal
-        ) as progress:
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
             task = progress.add_task(title, total=None)
             yield lambda done, total: progress.update(task, completed=done, total=total)
         self.console.print(f"[dim]done[/dim] {title}", highlight=False)

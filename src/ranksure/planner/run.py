@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ranksure.adapters.low_rank_hooks import applied
+from ranksure.capture import check_memory
 from ranksure.network import predict
 from ranksure.operators.base import Factors
 from ranksure.planner.prepare import Linearised, Prepared, accuracy, estimate, linearise, prepare
@@ -63,6 +64,7 @@ def run_plan(prepared: Prepared, clock: Clock) -> PlanResult:
     """Everything after the data and the model are read."""
     options, loss = prepared.settings, prepared.loss
     guess = estimate(prepared)
+    check_memory(guess.total_bytes, options.memory_bytes, "the captured factors and their working copies")
     lin = linearise(prepared, clock)
     bounds = _bounds(lin, clock)
     lam, path = _choose_lambda(lin, clock)
