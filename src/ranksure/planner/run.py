@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ranksure.adapters.low_rank_hooks import applied
+from ranksure.adapters.peft_config import lora_config
 from ranksure.capture import check_memory
 from ranksure.network import predict
 from ranksure.operators.base import Factors
@@ -287,12 +288,22 @@ def _recommended(
         "rank_pattern": kept,
         "alpha_pattern": dict(kept),
         "target_modules": list(kept),
+        "peft": _exact_fields(kept),
         "weight_decay": lam,
         "heldout_r": heldout_rank,
         "parameters_uniform": parameters(problem, uniform),
         "parameters_pattern": parameters(problem, kept),
         "note": "smallest found; weight_decay is L2 on LoRA factors at scale lora_alpha / r = 1: SGD's, not AdamW's",
     }
+
+
+def _exact_fields(kept: dict[str, int]) -> dict[str, Any] | None:
+    """The pattern as ``LoraConfig`` fields that match these modules only (a plain name also matches by suffix)."""
+    if not kept:
+        return None
+    config = lora_config(kept)
+    names = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")
+    return {name: getattr(config, name) for name in names}
 
 
 def _head_json(lin: Linearised) -> dict[str, Any]:
