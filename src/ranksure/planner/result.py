@@ -107,7 +107,7 @@ class PlanResult:
                 f"{data['lambda_max']:.3g}) the certified optimum is no update at all, so the rank is 0.",
                 "Lower the weight decay to let the data move the weights.",
             ]
-        share = f"{data['captured_target']:.0%}"
+        share = f"{100 * data['captured_target']:.6g}%"  # 99.9% is not 100%
         kept = advice["rank_pattern"]
         pattern = f"{sum(kept.values())} rank{'s' * (sum(kept.values()) != 1)} over {_count(len(kept), 'module')}"
         left_out = len(data["target_modules"]) - len(kept)
