@@ -181,7 +181,7 @@ def _subset_table(data: dict[str, Any]) -> Table:
     for column in (
         "rows",
         "largest certified rank",
-        f"rank for {data['captured_target']:.0%}",
+        f"rank for {100 * data['captured_target']:.6g}%",
         *(f"rank {r}" for r in ranks),
     ):
         table.add_column(column, justify="right")
