@@ -162,6 +162,7 @@ def prepare(model: Any, data: Any, settings: PlanSettings, tokenizer: Any, clock
         _check_ranks(targets, settings)
         split = _split(rows, evaluation, settings)
         notes = [*rows.notes, *(evaluation.notes if evaluation else []), *task.notes]
+        notes.extend(_overlap(split))
         truncated = task.count_truncated(split.train)
         if truncated:
             notes.append(
@@ -223,6 +224,14 @@ def _split(rows: Rows, evaluation: Rows | None, settings: PlanSettings) -> Split
             f"samples of {describe_source(rows.source)}; give --eval-data, fewer --samples, or a number"
         )
     return Split(train, select if len(select) else None, report if len(report) else None, len(rows))
+
+
+def _overlap(split: Split) -> list[str]:
+    """Say how many held-out texts the solver sees in training, if any."""
+    known = set(zip(split.train.texts, split.train.pairs or split.train.texts, strict=True))
+    held = [rows for rows in (split.select, split.report) if rows is not None]
+    twice = sum(pair in known for rows in held for pair in zip(rows.texts, rows.pairs or rows.texts, strict=True))
+    return [f"{twice} held-out rows have the text of a training row; their figures flatter."] if twice else []
 
 
 def estimate(prepared: Prepared) -> Estimate:
