@@ -214,10 +214,14 @@ def check_memory(needed: float, budget: float, what: str) -> None:
     """
     if needed > budget:
         raise MemoryBudgetError(
-            f"{what} would take {needed / 2**30:.2f} GiB of a budget of {budget / 2**30:.2f} GiB: use fewer modules "
+            f"{what} would take {_size(needed)} of a budget of {_size(budget)}: use fewer modules "
             "(--target-modules, --layers-to-transform last), fewer samples (--samples), bfloat16 storage "
             "(--capture-dtype bfloat16), a larger --memory, or the matrix-free operator from Python"
         )
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
 
 
 def _run(

@@ -275,6 +275,8 @@ def _check_writable(out: Path) -> None:
             raise SettingError(f"--out {out} is a file; name a folder")
         if out.is_dir() and any(out.iterdir()) and not (out / "plan.json").is_file():
             raise SettingError(f"--out {out} is not empty and holds no plan.json; name a new folder, or empty this one")
+        if out.is_mount():
+            raise SettingError(f"--out {out} is a mount point, which cannot be replaced; name a folder below it")
         # The result is written beside its place and moved there, so the folder around it is what matters.
         parent = next((folder for folder in out.resolve().parents if folder.exists()), out.resolve())
         with tempfile.TemporaryDirectory(prefix=".ranksure-", dir=parent):

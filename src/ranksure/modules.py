@@ -30,6 +30,8 @@ ALL_LINEAR = "all-linear"
 _CLASSIFIER_NAMES = ("score", "classifier")  # as PEFT knows them
 _LAYER_INDEX = re.compile(r"^(?:.*?\.)?[^.]*\.(\d+)\.")  # the first numbered segment, as PEFT reads it
 
+_MOST_LAYERS = 100_000
+
 
 def base_layer(module: nn.Module) -> nn.Module:
     """The module that holds the weight: ``module`` itself, or the layer inside a PEFT wrapper."""
@@ -92,6 +94,8 @@ def parse_layers(layers: str | int | Sequence[int] | None) -> str | list[int] | 
         high = int(match[2]) if match[2] else low
         if high < low:
             raise TargetError(f"layers_to_transform {layers!r}: the range {part.strip()!r} runs backwards")
+        if high > _MOST_LAYERS:
+            raise TargetError(f"layers_to_transform {layers!r}: no model has a layer {high}")
         chosen.update(range(low, high + 1))
     return sorted(chosen)
 

@@ -15,7 +15,7 @@ from ranksure.network import predict
 from ranksure.operators.base import Factors
 from ranksure.planner.prepare import Linearised, Prepared, accuracy, estimate, linearise, prepare
 from ranksure.planner.progress import Clock, Reporter, Silent
-from ranksure.planner.ranks import RankTable, parameters, rank_table, smallest_pattern
+from ranksure.planner.ranks import RankTable, clipped, parameters, rank_table, smallest_pattern
 from ranksure.planner.result import PlanResult
 from ranksure.planner.scaling import extrapolate, subset_row, subset_rows
 from ranksure.planner.settings import PlanSettings, parse_share
@@ -89,12 +89,11 @@ def run_plan(prepared: Prepared, clock: Clock) -> PlanResult:
             random_starts=options.random_starts,
             advance=advance,
         )
-    with clock.stage("pattern", "Finding the smallest rank pattern") as advance:
-        pattern, _ = (
-            (dict.fromkeys(solution.ranks, 0), solution)
-            if zero
-            else smallest_pattern(problem, solution, options.captured, advance)
-        )
+    pattern = dict.fromkeys(solution.ranks, 0)
+    if not zero:
+        with clock.stage("pattern", "Finding the smallest rank pattern") as advance:
+            pattern, _ = smallest_pattern(problem, solution, options.captured, advance)
+            pattern = min(pattern, clipped(problem, smallest), key=lambda ranks: parameters(problem, ranks))
     subsets: list[dict[str, Any]] = []
     extrapolation = None
     n = problem.operator.n_samples

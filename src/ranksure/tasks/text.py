@@ -248,7 +248,7 @@ def _load(
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
     notes: list[str] = []
     try:
-        with _quiet():
+        with _quiet(), torch.random.fork_rng():
             torch.manual_seed(seed)  # parameters that the checkpoint lacks are drawn at random
             config = AutoConfig.from_pretrained(name, num_labels=n_outputs, **common)
             arguments = {**common, "config": config, "dtype": dtype, "ignore_mismatched_sizes": True}
