@@ -18,7 +18,7 @@ from ranksure.operators.factored import FactoredOperator
 def evaluation_rows(size: Size) -> list[Row]:
     rows = []
     for n in (size.growth[0], size.growth[-1]):
-        problem, _ = captured_problem(n).reduced  # what the solver evaluates: float64
+        problem, _ = captured_problem(n, fitted=False).reduced  # what the solver evaluates: float64
         operator = problem.operator
         assert isinstance(operator, FactoredOperator)
         for rank in (4, 16):

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.evaluation_rows import random_factors
 from benchmarks.measure import Row, Size, duration, exponent, seconds_of
-from benchmarks.setting import SHARE, contrasts, problem_of, setting
+from benchmarks.setting import contrasts, problem_of, setting
 from ranksure.capture import Captured, capture
 from ranksure.operators.factored import FactoredOperator
 from ranksure.solvers.burer_monteiro import solve
@@ -39,7 +39,7 @@ def growth_rows(size: Size) -> list[Row]:
             captured, seconds = _timed_capture(n)
             captures.append(seconds)
             chosen = setting(n, fitted=False)
-            problem = problem_of(captured.operator, captured.base_logits, chosen.labels, SHARE)
+            problem = problem_of(captured.operator, captured.base_logits, chosen.labels)
             factors = random_factors(captured.operator, RANK)
             evaluate = lambda p=problem, f=factors: p.value_and_gradient(f)  # noqa: E731
             evaluate()
@@ -64,7 +64,7 @@ def growth_rows(size: Size) -> list[Row]:
         row("growth of capture, time (all-layer q,v)", capture_seconds, "s"),
         row("growth of capture, peak memory", capture_peaks, "B"),
         row(f"growth of one evaluation, time (r={RANK})", evaluation_seconds, "s"),
-        row("growth of one evaluation, peak memory with the operator", evaluation_peaks, "B"),
+        row("growth of one evaluation, peak memory with the operators", evaluation_peaks, "B"),
         row(f"growth of the whole solve to {SOLVE_TOLERANCE:g}, time (one run)", [solve_seconds], "s", target=False),
     ]
 
@@ -106,7 +106,7 @@ def _measure_memory(n: int, runs: int) -> dict[str, list[float]]:
         captured = capture(chosen.model, chosen.batches, targets, contrasts())
         out["capture"].append(_resident("VmHWM") - before)
         operator: FactoredOperator = captured.operator
-        problem = problem_of(operator, captured.base_logits, chosen.labels, SHARE)
+        problem = problem_of(operator, captured.base_logits, chosen.labels)
         factors = random_factors(operator, RANK)
         reset.write_text("5")
         problem.value_and_gradient(factors)

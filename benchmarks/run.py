@@ -58,24 +58,29 @@ def main(arguments: list[str] | None = None) -> int:
             start = time.perf_counter()
             rows += part(size)
             seconds[name] = time.perf_counter() - start
+            write(options, size, rows, {**seconds, "total": time.perf_counter() - began})
     setup = f"{platform.processor() or platform.machine()}, {options.threads} thread(s), torch {torch.__version__}"
     title = f"ranksure benchmarks{' (quick: sizes too small to judge)' if options.quick else ''}: {setup}"
     show(rows, console, title)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+    console.print(f"{time.perf_counter() - began:.0f} s; written to {options.out}")
+    return 0
+
+
+def write(options: argparse.Namespace, size: Size, rows: list[Row], seconds: dict[str, float]) -> None:
+    """Write what is known so far, whole or not at all."""
     record = {
         "schema": 1,
         "quick": options.quick,
         "threads": options.threads,
         "torch": torch.__version__,
         "runs": size.runs,
-        "seconds": {**seconds, "total": time.perf_counter() - began},
+        "seconds": seconds,
         "rows": [row.to_json() for row in rows],
     }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     partial = options.out.with_suffix(".part")
     partial.write_text(json.dumps(record, indent=1) + "\n")
     partial.replace(options.out)
-    console.print(f"{record['seconds']['total']:.0f} s; written to {options.out}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -75,14 +75,14 @@ def contrasts() -> Tensor:
 
 
 def captured_problem(
-    n: int, layers: str = "last", names: tuple[str, ...] = ("query", "value"), share: float = SHARE
+    n: int, layers: str = "last", names: tuple[str, ...] = ("query", "value"), fitted: bool = True
 ) -> Problem:
-    """The linearised problem at ``lambda = share * lambda_max``."""
-    chosen = setting(n)
+    """The linearised problem at ``lambda = SHARE * lambda_max``."""
+    chosen = setting(n, fitted)
     captured = capture(chosen.model, chosen.batches, chosen.targets(layers, names), contrasts())
-    return problem_of(captured.operator, captured.base_logits, chosen.labels, share)
+    return problem_of(captured.operator, captured.base_logits, chosen.labels)
 
 
-def problem_of(operator: FactoredOperator, base_logits: Tensor, labels: Tensor, share: float) -> Problem:
+def problem_of(operator: FactoredOperator, base_logits: Tensor, labels: Tensor) -> Problem:
     problem = Problem(operator, base_logits, labels, CrossEntropy(), uniform_penalty(operator, 1.0))
-    return problem.with_penalty(share * lambda_max(problem))
+    return problem.with_penalty(SHARE * lambda_max(problem))
