@@ -297,34 +297,35 @@ def linearise(prepared: Prepared, clock: Clock) -> Linearised:
 
 
 def _fit(task: TextTask, loss: Loss, rows: Rows, advance: Progress) -> HeadFit:
-    features = head_features(task.model, task.head, task.batches(rows), task.n_outputs, advance)
+    batches, back = task.batches_by_length(rows)
+    features = head_features(task.model, task.head, batches, task.n_outputs, advance)[back]
     layer = task.model.get_submodule(task.head)
     return fit_head(features, task.labels(rows), loss, task.n_outputs, bias=getattr(layer, "bias", None) is not None)
 
 
 def _head_accuracy(task: TextTask, loss: Loss, train: Rows, judge: HeldOut, advance: Progress) -> float | None:
     """Accuracy of a task's head before any adapter; a new head is fitted, and nothing is installed."""
-    batches = task.batches(judge.rows)
+    batches, back = task.batches_by_length(judge.rows)
     if not task.head_is_new:
-        return accuracy(predict(task.model, batches).double(), judge.labels, loss)
-    features = head_features(task.model, task.head, batches, task.n_outputs, advance)
+        return accuracy(predict(task.model, batches).double()[back], judge.labels, loss)
+    features = head_features(task.model, task.head, batches, task.n_outputs, advance)[back]
     return accuracy(_fit(task, loss, train, advance).logits(features), judge.labels, loss)
 
 
 def _capture(prepared: Prepared, rows: Rows, advance: Progress) -> tuple[FactoredOperator, Tensor]:
     task = prepared.task
     dtype = torch.bfloat16 if prepared.settings.capture_dtype == "bfloat16" else torch.float32
+    batches, back = task.batches_by_length(rows)
     captured = capture(
         task.model,
-        task.batches(rows),
+        batches,
         prepared.targets,
         prepared.loss.contrasts(task.n_outputs),
         dtype=dtype,
-        memory_bytes=prepared.settings.memory_bytes,
         progress=advance,
     )
-    operator = captured.operator
-    return (operator.to(torch.float32) if dtype == torch.bfloat16 else operator), captured.base_logits
+    # Stored in bfloat16 where asked, worked on in float32.
+    return captured.operator.to(torch.float32).select(back), captured.base_logits[back]
 
 
 def at_fewer_samples(problem: Problem, n: int) -> Problem:

@@ -329,7 +329,8 @@ def _linearity(lin: Linearised, factors: Factors) -> dict[str, Any]:
     contrasts = loss.contrasts(prepared.task.n_outputs)
     for key, (rows, base, linear, labels) in sets.items():
         with applied(prepared.targets, factors):
-            real = predict(prepared.task.model, prepared.task.batches(rows)).double()
+            batches, back = prepared.task.batches_by_length(rows)
+            real = predict(prepared.task.model, batches).double()[back]
         moved = ((linear - base) @ contrasts).norm()
         out[key] = float(((real - linear) @ contrasts).norm() / moved.clamp(min=1e-300))
         labels = labels if labels.dtype == torch.long else labels.double()

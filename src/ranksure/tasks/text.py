@@ -102,6 +102,18 @@ class TextTask:
             out.append({key: value for key, value in encoded.items() if isinstance(value, Tensor)})
         return out
 
+    def batches_by_length(self, rows: Rows) -> tuple[list[dict[str, Tensor]], Tensor]:
+        """Batches of texts of like length, which pad little, and the way back.
+
+        Returns:
+            The batches, and ``back`` such that ``outputs[back]`` is in the order of the rows.
+        """
+        lengths = [len(text) for text in rows.texts]
+        if rows.pairs is not None:
+            lengths = [n + len(pair) for n, pair in zip(lengths, rows.pairs, strict=True)]
+        order = torch.argsort(torch.tensor(lengths), stable=True)
+        return self.batches(rows.subset(order.tolist())), torch.argsort(order)
+
     def count_truncated(self, rows: Rows) -> int:
         """How many texts have more than ``max_length`` tokens."""
         count = 0
