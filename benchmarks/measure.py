@@ -71,7 +71,7 @@ class Size:
     jacrev_samples: int
 
 
-FULL = Size(runs=5, samples=64, growth=(64, 256, 1024), cap=50, cvxpy_cap=120, cvxpy_samples=256, jacrev_samples=64)
+FULL = Size(runs=5, samples=64, growth=(64, 256, 1024), cap=50, cvxpy_cap=300, cvxpy_samples=224, jacrev_samples=64)
 QUICK = Size(runs=2, samples=16, growth=(16, 32, 64), cap=3, cvxpy_cap=3, cvxpy_samples=16, jacrev_samples=4)
 
 
