@@ -181,7 +181,11 @@ def capture(
     n_samples = sum(sizes)
     device = device_of(model)
     recorder = _Recorder(targets)
-    packer = _Packer(targets, contrasts.shape[1], dtype)
+    # Backward passes are seeded with whole numbers (Helmert contrasts are, up to scale), which half precision
+    # holds exactly; the scale is put back in float32 or wider.
+    scales = contrasts.abs().masked_fill(contrasts == 0, torch.inf).amin(0)
+    contrasts = contrasts / scales
+    packer = _Packer(targets, scales, dtype)
     logits: list[Tensor] = []
     shared = next((index for index, size in enumerate(sizes) if size > 1), None)
     with frozen(model):
@@ -281,8 +285,9 @@ def _not_by_sample(name: str, shape: tuple[int, ...], size: int) -> str:
 class _Packer:
     """Collects each batch's token factors, without zero tokens, and packs them into groups."""
 
-    def __init__(self, targets: Mapping[str, nn.Module], n_contrasts: int, dtype: torch.dtype) -> None:
-        self.targets, self.c, self.dtype = targets, n_contrasts, dtype
+    def __init__(self, targets: Mapping[str, nn.Module], scales: Tensor, dtype: torch.dtype) -> None:
+        self.targets, self.dtype = targets, dtype
+        self.scales = scales.to("cpu", torch.promote_types(dtype, torch.float32))[:, None]
         self.chunks: dict[tuple[str, ...], list[dict[str, Any]]] = {}
         self.first_sample = 0
         self.nbytes = 0
@@ -334,7 +339,10 @@ class _Packer:
         chunk = {
             "inputs": inputs.cpu(),
             "sample": (rows // (tokens.shape[0] // size)).cpu() + self.first_sample,
-            "outputs": {name: outputs[rows].to("cpu", self.dtype) for name, _, outputs in entries},
+            "outputs": {
+                name: (outputs[rows].to("cpu", self.scales.dtype) * self.scales).to(self.dtype)
+                for name, _, outputs in entries
+            },
         }
         self.nbytes += sum(t.numel() * t.element_size() for t in (chunk["inputs"], *chunk["outputs"].values()))
         self.chunks.setdefault(tuple(chunk["outputs"]), []).append(chunk)
