@@ -25,7 +25,7 @@ from ranksure.tasks.rows import Rows, load_rows
 from ranksure.tasks.text import TextTask, load_text_task
 
 _SELECT_AT_LEAST = 16
-_WORKING_COPIES = 4  # float32 factors, their float64 copy, and one more while they are packed
+_WORKING_COPIES = 5.5  # float32 factors twice while they are packed, a float64 copy, what the allocator keeps
 _OVERHEAD_BYTES = 1 << 30  # the libraries, and the chunks in which products are formed
 
 
@@ -247,7 +247,7 @@ def estimate(prepared: Prepared) -> Estimate:
         for r, count in zip(rows, tokens, strict=True)
     ]
     weights = sum(p.numel() * p.element_size() for p in task.model.parameters())
-    total = _OVERHEAD_BYTES + weights + _WORKING_COPIES * sizes[0] + sum(sizes[1:])
+    total = _OVERHEAD_BYTES + weights + int(_WORKING_COPIES * sizes[0]) + sum(sizes[1:])
 
     batch = to_device(batches[0][0], device_of(task.model))
     with frozen(task.model):
