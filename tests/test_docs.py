@@ -25,7 +25,7 @@ DEMO = re.compile(r"<!-- demo output.*?<!-- /demo output -->", re.DOTALL)
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
 # Two dashes that are ours: not those of an HTML comment or of another program.
 OPTION = re.compile(r"(?<![\w<!-])--[a-z][a-z-]*")
-OTHER_PROGRAMS = re.compile(r"^\s*(pip|git|pytest|python -m pip)\b")
+OTHER_PROGRAMS = re.compile(r"^\s*(pip|git|pytest|python -m (pip|benchmarks\.run))\b")
 
 
 def prose(page: Path) -> str:

@@ -15,7 +15,7 @@ from ranksure.errors import RanksureError
 
 app = typer.Typer(
     name="ranksure",
-    help="Which LoRA rank does this fine-tuning need, and has this run reached the best that any rank could?",
+    help="Which LoRA rank does this fine-tuning need? Answered with a certificate.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -213,7 +213,7 @@ def demo_command(
 
 @app.callback(invoke_without_command=True)
 def root(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
-    """Which LoRA rank does this fine-tuning need, and has this run reached the best that any rank could?"""
+    """Which LoRA rank does this fine-tuning need? Answered with a certificate."""
     if version:
         from importlib.metadata import version as installed
 
@@ -269,12 +269,10 @@ def _plan(
 def _check_writable(out: Path) -> None:
     """Refuse before the work what could not be written after it."""
     from ranksure.errors import SettingError
+    from ranksure.planner.result import check_replaceable
 
     try:
-        if out.exists() and not out.is_dir():
-            raise SettingError(f"--out {out} is a file; name a folder")
-        if out.is_dir() and any(out.iterdir()) and not (out / "plan.json").is_file():
-            raise SettingError(f"--out {out} is not empty and holds no plan.json; name a new folder, or empty this one")
+        check_replaceable(out)
         if out.is_mount():
             raise SettingError(f"--out {out} is a mount point, which cannot be replaced; name a folder below it")
         # The result is written beside its place and moved there, so the folder around it is what matters.

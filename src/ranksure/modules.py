@@ -141,6 +141,10 @@ def select_targets(
             raise TargetError(f"target_modules {target_modules!r} is not a regular expression: {error}") from None
         matched = {name: module for name, module in candidates.items() if pattern.fullmatch(name)}
         wanted = [target_modules]
+        if not matched and "," in target_modules:
+            raise TargetError(
+                f"no module of the model matches the regular expression {target_modules!r}; pass names as a list"
+            )
     else:
         wanted = list(target_modules)
         missing = [w for w in wanted if not any(_ends_with(name, w) for name in candidates)]

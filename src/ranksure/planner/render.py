@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from ranksure.planner.prepare import Estimate, Prepared
 from ranksure.planner.progress import Advance
 from ranksure.planner.result import PlanResult
 
+_WIDE = 110  # columns that the full rank table needs
 _COLOURS = {"optimal": "green", "rank-bound": "yellow", "not-converged": "red"}
 
 
@@ -53,7 +55,7 @@ def show(result: PlanResult, console: Console, folder: str | None = None, brief:
     if data["path"] and not brief:
         console.print(_path_table(data))
     console.print(_bounds_table(data["bounds"]))
-    console.print(_rank_table(data))
+    console.print(_rank_table(data, console.width))
     console.print(_module_table(data))
     if data["subsets"] and not brief:
         console.print(_subset_table(data))
@@ -62,7 +64,7 @@ def show(result: PlanResult, console: Console, folder: str | None = None, brief:
     accuracies = data["head"]["accuracy"]
     if accuracies:
         shown = ", ".join(f"{pooling} pooling {value:.1%}" for pooling, value in accuracies.items())
-        console.print(f"new head, held-out accuracy before any adapter: {shown}", highlight=False)
+        console.print(f"new head, accuracy before any adapter on the rows that choose lambda: {shown}", highlight=False)
     for note in data["notes"]:
         console.print(f"[yellow]note[/yellow] {note}", highlight=False)
     for warning in result.warnings:
@@ -77,7 +79,7 @@ def show(result: PlanResult, console: Console, folder: str | None = None, brief:
 def show_estimate(prepared: Prepared, guess: Estimate, console: Console) -> None:
     """Print the estimate of a dry run."""
     options = prepared.settings
-    table = Table(title="Estimate (nothing was computed)", title_justify="left")
+    table = Table(title="Estimate (nothing was solved)", title_justify="left")
     table.add_column("what")
     table.add_column("value", justify="right")
     table.add_row("training rows, held-out rows", f"{options.samples}, {_held_rows(prepared)}")
@@ -109,65 +111,84 @@ def _path_table(data: dict[str, Any]) -> Table:
 
 
 def _bounds_table(bounds: dict[str, Any]) -> Table:
-    table = Table(title="What theory guarantees (rank of each module)", title_justify="left")
+    table = Table(title="What theory says (rank of each module)", title_justify="left")
     for column in ("claim", "paper (KN)", "loss's effective outputs", "measured operator rank"):
         table.add_column(column, justify="left" if column == "claim" else "right")
-    for key, text in (("existence", "an optimum exists at rank <="), ("landscape", "no spurious minima from rank")):
+    for key, text in (
+        ("existence", "an optimum exists at rank <="),
+        ("landscape", "no spurious minima, if perturbed a little, from rank"),
+    ):
         row = bounds[key]
         table.add_row(text, *(_number(row[column]) for column in ("paper", "effective", "numerical")))
     return table
 
 
-def _rank_table(data: dict[str, Any]) -> Table:
-    optimum = data["optimum"]
+def _rank_table(data: dict[str, Any], width: int) -> Table:
+    """The rank table; a narrow terminal gets the columns that matter most."""
+    optimum, held = data["optimum"], data["heldout"]
     table = Table(
         title=f"What each rank reaches (certified optimum: F = {optimum['objective']:.6f}, relative gap "
-        f"{optimum['relative_gap']:.1e}; without adapter F = {optimum['objective_at_zero']:.6f})",
+        f"{optimum['relative_gap']:.1e}; rank 0 is the network as it is)",
         title_justify="left",
     )
-    for column in (
-        "rank",
-        "objective",
-        "gap",
-        "rho",
-        "captured",
-        "held-out loss",
-        "accuracy",
-        "parameters",
-        "starts",
-        "verdict",
-    ):
-        table.add_column(column, justify="left" if column == "verdict" else "right")
-    for row in data["ranks"]:
-        low, high = row["captured"]
-        captured = f"{low:.2%}" if high - low < 5e-5 else f"{low:.2%} to {high:.2%}"
-        accuracy = row["heldout_accuracy"]
-        table.add_row(
-            str(row["rank"]) + ("" if row["requested"] else "*"),
-            f"{row['objective']:.6f}",
-            f"{row['gap']:.1e}",
-            f"{row['spectral_ratio']:.3f}",
-            captured,
-            "-" if row["heldout_loss"] is None else f"{row['heldout_loss']:.4f}",
-            "-" if accuracy is None else f"{accuracy:.1%}",
-            f"{row['parameters']:,}",
-            str(row["starts"]),
-            f"[{_COLOURS[row['verdict']]}]{row['verdict']}[/]",
-        )
+    columns = {
+        "rank": lambda row: str(row["rank"]) + ("" if row["requested"] else "*"),
+        "objective": lambda row: f"{row['objective']:.6f}",
+        "gap": lambda row: _optional(row["gap"], ".1e"),
+        "rho": lambda row: _optional(row["spectral_ratio"], ".3f"),
+        "captured": _captured,
+        "held-out loss": lambda row: _optional(row["heldout_loss"], ".4f"),
+        "accuracy": lambda row: _optional(row["heldout_accuracy"], ".1%"),
+        "parameters": lambda row: f"{row['parameters']:,}",
+        "starts": lambda row: _optional(row["starts"], "d"),
+        "verdict": lambda row: f"[{_COLOURS.get(row['verdict'], 'default')}]{row['verdict']}[/]",
+    }
+    if width < _WIDE:
+        columns = {name: columns[name] for name in ("rank", "gap", "rho", "captured", "held-out loss", "verdict")}
+    for name in columns:
+        table.add_column(name, justify="left" if name == "verdict" else "right", no_wrap=True)
+    nothing = {
+        "rank": 0,
+        "objective": optimum["objective_at_zero"],
+        "gap": None,
+        "spectral_ratio": None,
+        "captured": [0.0, 0.0],
+        "heldout_loss": held and held["loss_without_adapter"],
+        "heldout_accuracy": held and held["accuracy_without_adapter"],
+        "parameters": 0,
+        "starts": None,
+        "verdict": "no adapter",
+        "requested": True,
+    }
+    for row in [nothing, *data["ranks"]]:
+        table.add_row(*(cell(row) for cell in columns.values()))
     if any(not row["requested"] for row in data["ranks"]):
         table.caption = "* examined to find the smallest sufficient rank"
     return table
 
 
+def _captured(row: dict[str, Any]) -> str:
+    low, high = row["captured"]
+    return f"{low:.2%}" if high - low < 5e-5 else f"{low:.2%} to {high:.2%}"
+
+
+def _optional(value: Any, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
 def _module_table(data: dict[str, Any], most: int = 24) -> Table:
-    table = Table(title="Rank of every module", title_justify="left")
+    names = data["target_modules"]
+    common = os.path.commonprefix(names) if len(names) > 1 else ""  # noqa: RUF071 (cut at a dot below)
+    common = common[: common.rfind(".") + 1]
+    table = Table(title=f"Rank of every module{f' of {common[:-1]}' if common else ''}", title_justify="left")
     for column in ("module", "shape", "certified optimum", "smallest pattern found"):
         table.add_column(column, justify="left" if column == "module" else "right")
     pattern = data["recommended"]["rank_pattern"]
-    names = data["target_modules"]
     for name in names[:most]:
         m, n = data["shapes"][name]
-        table.add_row(name, f"{m} x {n}", str(data["optimum"]["ranks"][name]), str(pattern.get(name, 0)))
+        table.add_row(
+            name.removeprefix(common), f"{m} x {n}", str(data["optimum"]["ranks"][name]), str(pattern.get(name, 0))
+        )
     if len(names) > most:
         table.caption = f"and {len(names) - most} more in plan.json"
     return table

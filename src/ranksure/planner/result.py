@@ -14,6 +14,7 @@ from ranksure.adapters.merged import export_merged
 from ranksure.adapters.peft_config import axolotl_yaml, config_snippet, lora_config
 from ranksure.adapters.peft_export import export_adapter, export_mean_pooled
 from ranksure.adapters.staging import staged_folder
+from ranksure.errors import SettingError
 from ranksure.operators.base import Factors
 from ranksure.tasks.text import MeanPooled
 
@@ -22,6 +23,43 @@ if TYPE_CHECKING:
 
 LINEARITY_WARNING = 0.5
 """Relative difference between the real network and its linearisation above which a plan warns."""
+
+
+_OWN = {"plan.json", "lora_config.py", "axolotl.yaml", "adapter", "merged", "weak-decay"}
+_OWN_ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "README.md", "head.safetensors"}
+
+
+def check_replaceable(folder: str | os.PathLike[str]) -> None:
+    """Refuse to replace a folder that holds anything but an earlier plan.
+
+    Raises:
+        SettingError: names the first thing in it that no plan wrote.
+    """
+    out = Path(folder)
+    if out.exists() and not out.is_dir():
+        raise SettingError(f"--out {out} is a file; name a folder")
+    found = sorted(entry.name for entry in out.iterdir()) if out.is_dir() else []
+    if not found:
+        return
+    foreign = [name for name in found if name not in _OWN]
+    foreign += [f"adapter/{p.name}" for p in (out / "adapter").glob("*") if p.name not in _OWN_ADAPTER]
+    if not foreign and not _is_plan(out / "plan.json"):
+        foreign = found
+    if foreign:
+        raise SettingError(
+            f"--out {out} is not empty and holds {foreign[0]}, which no plan wrote; "
+            "name a new folder, or empty this one"
+        )
+    if (out / "weak-decay").exists():
+        check_replaceable(out / "weak-decay")
+
+
+def _is_plan(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and "schema" in content and "recommended" in content
 
 
 class PlanResult:
@@ -80,6 +118,12 @@ class PlanResult:
                 f"The real network differs from its linearisation by {worst:.0%} of the change: the certificate is for "
                 "the linearised problem, so treat the ranks as a guide and check the trained run."
             )
+        held, real = self.data["heldout"], linearity.get("heldout_real_loss")
+        if held is not None and real is not None and real > held["loss_without_adapter"]:
+            out.append(
+                "With the solved update the real network does worse on held-out rows than without an adapter (loss "
+                f"{real:.4f} against {held['loss_without_adapter']:.4f})."
+            )
         optimum = self.data["optimum"]
         if optimum["status"] != "converged":
             out.append(
@@ -89,11 +133,11 @@ class PlanResult:
         accuracies = self.data["head"]["accuracy"]
         if accuracies.get("mean") is not None and accuracies.get("model") is not None:
             gain = accuracies["mean"] - accuracies["model"]
-            if gain > 0.01:
+            if gain > 0.01 and self.data["pooling"] == "model":
                 out.append(
                     f"Mean pooling is the better head here ({accuracies['mean']:.1%} against {accuracies['model']:.1%} "
-                    "held-out accuracy before any adapter): try --pooling mean, and look at its linearity before you "
-                    "trust it."
+                    "before any adapter, on the rows that choose lambda): try --pooling mean, and look at its "
+                    "linearity before you trust it."
                 )
         return out
 
@@ -105,15 +149,23 @@ class PlanResult:
             return [
                 f"No adapter is needed: at weight decay {data['weight_decay']:.3g} (lambda_max is "
                 f"{data['lambda_max']:.3g}) the certified optimum is no update at all, so the rank is 0.",
-                "Lower the weight decay to let the data move the weights.",
+                "Held-out loss rises as the weight decay falls, so nothing is gained by a weaker one."
+                if len(data["path"]) > 1
+                else "Lower the weight decay to let the data move the weights.",
             ]
         share = f"{100 * data['captured_target']:.6g}%"  # 99.9% is not 100%
         kept = advice["rank_pattern"]
-        pattern = f"{sum(kept.values())} rank{'s' * (sum(kept.values()) != 1)} over {_count(len(kept), 'module')}"
+        ranks = set(kept.values())
+        pattern = (
+            f"rank {ranks.pop()} in {_count(len(kept), 'module')}"
+            if len(ranks) == 1
+            else f"ranks {min(ranks)} to {max(ranks)} in {_count(len(kept), 'module')}"
+        )
+        pattern += f", which captures {advice['captured_pattern']:.2%}"
         left_out = len(data["target_modules"]) - len(kept)
         first = (
             f"Rank {advice['r']} is enough: it captures at least {share} of what any rank could gain on these "
-            f"{data['n_samples']} rows, and the smallest pattern found needs {pattern}"
+            f"{data['n_samples']} rows, and the smallest pattern found has {pattern}"
             + (f" ({_count(left_out, 'target')} can be left out)." if left_out else ".")
         )
         existence = bounds["existence"]["numerical"] or bounds["existence"]["effective"]
@@ -122,8 +174,9 @@ class PlanResult:
         trapped = f", and rank {_listed(stuck)} is stuck below it (rank-bound)" if stuck else ""
         largest = max(optimum["ranks"].values())
         second = (
-            f"Theory promises an optimum of rank at most {existence} and no spurious minima from rank {landscape}; the "
-            f"certified optimum has rank {largest} (relative gap {optimum['relative_gap']:.1e}){trapped}."
+            f"Theory promises an optimum of rank at most {existence} and, for almost every small perturbation of the "
+            f"objective, no spurious minima from rank {landscape}; the certified optimum has rank {largest} "
+            f"(relative gap {optimum['relative_gap']:.1e}){trapped}."
         )
         held = data["heldout"]
         if held is None:
@@ -131,38 +184,68 @@ class PlanResult:
         third = (
             f"On {held['rows']} held-out rows that chose nothing, the smallest rank within one standard error of the "
             f"best is {advice['heldout_r']}"
-            + (", so the adapter does not help beyond the head." if advice["heldout_r"] == 0 else ".")
         )
-        return [first, second, third]
+        if advice["heldout_r"] == 0:
+            return [f"{third}: there the adapter shows no gain over the head alone.", first, second]
+        return [first, second, f"{third}."]
 
     def snippet(self) -> str:
         """Python source of the recommended configuration."""
         return config_snippet(self.lora_config)
 
+    def __str__(self) -> str:
+        return "\n".join([*self.sentences(), *self.warnings])
+
     def to_json(self) -> str:
         """``plan.json`` as text; infinite values become null."""
-        return json.dumps(_finite(self.data), indent=2, allow_nan=False) + "\n"
+        content = {**self.data, "sentences": self.sentences(), "warnings": self.warnings}
+        return json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write ``plan.json``, the configuration and the solved update; the folder appears whole or not at all.
 
+        An earlier plan in the folder is replaced; a folder that holds anything else is refused.
+
         Raises:
+            SettingError: the folder holds something that no plan wrote.
             AdapterError: the folder holds something else or cannot be written, or the adapter does not
                 load back as written.
         """
         out = Path(folder)
+        check_replaceable(out)
         with staged_folder(out, "plan.json") as stage:
             (stage / "plan.json").write_text(self.to_json(), encoding="utf-8")
             if not self.is_zero:
-                (stage / "lora_config.py").write_text(self.snippet(), encoding="utf-8")
+                (stage / "lora_config.py").write_text(self._notes() + self.snippet(), encoding="utf-8")
                 (stage / "axolotl.yaml").write_text(self._axolotl(), encoding="utf-8")
                 self._export(stage, out)
         return out
+
+    def _notes(self) -> str:
+        """Comments above the configuration: what it is for, and what it does not say."""
+        task = self._prepared.task
+        owner = f"{type(task.adapted).__name__}{', with a head of its own' if task.pooling == 'mean' else ''}"
+        lines = [
+            f"The smallest rank pattern found; module names are those of {owner}.",
+            f"Weight decay {self.data['weight_decay']:.6g}: L2 on the LoRA factors, as SGD applies it, not AdamW.",
+        ]
+        if task.label_names:
+            lines.append(f"Labels by id: {dict(enumerate(task.label_names))}; num_labels={task.n_outputs}.")
+        return "".join(f"# {line}\n" for line in lines)
 
     def _axolotl(self) -> str:
         task, advice = self._prepared.task, self.data["recommended"]
         saved = task.new_modules if task.head_is_new and task.pooling == "model" else None
         return axolotl_yaml(advice["rank_pattern"], weight_decay=advice["weight_decay"], modules_to_save=saved)
+
+    def _usage(self) -> str:
+        """How texts reach the model, for the adapter's README."""
+        task = self._prepared.task
+        lines = [f"Texts: this model's tokenizer, with `padding=True, truncation=True, max_length={task.max_length}`."]
+        if task.label_names:
+            lines.append(f"Labels by id: `{dict(enumerate(task.label_names))}`.")
+        lines.append("Paths are as they were given; run the code from the same folder, or make them absolute.")
+        return "\n\n".join(lines)
 
     def _export(self, stage: Path, out: Path) -> None:
         task, options = self._prepared.task, self._prepared.settings
@@ -183,6 +266,7 @@ class PlanResult:
             "id2label": id2label,
             "uniform": options.uniform,
             "shown_path": out / "adapter",
+            "extra_readme": self._usage(),
         }
         if isinstance(task.model, MeanPooled):
             head = task.model.head

@@ -11,6 +11,7 @@ from torch import Tensor
 from ranksure.adapters.low_rank_hooks import applied
 from ranksure.adapters.peft_config import lora_config
 from ranksure.capture import check_memory
+from ranksure.certificate import captured_interval
 from ranksure.network import predict
 from ranksure.operators.base import Factors
 from ranksure.planner.prepare import Linearised, Prepared, accuracy, estimate, linearise, prepare
@@ -79,6 +80,7 @@ def run_plan(prepared: Prepared, clock: Clock) -> PlanResult:
             start=start,
             progress=lambda index, certificate: advance(_digits(certificate.relative_gap, options.tolerance), 100),
         )
+    zero = not any(solution.ranks.values())
     with clock.stage("ranks", "Examining ranks") as advance:
         table, smallest = rank_table(
             problem,
@@ -89,11 +91,17 @@ def run_plan(prepared: Prepared, clock: Clock) -> PlanResult:
             random_starts=options.random_starts,
             advance=advance,
         )
-    pattern = dict.fromkeys(solution.ranks, 0)
+    pattern, captured = dict.fromkeys(solution.ranks, 0), 1.0
     if not zero:
         with clock.stage("pattern", "Finding the smallest rank pattern") as advance:
-            pattern, _ = smallest_pattern(problem, solution, options.captured, advance)
-            pattern = min(pattern, clipped(problem, smallest), key=lambda ranks: parameters(problem, ranks))
+            pattern, point = smallest_pattern(problem, solution, options.captured, advance)
+            captured = captured_interval(
+                point.certificate.objective_at_zero - point.certificate.objective,
+                point.certificate.objective_at_zero - table.best_dual,
+                point.certificate.objective_at_zero - table.best_objective,
+            )[0]
+            if parameters(problem, clipped(problem, smallest)) < parameters(problem, pattern):
+                pattern, captured = clipped(problem, smallest), table.row(smallest).captured[0]
     subsets: list[dict[str, Any]] = []
     extrapolation = None
     n = problem.operator.n_samples
@@ -130,7 +138,10 @@ def run_plan(prepared: Prepared, clock: Clock) -> PlanResult:
         "optimum": _optimum_json(solution),
         "ranks": [_row_json(problem, row, heldout) for row in table.rows],
         "heldout": heldout["base"],
-        "recommended": _recommended(problem, smallest, pattern, lam, heldout_rank, zero),
+        "recommended": {
+            **_recommended(problem, smallest, pattern, lam, heldout_rank, zero),
+            "captured_pattern": captured,
+        },
         "subsets": subsets,
         "extrapolation": extrapolation,
         "linearity": linearity,
