@@ -18,7 +18,7 @@ from ranksure.network import device_of, frozen, logits_of, predict, to_device
 from ranksure.operators.base import Factors, cast_factors
 from ranksure.operators.factored import FactoredOperator
 from ranksure.planner.progress import Clock
-from ranksure.planner.settings import PlanSettings, describe_source
+from ranksure.planner.settings import PlanSettings
 from ranksure.problem import Problem, uniform_penalty
 from ranksure.tasks.head import HeadFit, fit_head, head_features, install_head
 from ranksure.tasks.rows import Rows, load_rows
@@ -221,7 +221,7 @@ def _split(rows: Rows, evaluation: Rows | None, settings: PlanSettings) -> Split
     if settings.weight_decay == "auto" and len(select) < _SELECT_AT_LEAST:
         raise SettingError(
             f"--weight-decay auto needs at least {2 * _SELECT_AT_LEAST} held-out rows beside the {settings.samples} "
-            f"samples of {describe_source(rows.source)}; give --eval-data, fewer --samples, or a number"
+            f"samples of {rows.source}; give --eval-data, fewer --samples, or a number"
         )
     return Split(train, select if len(select) else None, report if len(report) else None, len(rows))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from ranksure.certificate import Certificate, captured_interval
@@ -52,14 +52,18 @@ class RankTable:
         """The row of a rank."""
         return next(row for row in self.rows if row.rank == rank)
 
+    def captured(self, certificate: Certificate) -> tuple[float, float]:
+        """Interval of the share that a point captures, by the best values known."""
+        zero = certificate.objective_at_zero
+        return captured_interval(zero - certificate.objective, zero - self.best_dual, zero - self.best_objective)
+
     def judge(self) -> None:
         """Set captured intervals and verdicts from the best values known."""
         self.rows.sort(key=lambda row: row.rank)
         zero = self.solution.certificate.objective_at_zero
         for row in self.rows:
-            gained = zero - row.certificate.objective
-            most, found = zero - self.best_dual, zero - self.best_objective
-            row.captured = captured_interval(gained, most, found)
+            most = zero - self.best_dual
+            row.captured = self.captured(row.certificate)
             share_left = (row.certificate.objective - self.best_dual) / most if most > 0 else 0.0
             if share_left <= OPTIMAL:
                 row.verdict = "optimal"
@@ -167,18 +171,28 @@ def _solve_row(
     )
 
 
-def captures(problem: Problem, solution: Solution, ranks: dict[str, int], share: float) -> Solution | None:
-    """A point of these ranks that captures at least ``share``, from the truncated optimum; None if not found."""
-    found = solve_fixed_rank(
+def solve_again(
+    problem: Problem, solution: Solution, ranks: dict[str, int], enough: float, reference: Factors | None = None
+) -> Solution:
+    """Descend at fixed ranks, from a truncation of ``reference`` (default: the optimum), to a relative gap ``enough``."""
+    return solve_fixed_rank(
         problem,
         ranks,
-        reference=solution.factors,
+        reference=solution.factors if reference is None else reference,
         tolerance=SINGLE_PRECISION,
         best_dual=solution.certificate.dual,
         max_evaluations=400,
-        enough=0.98 * (1 - share),  # a little more than asked, so that rounding cannot undo it
+        enough=enough,
         check_curvature=False,
     ).solution
+
+
+def captures(
+    problem: Problem, solution: Solution, ranks: dict[str, int], share: float, reference: Factors | None = None
+) -> Solution | None:
+    """A point of these ranks that captures at least ``share``; None if not found."""
+    # A little more than asked, so that rounding cannot undo it.
+    found = solve_again(problem, solution, ranks, 0.98 * (1 - share), reference)
     return found if found.certificate.captured()[0] >= share else None
 
 
@@ -232,7 +246,7 @@ def smallest_pattern(
             return best_ranks, best
         weakest = min(left, key=lambda name: _last_value(best, name))
         fewer = {**best_ranks, weakest: best_ranks[weakest] - 1}
-        found = captures(problem, _joined(best, solution), fewer, share)
+        found = captures(problem, solution, fewer, share, best.factors)
         tried += 1
         advance(tried, tried + 1)
         if found is None:
@@ -244,8 +258,3 @@ def smallest_pattern(
 def _last_value(solution: Solution, name: str) -> float:
     values = singular_values({name: solution.factors[name]})[name]
     return float(values[-1]) if len(values) else 0.0
-
-
-def _joined(point: Solution, optimum: Solution) -> Solution:
-    """A point to truncate from, with the optimum's dual value in its certificate."""
-    return replace(point, certificate=optimum.certificate)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ranksure.adapters.low_rank_hooks import applied
 from ranksure.adapters.peft_config import lora_config
 from ranksure.capture import check_memory
-from ranksure.certificate import captured_interval
 from ranksure.network import predict
 from ranksure.operators.base import Factors
-from ranksure.planner.prepare import Linearised, Prepared, accuracy, estimate, linearise, prepare
+from ranksure.operators.factored import FactoredOperator
+from ranksure.planner.prepare import HeldOut, Linearised, Prepared, accuracy, estimate, linearise, prepare
 from ranksure.planner.progress import Clock, Reporter, Silent
 from ranksure.planner.ranks import RankTable, clipped, parameters, rank_table, smallest_pattern
 from ranksure.planner.result import PlanResult
@@ -24,7 +23,6 @@ from ranksure.problem import Problem
 from ranksure.solvers.burer_monteiro import solve
 from ranksure.solvers.path import PathPoint, lambda_path
 from ranksure.solvers.solution import Solution
-from ranksure.tasks.rows import Rows
 from ranksure.theory.bounds import existence_bounds, landscape_bounds, numerical_rank
 
 _PATIENCE = 3  # the path ends after this many points without a lower selection loss
@@ -70,7 +68,6 @@ def run_plan(prepared: Prepared, clock: Clock) -> PlanResult:
     lin = linearise(prepared, clock)
     bounds = _bounds(lin, clock)
     lam, path = _choose_lambda(lin, clock)
-    zero = lam >= lin.lambda_max
     problem = lin.problem.with_penalty(lam)
     with clock.stage("solve", "Solving to a certified optimum") as advance:
         start = min(path, key=lambda point: abs(math.log(point.lam / lam))).solution.factors if path else None
@@ -95,11 +92,7 @@ def run_plan(prepared: Prepared, clock: Clock) -> PlanResult:
     if not zero:
         with clock.stage("pattern", "Finding the smallest rank pattern") as advance:
             pattern, point = smallest_pattern(problem, solution, options.captured, advance)
-            captured = captured_interval(
-                point.certificate.objective_at_zero - point.certificate.objective,
-                point.certificate.objective_at_zero - table.best_dual,
-                point.certificate.objective_at_zero - table.best_objective,
-            )[0]
+            captured = table.captured(point.certificate)[0]
             if parameters(problem, clipped(problem, smallest)) < parameters(problem, pattern):
                 pattern, captured = clipped(problem, smallest), table.row(smallest).captured[0]
     subsets: list[dict[str, Any]] = []
@@ -269,7 +262,6 @@ def _held_out(lin: Linearised, table: RankTable) -> tuple[dict[str, Any], int | 
 
 def _row_json(problem: Problem, row: Any, heldout: dict[str, Any]) -> dict[str, Any]:
     figures = heldout["rows"].get(row.rank, {"loss": None, "accuracy": None})
-    ranks = {name: min(row.rank, *shape) for name, shape in problem.operator.shapes.items()}
     return {
         "rank": row.rank,
         "objective": row.certificate.objective,
@@ -278,7 +270,7 @@ def _row_json(problem: Problem, row: Any, heldout: dict[str, Any]) -> dict[str, 
         "captured": list(row.captured),
         "heldout_loss": figures["loss"],
         "heldout_accuracy": figures["accuracy"],
-        "parameters": parameters(problem, ranks),
+        "parameters": parameters(problem, clipped(problem, row.rank)),
         "verdict": row.verdict,
         "starts": row.starts,
         "stationary": row.stationary,
@@ -291,7 +283,6 @@ def _recommended(
     problem: Problem, smallest: int, pattern: dict[str, int], lam: float, heldout_rank: int | None, zero: bool
 ) -> dict[str, Any]:
     kept = {name: rank for name, rank in pattern.items() if rank > 0}
-    uniform = {name: min(smallest, *shape) for name, shape in problem.operator.shapes.items()}
     return {
         "r": 0 if zero else smallest,
         "lora_alpha": 0 if zero else smallest,
@@ -301,7 +292,7 @@ def _recommended(
         "peft": _exact_fields(kept),
         "weight_decay": lam,
         "heldout_r": heldout_rank,
-        "parameters_uniform": parameters(problem, uniform),
+        "parameters_uniform": parameters(problem, clipped(problem, smallest)),
         "parameters_pattern": parameters(problem, kept),
         "note": "smallest found; weight_decay is L2 on LoRA factors at scale lora_alpha / r = 1: SGD's, not AdamW's",
     }
@@ -330,29 +321,23 @@ def _linearity(lin: Linearised, factors: Factors) -> dict[str, Any]:
     out: dict[str, Any] = {"train": None, "heldout": None}
     if all(u.shape[1] == 0 for u, _ in factors.values()):
         return {"train": 0.0, "heldout": 0.0 if lin.report else None, "note": "the update is zero"}
-    train = lin.problem.logits(lin.problem.operator.apply_factors(_cast(factors, lin.problem.operator.dtype))).double()
-    sets: dict[str, tuple[Rows, Tensor, Tensor, Tensor]] = {
-        "train": (prepared.split.train, lin.problem.base_logits.double(), train, lin.problem.labels)
-    }
-    if lin.report is not None:
-        held = lin.report
-        sets["heldout"] = (held.rows, held.base_logits, held.logits(factors), held.labels)
+    problem = lin.problem
+    assert isinstance(problem.operator, FactoredOperator)
+    train = HeldOut(problem.operator, problem.base_logits, problem.labels, loss, prepared.split.train)
     contrasts = loss.contrasts(prepared.task.n_outputs)
-    for key, (rows, base, linear, labels) in sets.items():
+    for key, part in (("train", train), ("heldout", lin.report)):
+        if part is None:
+            continue
+        linear, base, labels = part.logits(factors), part.base_logits, part.labels
         with applied(prepared.targets, factors):
-            batches, back = prepared.task.batches_by_length(rows)
+            batches, back = prepared.task.batches_by_length(part.rows)
             real = predict(prepared.task.model, batches).double()[back]
         moved = ((linear - base) @ contrasts).norm()
         out[key] = float(((real - linear) @ contrasts).norm() / moved.clamp(min=1e-300))
-        labels = labels if labels.dtype == torch.long else labels.double()
         out[f"{key}_real_loss"] = float(loss.value(real, labels).mean())
         out[f"{key}_linear_loss"] = float(loss.value(linear, labels).mean())
         out[f"{key}_real_accuracy"] = accuracy(real, labels, loss)
     return out
-
-
-def _cast(factors: Factors, dtype: torch.dtype) -> Factors:
-    return {name: (u.to(dtype), v.to(dtype)) for name, (u, v) in factors.items() if u.shape[1] > 0}
 
 
 def _versions() -> dict[str, str]:

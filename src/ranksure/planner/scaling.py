@@ -10,11 +10,9 @@ import numpy as np
 
 from ranksure.planner.prepare import at_fewer_samples
 from ranksure.planner.progress import Advance
-from ranksure.planner.ranks import clipped, smallest_uniform
+from ranksure.planner.ranks import clipped, smallest_uniform, solve_again
 from ranksure.problem import Problem
 from ranksure.solvers.burer_monteiro import solve
-from ranksure.solvers.descent import SINGLE_PRECISION
-from ranksure.solvers.fixed_rank import solve_fixed_rank
 from ranksure.solvers.solution import Solution
 
 TOLERANCE = 1e-3
@@ -74,17 +72,8 @@ def subset_row(problem: Problem, solution: Solution, n: int, ranks: Sequence[int
         if rank >= max(solution.ranks.values(), default=0):
             shares[rank] = solution.certificate.captured()[0]
         else:
-            reached = solve_fixed_rank(
-                problem,
-                clipped(problem, rank),
-                reference=solution.factors,
-                tolerance=SINGLE_PRECISION,
-                best_dual=solution.certificate.dual,
-                max_evaluations=400,
-                enough=TOLERANCE,
-                check_curvature=False,
-            )
-            shares[rank] = reached.solution.certificate.captured()[0]
+            reached = solve_again(problem, solution, clipped(problem, rank), TOLERANCE)
+            shares[rank] = reached.certificate.captured()[0]
     lam = max(problem.penalty.values())
     return SubsetRow(n, lam, solution.certificate.relative_gap, solution.ranks, needed, shares)
 

@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ranksure.errors import SettingError
@@ -170,8 +169,3 @@ def parse_ranks(text: str) -> list[int]:
         return sorted({int(part) for part in text.split(",") if part.strip()})
     except ValueError:
         raise SettingError(f"--ranks {text!r} is not understood: write whole numbers such as 1,2,4,8") from None
-
-
-def describe_source(source: Any) -> str:
-    """How messages name a data source."""
-    return str(source) if isinstance(source, (str, Path)) else f"a {type(source).__name__} in memory"

@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -215,20 +215,14 @@ def load_text_task(
 
 def _mean_pooled(task: TextTask, encoder: PreTrainedModel) -> TextTask:
     wrapped = MeanPooled(encoder, task.n_outputs)
-    return TextTask(
+    return replace(
+        task,
         model=wrapped,
         adapted=encoder,
-        tokenizer=task.tokenizer,
         pooling="mean",
         head="head",
         new_modules=[],
         head_is_new=True,
-        n_outputs=task.n_outputs,
-        name=task.name,
-        revision=task.revision,
-        max_length=task.max_length,
-        batch_size=task.batch_size,
-        label_names=task.label_names,
         model_task=task,
         notes=list(task.notes),
     )
