@@ -174,7 +174,7 @@ def _solve_row(
 def solve_again(
     problem: Problem, solution: Solution, ranks: dict[str, int], enough: float, reference: Factors | None = None
 ) -> Solution:
-    """Descend at fixed ranks, from a truncation of ``reference`` (default: the optimum), to a relative gap ``enough``."""
+    """Descend at fixed ranks from a truncation of ``reference`` (default: the optimum), to a relative gap."""
     return solve_fixed_rank(
         problem,
         ranks,
