@@ -17,9 +17,9 @@ from ranksure.modules import block_shape, select_targets
 from ranksure.network import device_of, frozen, logits_of, predict, to_device
 from ranksure.operators.base import Factors, cast_factors
 from ranksure.operators.factored import FactoredOperator
-from ranksure.planner.progress import Clock
 from ranksure.planner.settings import PlanSettings
 from ranksure.problem import Problem, uniform_penalty
+from ranksure.progress import Clock
 from ranksure.tasks.head import HeadFit, fit_head, head_features, install_head
 from ranksure.tasks.rows import Rows, load_rows
 from ranksure.tasks.text import TextTask, load_text_task

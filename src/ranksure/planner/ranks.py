@@ -8,8 +8,8 @@ from typing import Literal
 from ranksure.certificate import Certificate, captured_interval
 from ranksure.operators.base import Factors, ranks_of
 from ranksure.operators.factored import FactoredOperator
-from ranksure.planner.progress import Advance
 from ranksure.problem import Problem
+from ranksure.progress import Advance
 from ranksure.solvers.balancing import singular_values
 from ranksure.solvers.descent import SINGLE_PRECISION
 from ranksure.solvers.fixed_rank import FixedRank, solve_fixed_rank

@@ -3,38 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ranksure.planner.prepare import Estimate, Prepared
-from ranksure.planner.progress import Advance
 from ranksure.planner.result import PlanResult
 
 _WIDE = 110  # columns that the full rank table needs
 _COLOURS = {"optimal": "green", "rank-bound": "yellow", "not-converged": "red"}
-
-
-class RichReporter:
-    """Progress bars on a console."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-
-    @contextmanager
-    def stage(self, title: str) -> Iterator[Advance]:
-        """A bar that disappears when its stage is done."""
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-        # Where nobody watches, a bar that disappears would leave an empty line behind.
-        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
-            task = progress.add_task(title, total=None)
-            yield lambda done, total: progress.update(task, completed=done, total=total)
-        self.console.print(f"[dim]done[/dim] {title}", highlight=False)
 
 
 def show(result: PlanResult, console: Console, folder: str | None = None, brief: bool = False) -> None:

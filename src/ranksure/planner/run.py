@@ -14,12 +14,12 @@ from ranksure.network import predict
 from ranksure.operators.base import Factors
 from ranksure.operators.factored import FactoredOperator
 from ranksure.planner.prepare import HeldOut, Linearised, Prepared, accuracy, estimate, linearise, prepare
-from ranksure.planner.progress import Clock, Reporter, Silent
 from ranksure.planner.ranks import RankTable, clipped, parameters, rank_table, smallest_pattern
 from ranksure.planner.result import PlanResult
 from ranksure.planner.scaling import extrapolate, subset_row, subset_rows
 from ranksure.planner.settings import PlanSettings, parse_share
 from ranksure.problem import Problem
+from ranksure.progress import Clock, Reporter, Silent
 from ranksure.solvers.burer_monteiro import solve
 from ranksure.solvers.path import PathPoint, lambda_path
 from ranksure.solvers.solution import Solution

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from ranksure.planner.prepare import at_fewer_samples
-from ranksure.planner.progress import Advance
 from ranksure.planner.ranks import clipped, smallest_uniform, solve_again
 from ranksure.problem import Problem
+from ranksure.progress import Advance
 from ranksure.solvers.burer_monteiro import solve
 from ranksure.solvers.solution import Solution
 

@@ -1,8 +1,7 @@
-"""The command line: parses, calls, prints. Answers go to standard output, everything else to standard error."""
+"""``ranksure plan`` and ``ranksure demo``."""
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -11,16 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from ranksure.errors import RanksureError
-
-app = typer.Typer(
-    name="ranksure",
-    help="Which LoRA rank does this fine-tuning need? Answered with a certificate.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-)
+from ranksure.cli.app import app
+from ranksure.cli.terminal import width
 
 _PLAN_EXAMPLES = """
 [bold]Examples[/bold]
@@ -206,19 +197,9 @@ def demo_command(
     _plan(model, rows, settings, out, dry_run=dry_run, json=json)
     if main_only or dry_run or json:
         return
-    Console(width=_width()).rule("Part two: mean pooling at a weight decay too weak for this data")
+    Console(width=width()).rule("Part two: mean pooling at a weight decay too weak for this data")
     weaker = settings | {"pooling": "mean", "weight_decay": "10%", "heldout": 0}
     _plan(model, rows, weaker, None if out is None else out / "weak-decay", dry_run=False, json=False, brief=True)
-
-
-@app.callback(invoke_without_command=True)
-def root(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
-    """Which LoRA rank does this fine-tuning need? Answered with a certificate."""
-    if version:
-        from importlib.metadata import version as installed
-
-        typer.echo(f"ranksure {installed('ranksure')}")
-        raise typer.Exit
 
 
 def _weight_decay(text: str) -> float | str:
@@ -226,11 +207,6 @@ def _weight_decay(text: str) -> float | str:
         return float(text)
     except ValueError:
         return text  # auto, or a share of lambda_max; anything else is refused with the other settings
-
-
-def _width() -> int | None:
-    """Wide tables where nothing says how wide the reader's window is."""
-    return None if sys.stdout.isatty() else 140
 
 
 def _plan(
@@ -246,12 +222,12 @@ def _plan(
     if out is not None:
         _check_writable(out)
     from ranksure.planner.prepare import estimate, prepare
-    from ranksure.planner.progress import Clock
-    from ranksure.planner.render import RichReporter, show, show_estimate
+    from ranksure.planner.render import show, show_estimate
     from ranksure.planner.run import run_plan
     from ranksure.planner.settings import PlanSettings
+    from ranksure.progress import Clock, RichReporter
 
-    console = Console(stderr=json, width=_width())
+    console = Console(stderr=json, width=width())
     clock = Clock(RichReporter(Console(stderr=True)))
     prepared = prepare(model, data, PlanSettings(**settings), None, clock)
     if dry_run:
@@ -281,39 +257,3 @@ def _check_writable(out: Path) -> None:
             pass
     except OSError as error:
         raise SettingError(f"--out {out} cannot be written: {error.strerror or error}") from None
-
-
-def main() -> None:
-    """Entry point: a user's mistake is one line on standard error and exit code 2; Ctrl-C is 130."""
-    # Set before torch loads: threads that spin while they wait make small products tens of times slower
-    # as soon as another process wants the same cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        app()
-    except RanksureError as error:
-        Console(stderr=True, soft_wrap=True).print(
-            f"[bold red]error[/bold red] {_escaped(str(error))}", highlight=False
-        )
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        _say_interrupted()
-        raise SystemExit(130) from None
-    except SystemExit as stop:
-        if stop.code == 130:  # what typer makes of Ctrl-C
-            _say_interrupted()
-        raise
-
-
-def _say_interrupted() -> None:
-    Console(stderr=True).print("interrupted; no half-written output is left")
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,5 @@
+"""``python -m ranksure.cli``."""
+
+from ranksure.cli.app import main
+
+main()

@@ -1,0 +1,62 @@
+"""The application that commands register with, and its entry point."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ranksure.errors import RanksureError
+
+app = typer.Typer(
+    name="ranksure",
+    help="Which LoRA rank does this fine-tuning need? Answered with a certificate.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    """Which LoRA rank does this fine-tuning need? Answered with a certificate."""
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"ranksure {installed('ranksure')}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line on standard error and exit code 2; Ctrl-C is 130."""
+    # Set before torch loads: threads that spin while they wait make small products tens of times slower
+    # as soon as another process wants the same cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except RanksureError as error:
+        Console(stderr=True, soft_wrap=True).print(
+            f"[bold red]error[/bold red] {_escaped(str(error))}", highlight=False
+        )
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        _say_interrupted()
+        raise SystemExit(130) from None
+    except SystemExit as stop:
+        if stop.code == 130:  # what typer makes of Ctrl-C
+            _say_interrupted()
+        raise
+
+
+def _say_interrupted() -> None:
+    Console(stderr=True).print("interrupted; no half-written output is left")
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,10 @@
+"""What the commands share about the reader's window."""
+
+from __future__ import annotations
+
+import sys
+
+
+def width() -> int | None:
+    """Wide tables where nothing says how wide the reader's window is."""
+    return None if sys.stdout.isatty() else 140
