@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,8 +35,14 @@ _STYLE: Any = {
     "lines.linewidth": 1.8,
     "lines.markersize": 5,
     "figure.dpi": 100,
-    "savefig.dpi": 100,
 }
+
+
+def style() -> AbstractContextManager[None]:
+    """The style, for as long as the context lasts; entries are run inside it."""
+    import matplotlib as mpl
+
+    return mpl.rc_context(_STYLE)
 
 
 def panels(columns: int, rows: int = 1, *, height: float = 3.6) -> tuple[Figure, np.ndarray]:
@@ -43,24 +50,18 @@ def panels(columns: int, rows: int = 1, *, height: float = 3.6) -> tuple[Figure,
 
     The figure has no window: it is drawn by Agg whatever matplotlib's back end is.
     """
-    import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(8, height * rows), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots(rows, columns, squeeze=False)
-    return figure, axes
+    figure = Figure(figsize=(8, height * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def png(figure: Figure, scale: int = 2) -> bytes:
     """The figure as PNG, ``scale`` times 800 pixels wide."""
-    import matplotlib as mpl
-
     buffer = io.BytesIO()
-    with mpl.rc_context(_STYLE):
-        figure.savefig(buffer, format="png", dpi=100 * scale, metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=100 * scale, metadata={"Software": None})
     return buffer.getvalue()
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from ranksure.errors import SettingError
 from ranksure.lab import entries
 from ranksure.lab.entry import Entry, Finding, Run
-from ranksure.lab.figures import png
+from ranksure.lab.figures import png, style
 
 
 def names() -> list[str]:
@@ -47,7 +47,8 @@ def measure(name: str, run: Run) -> tuple[Finding, dict[str, Any]]:
     """
     entry = load(name)
     began = time.perf_counter()
-    finding = entry.measure(run)
+    with style():
+        finding = entry.measure(run)
     record = {
         "schema": 1,
         "name": name,
@@ -78,7 +79,9 @@ def write(out: Path, finding: Finding, record: dict[str, Any]) -> tuple[Path, Pa
     text = json.dumps(record, indent=1, allow_nan=False) + "\n"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for path, content in zip(paths, (text.encode(), png(finding.figure)), strict=True):
+        with style():
+            image = png(finding.figure)
+        for path, content in zip(paths, (text.encode(), image), strict=True):
             partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
             try:
                 partial.write_bytes(content)
