@@ -18,7 +18,7 @@ from ranksure.cli import app
 from ranksure.planner.settings import PlanSettings
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RUN = "<!-- run -->"
 BLOCK = re.compile(r"^(?P<mark><!-- run -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 DEMO = re.compile(r"<!-- demo output.*?<!-- /demo output -->", re.DOTALL)
@@ -50,7 +50,7 @@ PYTHON = list(blocks("python"))
 RUNNABLE = [(page, text) for page, run, text in PYTHON if run]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_relative_links_lead_somewhere(page: Path) -> None:
     for target in LINK.findall(prose(page)):
         if re.match(r"[a-z]+:", target):
@@ -64,7 +64,7 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
 def test_every_page_is_linked_from_the_index() -> None:
     index = ROOT / "docs" / "index.md"
     linked = {(index.parent / target.partition("#")[0]).resolve() for target in LINK.findall(prose(index))}
-    assert set((ROOT / "docs").glob("*.md")) - {index} <= linked
+    assert set((ROOT / "docs").rglob("*.md")) - {index} <= linked
 
 
 @pytest.mark.parametrize(("page", "text"), [(page, text) for page, _, text in PYTHON], ids=[p for p, _, _ in PYTHON])
@@ -101,7 +101,7 @@ def test_options_exist() -> None:
     commands = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
     known = {name: {o for p in command.params for o in p.opts} | {"--help"} for name, command in commands.items()}
     named: set[str] = set()
-    for page in [PAGES[0], *sorted((ROOT / "docs").glob("*.md"))]:
+    for page in [PAGES[0], *sorted((ROOT / "docs").rglob("*.md"))]:
         text = re.sub(
             r"<!-- demo output.*?<!-- /demo output -->", "", page.read_text(encoding="utf-8"), flags=re.DOTALL
         )

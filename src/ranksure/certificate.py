@@ -78,7 +78,8 @@ class PointState:
     Attributes:
         certificate: the certificate.
         logits: linearised logits, ``(N, K)``.
-        gradients: ``g_j = A_j^*(R)``, each ``(m, n)``: the gradient of the data loss by block.
+        gradients: ``g_j = A_j^*(R)``, each ``(m, n)``: the gradient of the data loss (and of the linear term, if
+            the problem has one) by block.
     """
 
     certificate: Certificate
@@ -129,14 +130,20 @@ def certify(problem: Problem, factors: Factors, best_dual: float = -math.inf) ->
     logits = problem.logits(contrast_values)
     penalty = sum(problem.penalty[name] * norm for name, norm in nuclear_norms(factors).items())
     objective = float(problem.data_loss(logits)) + penalty
+    if problem.linear and factors:
+        objective += float(problem.linear_of(factors))
 
     dual = problem.dual_variable(logits)
     residual = problem.residual(dual)
     gradients = problem.operator.adjoint(residual)
     bounds = spectral_upper_bounds(gradients, problem.operator.adjoint_error(residual))
+    if problem.linear:
+        limit, bounds = _limit_with_linear_term(problem, gradients, bounds)
+        gradients = {name: g + problem.linear[name] if name in problem.linear else g for name, g in gradients.items()}
+    else:
+        limit = min(problem.penalty[name] / max(bound, 1e-300) for name, bound in bounds.items())
     ratios = {name: bound / problem.penalty[name] for name, bound in bounds.items()}
 
-    limit = 1 / max(*ratios.values(), 1e-300) if ratios else math.inf
     limit = min(limit, problem.loss.max_dual_step(dual / problem.weights[:, None], problem.labels))
     step, own = _best_dual_step(problem, dual, min(limit * (1 - 1e-15), 1e12))
     best = max(own, best_dual)
@@ -154,6 +161,29 @@ def certify(problem: Problem, factors: Factors, best_dual: float = -math.inf) ->
     return PointState(certificate, logits, gradients)
 
 
+def _limit_with_linear_term(
+    problem: Problem, gradients: Delta, bounds: dict[str, float]
+) -> tuple[float, dict[str, float]]:
+    """A feasible range of ``c`` where the dual asks for ``||c g_j + linear_j||_op <= lambda_j``, and the norms at 1.
+
+    The norm is convex in ``c``: below its chord from 0 to 1, and below ``c ||g_j|| + ||linear_j||``.
+    """
+    limit, at_one = math.inf, dict(bounds)
+    for name, g in gradients.items():
+        lam, term = problem.penalty[name], problem.linear.get(name)
+        if term is None:
+            limit = min(limit, lam / max(bounds[name], 1e-300))
+            continue
+        own = float(torch.linalg.svdvals(g)[0])
+        slack = {name: max(bounds[name] - own, 0.0) + torch.finfo(torch.float64).eps * float(g.norm() + term.norm())}
+        at_one[name] = spectral_upper_bounds({name: g + term}, slack)[name]
+        at_zero = spectral_upper_bounds({name: term}, {name: 0.0})[name]
+        apart = (lam - at_zero) / max(bounds[name], 1e-300)
+        chord = 1.0 if at_one[name] <= lam else (lam - at_zero) / (at_one[name] - at_zero)
+        limit = min(limit, max(apart, chord, 0.0))
+    return limit, at_one
+
+
 def _cancellation(problem: Problem, logits: Tensor, dual: Tensor, step: float) -> float:
     """Size of the terms that cancel in the losses and in the dual value when logits share a large offset."""
     sizes = logits.abs().sum(1) + problem.base_logits.abs().sum(1)
@@ -162,10 +192,11 @@ def _cancellation(problem: Problem, logits: Tensor, dual: Tensor, step: float) -
 
 
 def lambda_max(problem: Problem) -> float:
-    """Smallest uniform lambda at which the zero update is optimal: ``max_j ||A_j^*(R at 0)||_op``."""
+    """Smallest uniform lambda at which the zero update is optimal: ``max_j ||A_j^*(R at 0) + linear_j||_op``."""
     problem, _ = problem.reduced  # the bases are orthonormal, so the norms are the same
     gradients = problem.operator.adjoint(problem.residual(problem.dual_variable(problem.base_logits)))
-    return max(float(torch.linalg.svdvals(g.double())[0]) for g in gradients.values())
+    terms = {name: problem.linear.get(name, 0) for name in gradients}
+    return max(float(torch.linalg.svdvals(g.double() + terms[name])[0]) for name, g in gradients.items())
 
 
 def _best_dual_step(problem: Problem, dual: Tensor, limit: float) -> tuple[float, float]:

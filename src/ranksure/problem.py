@@ -2,7 +2,8 @@
 
 ``F(delta) = sum_i w_i loss(z_i, y_i) + sum_j lambda_j ||delta_j||_*`` with linearised logits
 ``z = base + A(delta) E^T``. On LoRA factors the penalty is ``(lambda_j / 2)(||u_j||^2 + ||v_j||^2)``,
-which is at least the nuclear norm and equal to it at balanced factors.
+which is at least the nuclear norm and equal to it at balanced factors. A linear term
+``sum_j <linear_j, delta_j>`` may be added: perturbed problems (Theorem 4.1) have one.
 
 Logits, labels and weights stay in float64 whatever the operator is stored in: only what goes through
 the operator is rounded to its dtype.
@@ -35,9 +36,10 @@ class Problem:
         loss: convex loss of the logits.
         penalty: ``lambda_j > 0`` by block name.
         weights: positive sample weights, ``(N,)``; ``1 / N`` by default.
+        linear: linear term by block name, each ``(m, n)`` with ``||linear_j||_op < lambda_j``; none by default.
 
     Raises:
-        SettingError: a penalty or a weight is missing, not positive or not finite.
+        SettingError: a penalty or a weight is missing, not positive or not finite, or a linear term is too large.
     """
 
     operator: TangentOperator
@@ -46,6 +48,7 @@ class Problem:
     loss: Loss
     penalty: Mapping[str, float]
     weights: Tensor = field(default_factory=lambda: torch.empty(0))
+    linear: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         op = self.operator
@@ -61,6 +64,15 @@ class Problem:
             weights = torch.full((op.n_samples,), 1 / op.n_samples, dtype=torch.float64)
         if weights.shape != (op.n_samples,) or not bool(((weights > 0) & torch.isfinite(weights)).all()):
             raise SettingError(f"sample weights must be {op.n_samples} positive, finite numbers")
+        for name, term in self.linear.items():
+            if name not in op.shapes or tuple(term.shape) != op.shapes[name]:
+                raise SettingError(f"the linear term of {name} does not fit the operator's blocks")
+            if not float(torch.linalg.matrix_norm(term.double(), 2)) < self.penalty[name]:
+                raise SettingError(
+                    f"the linear term of {name} has a spectral norm of at least lambda = {self.penalty[name]:g}: "
+                    "the objective would not be bounded below"
+                )
+        object.__setattr__(self, "linear", {n: t.to(op.device, torch.float64) for n, t in self.linear.items()})
         labels = self.labels.to(op.device)
         object.__setattr__(self, "weights", weights.to(op.device, torch.float64))
         object.__setattr__(self, "labels", labels.double() if labels.is_floating_point() else labels)
@@ -102,8 +114,11 @@ class Problem:
 
     @cached_property
     def reduced(self) -> tuple[Problem, SpanBases | None]:
-        """The same problem in float64 on the span of its tokens, and the way back."""
-        if isinstance(self.operator, FactoredOperator):
+        """The same problem in float64 on the span of its tokens, and the way back.
+
+        A linear term need not lie in the span, so problems that have one are only promoted.
+        """
+        if isinstance(self.operator, FactoredOperator) and not self.linear:
             operator, bases = reduce_to_span(self.operator)
             return replace(self, operator=operator), bases
         return (self.to(torch.float64) if hasattr(self.operator, "to") else self), None
@@ -150,6 +165,16 @@ class Problem:
         ]
         return torch.stack(terms).sum(0)
 
+    def linear_of(self, factors: Factors) -> Tensor:
+        """``sum_j <linear_j, u_j v_j^T>``, one value for each leading batch entry."""
+        u0 = next(iter(factors.values()))[0]
+        value = u0.new_zeros(u0.shape[:-2])
+        for name, term in self.linear.items():
+            if name in factors:
+                u, v = factors[name]
+                value = value + (u * (term.to(u) @ v)).sum((-2, -1))
+        return value
+
     def value_and_gradient(self, factors: Factors) -> tuple[Tensor, Factors]:
         """Objective on factors and its gradient, for one start or a batch of starts."""
         contrast_values, pullback = self.operator.apply_factors_vjp(factors)
@@ -158,8 +183,11 @@ class Problem:
         gradient = pullback(self.residual(self.dual_variable(logits)))
         for name, (u, v) in factors.items():
             gu, gv = gradient[name]
+            if name in self.linear:
+                term = self.linear[name].to(u)
+                gu, gv = gu + term @ v, gv + term.T @ u
             gradient[name] = (gu.add(u, alpha=self.penalty[name]), gv.add(v, alpha=self.penalty[name]))
-        return value, gradient
+        return (value + self.linear_of(factors) if self.linear else value), gradient
 
 
 def uniform_penalty(operator: TangentOperator, penalty: float | Mapping[str, float]) -> dict[str, float]:

@@ -42,6 +42,11 @@ class DenseOperator:
         """The same operator in another dtype."""
         return DenseOperator({name: g.to(dtype) for name, g in self.jacobians.items()})
 
+    def congruent(self, maps: Mapping[str, tuple[Tensor, Tensor]]) -> DenseOperator:
+        """The operator with every gradient ``G`` of a named block replaced by ``L G R^T``, for ``(L, R)``."""
+        moved = {name: left @ self.jacobians[name] @ right.T for name, (left, right) in maps.items()}
+        return DenseOperator({**self.jacobians, **moved})
+
     def apply(self, delta: Delta) -> Tensor:
         z = torch.zeros(self.n_samples * self.n_outputs, dtype=self.dtype, device=self.device)
         for name, d in delta.items():

@@ -144,6 +144,22 @@ class FactoredOperator:
         ]
         return FactoredOperator(groups, self.n_samples, [n for n in self.shapes if n in keep])
 
+    def congruent(self, maps: Mapping[str, tuple[Tensor, Tensor]]) -> FactoredOperator:
+        """The operator with every gradient ``G`` of a named block replaced by ``L G R^T``, for ``(L, R)``.
+
+        Named blocks get inputs of their own, since each has its own ``R``; indices become dense rows.
+        """
+        groups: list[Group] = []
+        for group in self.groups:
+            rest = {name: b for name, b in group.outputs.items() if name not in maps}
+            groups.append(Group(group.inputs, group.width, group.sample, rest))
+            for name in group.outputs:
+                if name in maps:
+                    left, right = maps[name]
+                    inputs = group.project(right.T)
+                    groups.append(Group(inputs, right.shape[0], group.sample, {name: group.outputs[name] @ left.T}))
+        return FactoredOperator(groups, self.n_samples, list(self.shapes))
+
     # ---- the map and its adjoint
 
     def apply(self, delta: Delta) -> Tensor:

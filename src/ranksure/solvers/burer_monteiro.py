@@ -133,7 +133,8 @@ def _add_directions(problem: Problem, factors: Factors, state: PointState, most:
     else:
         z = torch.zeros_like(state.logits @ problem.contrasts)
     dz = problem.operator.apply_factors(pairs).double()
-    a, b = _convex_step(problem, z, float(problem.penalty_of(factors)), dz, float(problem.penalty_of(pairs)))
+    prices = [float(problem.penalty_of(x) + problem.linear_of(x)) for x in (factors, pairs)]
+    a, b = _convex_step(problem, z, prices[0], dz, prices[1])
     return {
         name: (
             torch.cat([math.sqrt(a) * factors[name][0], math.sqrt(b) * u], 1),

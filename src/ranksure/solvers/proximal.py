@@ -92,6 +92,8 @@ def proximal_gradient(
         iteration += 1
         residual = problem.residual(problem.dual_variable(problem.logits(ahead.contrasts)))
         gradient = problem.operator.adjoint(residual)
+        for name, term in problem.linear.items():
+            gradient[name] = gradient[name] + term.to(gradient[name])
         while True:
             parts = {
                 name: threshold_singular_values(x - step * gradient[name], step * problem.penalty[name])
@@ -227,7 +229,8 @@ def _is_majorised(problem: Problem, point: _Point, ahead: _Point, gradient: Delt
     """Whether the data loss is at most its quadratic model at step ``step`` (up to rounding)."""
     now, base = (float(problem.data_loss(problem.logits(p.contrasts))) for p in (point, ahead))
     moved = {name: x - ahead.delta[name] for name, x in point.delta.items()}
-    linear = sum(float((gradient[name] * d).sum()) for name, d in moved.items())
+    slopes = {name: g - problem.linear[name].to(g) if name in problem.linear else g for name, g in gradient.items()}
+    linear = sum(float((slopes[name] * d).sum()) for name, d in moved.items())
     squared = sum(float(d.square().sum()) for d in moved.values())
     rounding = 64 * torch.finfo(problem.operator.dtype).eps * (abs(base) + abs(linear))
     return now <= base + linear + squared / (2 * step) + rounding
