@@ -5,9 +5,7 @@ samples do not interact: the gradient at a layer's output for the sum over sampl
 sample's own gradient in that sample's rows. That is checked, not assumed (a backward pass for one
 sample alone must leave every other sample's rows exactly zero).
 
-Hooks sit on the module that a LoRA wrapper presents, and read gradients at the module's *output*, so
-they hold for frozen bases, adapted models, tied weights (this use only), modules used several times
-(gradients add over uses) and gradient checkpointing of either kind.
+How inputs and gradients are recorded, and for which networks that holds, is in ``recording.py``.
 """
 
 from __future__ import annotations
@@ -15,17 +13,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ranksure.errors import CaptureError, MemoryBudgetError
 from ranksure.modules import base_layer, block_shape
 from ranksure.network import Batch, batch_rows, check_same_logits, device_of, frozen, logits_of, to_device
 from ranksure.operators.factored import FactoredOperator, Group
+from ranksure.recording import Recorder, Uses, input_tokens, output_tokens
 
 Progress = Callable[[int, int], None]
 """Called with (batches done, batches in all)."""
@@ -42,108 +40,6 @@ class Captured:
 
     operator: FactoredOperator
     base_logits: Tensor
-
-
-@dataclass
-class _Use:
-    """One pass of an input through a target module."""
-
-    module: str
-    inputs: Tensor
-    version: int
-    owner: int  # identity of the input tensor, so that modules that read the same tensor share it
-    pending: bool  # seen without gradients first: a reentrant checkpoint will run it again
-    grads: list[Tensor] = field(default_factory=list)
-
-
-class _Recorder:
-    """Forward hooks on the targets: inputs when seen, gradients at the outputs during backward."""
-
-    def __init__(self, targets: Mapping[str, nn.Module]) -> None:
-        self.targets = targets
-        self.uses: list[_Use] = []
-        self.backward = False
-        self.replayed: list[_Use] = []
-        self._keep: dict[int, Tensor] = {}
-
-    def attach(self, stack: ExitStack) -> None:
-        for name, module in self.targets.items():
-            handle = module.register_forward_hook(self._hook(name), with_kwargs=True)
-            stack.callback(handle.remove)
-
-    def start(self) -> None:
-        self.uses, self.replayed, self.backward = [], [], False
-        self._keep = {}
-
-    def _hook(self, name: str) -> Callable[..., Tensor | None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
-            x = args[0] if args else next(iter(kwargs.values()), None)
-            if not isinstance(x, Tensor) or not isinstance(output, Tensor):
-                raise CaptureError(f"target module {name} does not map one tensor to one tensor")
-            use = self._record(name, x, pending=not torch.is_grad_enabled())
-            if not torch.is_grad_enabled():
-                return None
-            if not output.requires_grad:  # frozen base: nothing before this module asks for gradients
-                output = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
-            else:  # a linear layer may return a view, whose hooks are lost when it is changed in place
-                output = output.clone()
-            if use is not None:
-                output.register_hook(use.grads.append)
-            return output
-
-        return hook
-
-    def _record(self, name: str, x: Tensor, pending: bool) -> _Use | None:
-        if self.backward:  # a checkpoint runs its segment again
-            waiting = any(use.pending and use.module == name for use in self.uses)
-            if not waiting:
-                return None
-        # Keeping the tensor alive keeps its identity unique among the inputs of this batch.
-        self._keep[id(x)] = x
-        use = _Use(name, x.detach(), x._version, id(x), pending)
-        (self.replayed if self.backward else self.uses).append(use)
-        return use
-
-    def collect(self, n_backward: int) -> dict[str, list[tuple[Tensor, int, list[Tensor]]]]:
-        """Uses by module as (inputs, owner, one gradient per backward pass).
-
-        Raises:
-            CaptureError: a use without exactly one gradient per backward pass.
-        """
-        out: dict[str, list[tuple[Tensor, int, list[Tensor]]]] = {name: [] for name in self.targets}
-        for name in self.targets:
-            uses = [use for use in self.uses if use.module == name]
-            replayed = [use for use in self.replayed if use.module == name]
-            if any(use.pending for use in uses):
-                if not all(use.pending for use in uses) or len(replayed) != n_backward * len(uses):
-                    raise CaptureError(
-                        f"target module {name} was run {len(uses)} times forward but {len(replayed)} times again for "
-                        f"{n_backward} backward passes; turn gradient checkpointing off (or use_reentrant=False)"
-                    )
-                count = len(uses)
-                merged = [
-                    _Use(name, replayed[i].inputs, replayed[i].version, replayed[i].owner, False) for i in range(count)
-                ]
-                for index, use in enumerate(replayed):
-                    merged[index % count].grads.extend(use.grads)
-                uses = merged
-            if not uses:
-                raise CaptureError(f"target module {name} was never used in the forward pass; leave it out")
-            for use in uses:
-                if len(use.grads) != n_backward:
-                    raise CaptureError(
-                        f"target module {name} got {len(use.grads)} gradients in {n_backward} backward passes: the "
-                        "logits do not depend on it, or a reentrant checkpoint cuts it off (call "
-                        "model.enable_input_require_grads() or turn checkpointing off)"
-                    )
-                kept = self._keep.get(use.owner)
-                if kept is not None and kept._version != use.version:
-                    raise CaptureError(
-                        f"the input of target module {name} is changed in place after the module reads it; "
-                        "leave this module out, or make the operation after it out-of-place"
-                    )
-                out[name].append((use.inputs, use.owner, use.grads))
-        return out
 
 
 def capture(
@@ -180,7 +76,7 @@ def capture(
     sizes = [batch_rows(batch) for batch in batches]
     n_samples = sum(sizes)
     device = device_of(model)
-    recorder = _Recorder(targets)
+    recorder = Recorder(targets)
     # Backward passes are seeded with whole numbers (Helmert contrasts are, up to scale), which half precision
     # holds exactly; the scale is put back in float32 or wider.
     scales = contrasts.abs().masked_fill(contrasts == 0, torch.inf).amin(0)
@@ -227,8 +123,8 @@ def _size(count: float) -> str:
 
 
 def _run(
-    model: nn.Module, batch: Batch, recorder: _Recorder, contrasts: Tensor, rows: slice | None = None
-) -> tuple[Tensor, dict[str, list[tuple[Tensor, int, list[Tensor]]]]]:
+    model: nn.Module, batch: Batch, recorder: Recorder, contrasts: Tensor, rows: slice | None = None
+) -> tuple[Tensor, Uses]:
     """One forward and C backward passes; ``rows`` limits the backward passes to some samples."""
     recorder.start()
     with torch.enable_grad():
@@ -256,7 +152,7 @@ def _first_rows(batch: Batch, rows: int = 2) -> Batch:
     }
 
 
-def _check_behaviour(model: nn.Module, batch: Batch, recorder: _Recorder, contrasts: Tensor) -> None:
+def _check_behaviour(model: nn.Module, batch: Batch, recorder: Recorder, contrasts: Tensor) -> None:
     """Two passes over the same rows agree, and a backward pass for the first sample stays in its rows."""
     size = batch_rows(batch)
     recorder.start()
@@ -297,12 +193,12 @@ class _Packer:
         self.first_sample = 0
         self.nbytes = 0
 
-    def add(self, uses: dict[str, list[tuple[Tensor, int, list[Tensor]]]], size: int, name_of_batch: int) -> None:
+    def add(self, uses: Uses, size: int, name_of_batch: int) -> None:
         by_input: dict[tuple[int, str], list[tuple[str, Tensor, Tensor]]] = {}
         for name, entries in uses.items():
             for x, owner, grads in entries:
-                tokens = _input_tokens(self.targets[name], x)
-                outputs = torch.stack([_output_tokens(self.targets[name], g) for g in grads], 1)
+                tokens = input_tokens(self.targets[name], x)
+                outputs = torch.stack([output_tokens(self.targets[name], g) for g in grads], 1)
                 if tokens.shape[0] != outputs.shape[0] or tokens.shape[0] % size:
                     raise CaptureError(_not_by_sample(name, tuple(grads[0].shape), size))
                 if not bool(torch.isfinite(outputs).all()):
@@ -380,30 +276,6 @@ class _Packer:
             width = block_shape(self.targets[names[0]])[1]
             groups.append(Group(inputs, width, sample, outputs))
         return FactoredOperator(groups, n_samples, list(self.targets))
-
-
-def _input_tokens(module: nn.Module, x: Tensor) -> Tensor:
-    """Inputs as rows ``(rows * tokens, n)``, or ``(rows * tokens,)`` indices for an embedding."""
-    layer = base_layer(module)
-    if isinstance(layer, nn.Embedding):
-        return x.reshape(-1)
-    if isinstance(layer, nn.Conv2d):
-        padding = layer.padding
-        if isinstance(padding, str):
-            total = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-            if padding == "same":
-                x = F.pad(x, [total[1] // 2, total[1] - total[1] // 2, total[0] // 2, total[0] - total[0] // 2])
-            padding = 0
-        columns = F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)
-        return columns.transpose(1, 2).reshape(-1, columns.shape[1])
-    return x.reshape(-1, x.shape[-1])
-
-
-def _output_tokens(module: nn.Module, grad: Tensor) -> Tensor:
-    """Gradients at the output as rows ``(rows * tokens, m)``."""
-    if isinstance(base_layer(module), nn.Conv2d):
-        return grad.flatten(2).transpose(1, 2).reshape(-1, grad.shape[1])
-    return grad.reshape(-1, grad.shape[-1])
 
 
 def estimate_bytes(
