@@ -10,21 +10,29 @@
     peft_config = result.lora_config      # a peft.LoraConfig
     result.save("plan")                   # plan.json and the solved adapter
 
-The parts that it stands on are public too: ``ranksure.capture.capture`` a network, state a ``Problem``,
-``solve`` it, ``certify`` any point. Blocks are addressed by qualified module names throughout.
+``certify`` answers whether a finished LoRA run of the real network is done, and whether its rank is the limit::
+
+    verdict = ranksure.certify(peft_model, dataloader, weight_decay=0.01)
+    print(verdict.verdict, *verdict.advice())
+
+The parts that they stand on are public too: ``ranksure.capture.capture`` a network, state a ``Problem``,
+``solve`` it, ``certify_point`` any point of it. Blocks are addressed by qualified module names throughout.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ranksure.certificate import Certificate, certify, lambda_max
+    from ranksure.certificate import Certificate, lambda_max
+    from ranksure.certificate import certify as certify_point
     from ranksure.errors import RanksureError
     from ranksure.losses import get_loss
     from ranksure.modules import select_targets
     from ranksure.planner.result import PlanResult
     from ranksure.planner.run import plan
     from ranksure.problem import Problem
+    from ranksure.runs.certify import certify
+    from ranksure.runs.result import RunCertificate
     from ranksure.solvers.burer_monteiro import solve
     from ranksure.solvers.solution import Solution
 
@@ -33,8 +41,10 @@ __all__ = [
     "PlanResult",
     "Problem",
     "RanksureError",
+    "RunCertificate",
     "Solution",
     "certify",
+    "certify_point",
     "get_loss",
     "lambda_max",
     "plan",
@@ -43,17 +53,19 @@ __all__ = [
 ]
 
 _WHERE = {
-    "Certificate": "certificate",
-    "PlanResult": "planner.result",
-    "Problem": "problem",
-    "RanksureError": "errors",
-    "Solution": "solvers.solution",
-    "certify": "certificate",
-    "get_loss": "losses",
-    "lambda_max": "certificate",
-    "plan": "planner.run",
-    "select_targets": "modules",
-    "solve": "solvers.burer_monteiro",
+    "Certificate": "certificate:Certificate",
+    "PlanResult": "planner.result:PlanResult",
+    "Problem": "problem:Problem",
+    "RanksureError": "errors:RanksureError",
+    "RunCertificate": "runs.result:RunCertificate",
+    "Solution": "solvers.solution:Solution",
+    "certify": "runs.certify:certify",
+    "certify_point": "certificate:certify",
+    "get_loss": "losses:get_loss",
+    "lambda_max": "certificate:lambda_max",
+    "plan": "planner.run:plan",
+    "select_targets": "modules:select_targets",
+    "solve": "solvers.burer_monteiro:solve",
 }
 
 
@@ -61,7 +73,8 @@ def __getattr__(name: str) -> Any:
     # Loaded on first use: `ranksure --help` and a typing mistake should not wait for torch.
     if name not in _WHERE:
         raise AttributeError(f"module 'ranksure' has no attribute {name!r}")
-    value = getattr(import_module(f"ranksure.{_WHERE[name]}"), name)
+    module, _, attribute = _WHERE[name].partition(":")
+    value = getattr(import_module(f"ranksure.{module}"), attribute)
     globals()[name] = value
     return value
 

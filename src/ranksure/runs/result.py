@@ -132,8 +132,8 @@ class RunCertificate:
         if self.radius is not None:
             out.append(
                 "Without a weight decay the second bound is over updates whose nuclear norm is at most this run's own "
-                f"({self.radius:.3g}): the same amount of change, put anywhere; the first is over moves of at most that "
-                "size from here. AdamW's decoupled decay is no penalty and counts as none."
+                f"({self.radius:.3g}): the same amount of change, put anywhere; the first is over moves of at most "
+                "that size from here. AdamW's decoupled decay is no penalty and counts as none."
             )
         if self.outside:
             out.append(f"Outside the certificate, as if they were fixed: {'; '.join(self.outside)}.")
