@@ -1,39 +1,38 @@
 """First-order LoRA training of the linearised problem, as in the paper: GD, SGD and Adam.
 
-The objective is the factored one, ``sum_i w_i loss(z_i) + sum_j (lambda_j / 2)(||u_j||^2 + ||v_j||^2)``,
-and every method sees the gradient of all of it. So the weight decay is a true L2 penalty also under
-Adam: decoupled decay (AdamW) minimises something else, for which no lambda and no certificate exist.
+The objective is the factored one, ``sum_i w_i loss(z_i) + sum_j (lambda_j / 2)(||u_j||^2 + ||v_j||^2)``, with
+``sum_j <P_j, Q_j Q_j^T>`` added under a perturbation (Theorem 4.1 of Jang, Lee and Ryu 2024), and every method sees
+the gradient of all of it. So the weight decay is a true L2 penalty also under Adam: decoupled decay (AdamW) minimises
+something else, for which no lambda and no certificate exist.
 
-Mini-batches partition the samples once, at random, and come in a new random order in every epoch. The
-gradient of a batch is scaled by the number of batches, so a random batch is unbiased for any sizes and
-weights.
+Mini-batches partition the samples once, at random, and come in a new random order in every epoch. The loss of a
+batch is scaled by the number of batches, so a random batch is unbiased for any sizes and weights; the penalty and the
+perturbation belong to the factors and enter every step whole, as an optimiser's ``weight_decay`` does.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ranksure.certificate import Certificate, certify, nuclear_norms
+from ranksure.certificate import Certificate, certify
 from ranksure.errors import SettingError
 from ranksure.operators.base import Factors, cast_factors, zero_factors
-from ranksure.operators.dense import DenseOperator
-from ranksure.operators.factored import FactoredOperator
+from ranksure.perturbation import Perturbation
 from ranksure.problem import Problem
 from ranksure.solvers.balancing import balanced
+from ranksure.solvers.batches import mini_batches
+from ranksure.solvers.initial import Init, initial_factors
 from ranksure.solvers.solution import Solution, Status
 
 Method: TypeAlias = Literal["gd", "sgd", "adam"]
 Schedule: TypeAlias = Literal["constant", "inverse-sqrt"]
-Init: TypeAlias = Literal["peft", "peft-gaussian", "small", "large"]
-
-_RANDOM_SCALE = {"small": 1e-4, "large": 10.0}  # penalty of the start as a share of F(0)
 
 
 @dataclass(frozen=True)
@@ -43,10 +42,14 @@ class TrainingPoint:
     Attributes:
         step: number of updates made.
         seconds: seconds of training, certificates not counted.
-        factored_objective: loss plus ``(lambda/2)(||u||^2 + ||v||^2)``: what the method minimises.
-        objective: loss plus nuclear norms: ``F`` at the same update, never above the factored one.
-        relative_gap: certified relative gap, by the best dual value so far.
+        factored_objective: loss plus ``(lambda/2)(||u||^2 + ||v||^2)``, plus ``<P, Q Q^T>`` under a perturbation:
+            what the method minimises (without weight decay: what it would).
+        objective: loss plus nuclear norms: ``F`` at the same update, never above the factored one. Under a
+            perturbation, the lowest perturbed objective over all factorisations of the same update.
+        relative_gap: certified relative gap of ``objective``, by the best dual value so far.
         spectral_ratio: largest ``rho_j``.
+        loss: the data loss alone.
+        excess: ``factored_objective`` minus the given optimum's objective; None where none was given.
     """
 
     step: int
@@ -55,6 +58,8 @@ class TrainingPoint:
     objective: float
     relative_gap: float
     spectral_ratio: float
+    loss: float
+    excess: float | None = None
 
 
 @dataclass(frozen=True)
@@ -62,12 +67,15 @@ class TrainingRun:
     """A finished run.
 
     Attributes:
-        solution: the last point, balanced, with its certificate; ``evaluations`` counts gradient steps.
+        solution: the last update in balanced factors (under a perturbation: in its lowest ones) with its
+            certificate; ``evaluations`` counts gradient steps.
         trajectory: the looked-at steps, the start first.
+        factors: the last factors as training left them, trained blocks only.
     """
 
     solution: Solution
     trajectory: list[TrainingPoint]
+    factors: Factors
 
 
 def train_lora(
@@ -82,6 +90,10 @@ def train_lora(
     epsilon: float = 1e-8,
     init: Init = "peft",
     start: Factors | None = None,
+    freeze_a: bool = False,
+    weight_decay: bool = True,
+    perturbation: Perturbation | None = None,
+    optimum: Solution | None = None,
     seed: int = 0,
     steps: int = 1000,
     looks: int = 20,
@@ -103,11 +115,19 @@ def train_lora(
         epsilon: Adam's constant in the denominator.
         init: see :func:`initial_factors`.
         start: factors to start from, instead of an initialisation.
+        freeze_a: leave ``v`` (PEFT's ``lora_A``) at its start and train ``u`` (``lora_B``) alone: a convex problem.
+            Certificates are still about the full one.
+        weight_decay: False trains on the loss (and the perturbation) alone; the looks, and their certificates,
+            are still about the problem at its lambda, which is then a what-if.
+        perturbation: the ``P`` of Theorem 4.1, of this same problem. Objectives, certificates, ``best_dual`` and
+            ``optimum`` are then those of the perturbed problem, ``perturbation.problem``.
+        optimum: a certified solution of the problem (of ``perturbation.problem`` under a perturbation); its dual
+            value enters every gap, and its objective gives the ``excess`` of every look.
         seed: seed of the initialisation and of the mini-batches.
         steps: most updates.
         looks: about how many steps to look at, spaced geometrically.
         tolerance: stop when the relative gap at a look is at most this.
-        best_dual: a dual value known to be feasible for this problem.
+        best_dual: a dual value known to be feasible for the problem that is certified.
         max_seconds: most seconds of training, certificates not counted.
         progress: called at every look.
 
@@ -115,32 +135,50 @@ def train_lora(
         The last point and the trajectory. ``solution.status`` is ``converged`` when the tolerance was reached.
 
     Raises:
-        SettingError: an unknown name, a number out of range, or mini-batches of an operator that has none.
+        SettingError: an unknown name, a number out of range, mini-batches of an operator that has none, frozen
+            factors that are all zero, or a perturbation or an optimum of another problem.
     """
     _check(method, schedule, batch_size, learning_rate, betas, epsilon, steps, looks, max_seconds)
     factors = cast_factors(start, problem.operator) if start else initial_factors(problem, ranks, init=init, seed=seed)
     factors = {name: pair for name, pair in factors.items() if pair[0].shape[1]}
     if not factors:
         raise SettingError("every rank is zero: there is nothing to train")
-    certified = problem.to(torch.float64) if hasattr(problem.operator, "to") else problem
+    if freeze_a and not any(bool(v.any()) for _, v in factors.values()):
+        raise SettingError("freeze_a keeps v at its start, and that is zero in every block: nothing could move")
+    exact = problem.to(torch.float64) if hasattr(problem.operator, "to") else problem
+    certified = exact if perturbation is None else _perturbed(problem, perturbation)
+    if optimum is not None:
+        best_dual = max(best_dual, _checked_dual(certified, optimum))
     x = {name: (u.clone(), v.clone()) for name, (u, v) in factors.items()}
     update = _Adam(betas, epsilon) if method == "adam" else _Descent()
     at = set(log_spaced(steps, looks))
     trajectory: list[TrainingPoint] = []
     spent = looked = 0.0
     began = time.perf_counter()
-    batches = _batches(problem, batch_size, seed)
+    batches = mini_batches(problem, batch_size, seed)
 
     def look(step: int) -> Certificate:
         nonlocal best_dual, looked
         paused = time.perf_counter()
-        certificate = certify(certified, x, best_dual).certificate
+        state = certify(certified, x if perturbation is None else perturbation.inward(x), best_dual)
+        certificate = state.certificate
         best_dual = max(best_dual, certificate.dual)
-        penalty = float(certified.penalty_of(cast_factors(x, certified.operator)))
-        nuclear = sum(certified.penalty[name] * norm for name, norm in nuclear_norms(x).items())
-        factored = certificate.objective + max(penalty - nuclear, 0.0)
-        ratio = certificate.spectral_ratio
-        point = TrainingPoint(step, spent, factored, certificate.objective, certificate.relative_gap, ratio)
+        wide = cast_factors(x, exact.operator)
+        loss = float(exact.data_loss(state.logits))
+        factored = loss + float(exact.penalty_of(wide) + exact.linear_of(wide))
+        if perturbation is not None:
+            factored += float(perturbation.penalty_of(wide))
+        factored = max(factored, certificate.objective)  # equal at balanced factors, up to rounding
+        point = TrainingPoint(
+            step,
+            spent,
+            factored,
+            certificate.objective,
+            certificate.relative_gap,
+            certificate.spectral_ratio,
+            loss,
+            None if optimum is None else factored - optimum.certificate.objective,
+        )
         trajectory.append(point)
         if progress is not None:
             progress(point)
@@ -153,7 +191,7 @@ def train_lora(
     while step < steps and certificate.relative_gap > tolerance:
         step += 1
         rate = learning_rate / math.sqrt(step) if schedule == "inverse-sqrt" else learning_rate
-        value, gradient = next(batches).value_and_gradient(x)
+        value, gradient = _training_gradient(next(batches), x, weight_decay, perturbation, freeze_a)
         x = update(x, gradient, rate)
         spent = time.perf_counter() - began - looked
         if not math.isfinite(float(value)) or not _bounded(x):
@@ -166,60 +204,64 @@ def train_lora(
             remedy = f"the limit of {max_seconds:g} seconds was reached; raise max_seconds"
             break
     status: Status = "converged" if certificate.relative_gap <= tolerance else "not-converged"
-    last = {**zero_factors(problem.operator), **(balanced(x) if _bounded(x) else x)}
+    last = {**zero_factors(problem.operator), **_lowest_factors(problem, x, perturbation)}
     history = [(point.seconds, point.relative_gap) for point in trajectory]
     solution = Solution(
         last, certificate, status, "" if status == "converged" else remedy, step, time.perf_counter() - began, history
     )
-    return TrainingRun(solution, trajectory)
+    return TrainingRun(solution, trajectory, x)
 
 
-def initial_factors(problem: Problem, ranks: int | dict[str, int], *, init: Init = "peft", seed: int = 0) -> Factors:
-    """Factors to start training from.
+def _training_gradient(
+    problem: Problem, x: Factors, weight_decay: bool, perturbation: Perturbation | None, freeze_a: bool
+) -> tuple[Tensor, Factors]:
+    """Value of the problem (to tell divergence) and the gradient that training follows."""
+    value, gradient = problem.value_and_gradient(x)
+    moved = {} if perturbation is None else perturbation.gradient(x)
+    for name, (u, v) in x.items():
+        gu, gv = gradient[name]
+        if not weight_decay:
+            decay = problem.penalty[name]
+            gu, gv = gu.sub(u, alpha=decay), gv.sub(v, alpha=decay)
+        if name in moved:
+            gu, gv = gu + moved[name][0], gv + moved[name][1]
+        gradient[name] = (gu, torch.zeros_like(gv) if freeze_a else gv)  # no method moves along a zero gradient
+    return value, gradient
 
-    Args:
-        problem: the problem.
-        ranks: rank of every block, or by block name, clipped to the block's size.
-        init: ``peft``: PEFT's default, ``u = 0`` (``lora_B``) and ``v`` (``lora_A``) Kaiming-uniform, that is
-            uniform in ``+- 1/sqrt(n)``; ``peft-gaussian``: PEFT's ``init_lora_weights="gaussian"``, ``u = 0``
-            and ``v`` normal with deviation ``1/r``; ``small`` and ``large``: both normal, scaled so that the
-            penalty of all blocks is 1e-4 or 10 times ``F(0)``.
-        seed: seed of the random numbers, drawn on the CPU in float64.
 
-    Returns:
-        Factors ``(m, r)`` and ``(n, r)`` by block, in the operator's dtype.
+def _lowest_factors(problem: Problem, x: Factors, perturbation: Perturbation | None) -> Factors:
+    """The factors of the same update with the lowest objective; as they are after an overflow."""
+    if not _bounded(x):
+        return x
+    if perturbation is None:
+        return balanced(x)
+    return cast_factors(perturbation.outward(balanced(perturbation.inward(x))), problem.operator)
 
-    Raises:
-        SettingError: an unknown initialisation or block, or a negative rank.
-    """
-    shapes = problem.operator.shapes
-    wanted = dict.fromkeys(shapes, ranks) if isinstance(ranks, int) else ranks
-    if init not in ("peft", "peft-gaussian", *_RANDOM_SCALE):
-        raise SettingError(f"unknown initialisation {init!r}: use peft, peft-gaussian, small or large")
-    unknown = [name for name in wanted if name not in shapes]
-    if unknown or any(rank < 0 for rank in wanted.values()):
-        raise SettingError(f"ranks name the unknown block {unknown[0]}" if unknown else "a rank cannot be negative")
-    generator = torch.Generator().manual_seed(seed)
-    out: Factors = {}
-    for name, (m, n) in shapes.items():
-        rank = min(wanted.get(name, 0), m, n)
-        u = torch.zeros(m, rank, dtype=torch.float64)
-        v = torch.zeros(n, rank, dtype=torch.float64)
-        if init == "peft":
-            v = (2 * torch.rand(n, rank, generator=generator, dtype=torch.float64) - 1) / math.sqrt(n)
-        else:
-            v.normal_(generator=generator)
-            if init == "peft-gaussian":
-                v /= max(rank, 1)
-            else:
-                u.normal_(generator=generator)
-        out[name] = (u, v)
-    if init in _RANDOM_SCALE:
-        penalty = float(problem.penalty_of(out))
-        if penalty > 0:
-            scale = math.sqrt(_RANDOM_SCALE[init] * problem.objective_at_zero / penalty)
-            out = {name: (scale * u, scale * v) for name, (u, v) in out.items()}
-    return cast_factors(out, problem.operator)
+
+def _perturbed(problem: Problem, perturbation: Perturbation) -> Problem:
+    """The perturbed problem, if it is of this one."""
+    base = perturbation.unperturbed
+    same = (
+        dict(base.operator.shapes) == dict(problem.operator.shapes)
+        and all(base.penalty[name] == problem.penalty[name] for name in problem.operator.shapes)
+        and torch.equal(base.labels, problem.labels)
+        and torch.equal(base.base_logits, problem.base_logits)
+        and torch.equal(base.weights, problem.weights)
+    )
+    if not same:
+        raise SettingError("the perturbation is of another problem: build it from the one that is trained")
+    return perturbation.problem
+
+
+def _checked_dual(problem: Problem, optimum: Solution) -> float:
+    """The optimum's dual value, if it is of this problem: a bound of another one would prove what is false."""
+    claimed = optimum.certificate.objective
+    shapes = {name: (u.shape[0], v.shape[0]) for name, (u, v) in optimum.factors.items()}
+    fits = shapes.items() <= dict(problem.operator.shapes).items()
+    own = certify(problem, optimum.factors).certificate.objective if fits else math.nan
+    if not abs(own - claimed) <= 1e-6 * max(abs(claimed), problem.objective_at_zero):
+        raise SettingError("the optimum is not of this problem (or, under a perturbation, not of perturbation.problem)")
+    return optimum.certificate.dual
 
 
 def log_spaced(steps: int, looks: int) -> list[int]:
@@ -266,38 +308,6 @@ class _Adam:
 def _bounded(x: Factors) -> bool:
     """Whether the factors are small enough that the squares of logits cannot overflow in float64."""
     return all(float(t.abs().max()) < 1e60 for pair in x.values() for t in pair)
-
-
-def _batches(problem: Problem, batch_size: int | None, seed: int) -> Iterator[Problem]:
-    """The problem itself for ever, or the problems of its mini-batches in a random order per epoch."""
-    n = problem.operator.n_samples
-    if batch_size is None or batch_size >= n:
-        while True:
-            yield problem
-    generator = torch.Generator().manual_seed(seed + 1)
-    parts = torch.randperm(n, generator=generator).split(batch_size)
-    problems = [_subproblem(problem, part, len(parts)) for part in parts]
-    while True:
-        for index in torch.randperm(len(parts), generator=generator).tolist():
-            yield problems[index]
-
-
-def _subproblem(problem: Problem, samples: Tensor, scale: float) -> Problem:
-    """The problem on some samples, their weights times ``scale``."""
-    operator, samples = problem.operator, samples.to(problem.operator.device)
-    if isinstance(operator, FactoredOperator):
-        part = operator.select(samples)
-    elif isinstance(operator, DenseOperator):
-        part = DenseOperator({name: g[samples] for name, g in operator.jacobians.items()})
-    else:
-        raise SettingError(f"mini-batches need a factored or dense operator, not a {type(operator).__name__}")
-    return replace(
-        problem,
-        operator=part,
-        base_logits=problem.base_logits[samples],
-        labels=problem.labels[samples],
-        weights=problem.weights[samples] * scale,
-    )
 
 
 def _check(
