@@ -40,6 +40,7 @@ def show(result: PlanResult, console: Console, folder: str | None = None, brief:
         console.print(_subset_table(data))
         _extrapolation(data, console)
     _linearity(data, console)
+    _generalization(data["generalization"], console)
     accuracies = data["head"]["accuracy"]
     if accuracies:
         shown = ", ".join(f"{pooling} pooling {value:.1%}" for pooling, value in accuracies.items())
@@ -211,6 +212,17 @@ def _linearity(data: dict[str, Any], console: Console) -> None:
         text += (
             f"; real held-out loss {linearity['heldout_real_loss']:.4f} (linear {linearity['heldout_linear_loss']:.4f})"
         )
+    console.print(text, highlight=False)
+
+
+def _generalization(bound: dict[str, Any], console: Console) -> None:
+    doubts = f" (heuristic: {', '.join(bound['heuristic'])})" if bound["heuristic"] else ""
+    text = (
+        f"Theorem 5.1 (generalisation) would set lambda to {bound['prescribed_weight_decay']:.4g}{doubts}, "
+        f"{bound['prescribed_over_used']:.3g} times what was used"
+    )
+    if bound["prescribed_over_lambda_max"] >= 1:
+        text += "; there no adapter is trained"
     console.print(text, highlight=False)
 
 

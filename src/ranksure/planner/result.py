@@ -17,6 +17,7 @@ from ranksure.adapters.staging import staged_folder
 from ranksure.errors import SettingError
 from ranksure.operators.base import Factors
 from ranksure.tasks.text import MeanPooled
+from ranksure.theory.generalization import GeneralizationBound
 
 if TYPE_CHECKING:
     from ranksure.planner.prepare import Prepared
@@ -60,6 +61,24 @@ def _is_plan(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and "schema" in content and "recommended" in content
+
+
+def generalization_json(bound: GeneralizationBound, used: float, lambda_max: float) -> dict[str, Any]:
+    """``plan.json``'s key ``generalization``: the bound, and the lambda it prescribes beside the one that was used.
+
+    Next to the bound's own fields (``theorem``, ``sharper`` and ``data_dependent``, each with ``kappa``,
+    ``prescribed`` and ``slope``; ``heuristic`` with its reasons) it holds, for the form ``theorem``,
+    ``prescribed_weight_decay``, and its ratios ``prescribed_over_used`` and ``prescribed_over_lambda_max``.
+    """
+    content = bound.to_json()
+    del content["block_weights"]  # a plan has one lambda
+    prescribed = bound.theorem.prescribed
+    return {
+        **content,
+        "prescribed_weight_decay": prescribed,
+        "prescribed_over_used": prescribed / used,
+        "prescribed_over_lambda_max": prescribed / lambda_max if lambda_max > 0 else math.inf,
+    }
 
 
 class PlanResult:

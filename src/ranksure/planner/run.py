@@ -15,17 +15,19 @@ from ranksure.operators.base import Factors
 from ranksure.operators.factored import FactoredOperator
 from ranksure.planner.prepare import HeldOut, Linearised, Prepared, accuracy, estimate, linearise, prepare
 from ranksure.planner.ranks import RankTable, clipped, parameters, rank_table, smallest_pattern
-from ranksure.planner.result import PlanResult
+from ranksure.planner.result import PlanResult, generalization_json
 from ranksure.planner.scaling import extrapolate, subset_row, subset_rows
 from ranksure.planner.settings import PlanSettings, parse_share
 from ranksure.problem import Problem
-from ranksure.progress import Clock, Reporter, Silent
+from ranksure.progress import Advance, Clock, Reporter, Silent
 from ranksure.solvers.burer_monteiro import solve
 from ranksure.solvers.path import PathPoint, lambda_path
 from ranksure.solvers.solution import Solution
 from ranksure.theory.bounds import existence_bounds, landscape_bounds, numerical_rank
+from ranksure.theory.generalization import GeneralizationBound, generalization_bound
 
 _PATIENCE = 3  # the path ends after this many points without a lower selection loss
+_SIGN_DRAWS = 32  # adjoints spent on the Rademacher average of the generalisation bound
 _GRAM_LIMIT = 4096  # largest N C whose Gram matrix is formed for the numerical rank
 
 
@@ -78,6 +80,8 @@ def run_plan(prepared: Prepared, clock: Clock) -> PlanResult:
             progress=lambda index, certificate: advance(_digits(certificate.relative_gap, options.tolerance), 100),
         )
     zero = not any(solution.ranks.values())
+    with clock.stage("generalization", "Computing the generalisation bound") as advance:
+        generalization = generalization_json(_generalization(lin, problem, advance), lam, lin.lambda_max)
     with clock.stage("ranks", "Examining ranks") as advance:
         table, smallest = rank_table(
             problem,
@@ -138,6 +142,7 @@ def run_plan(prepared: Prepared, clock: Clock) -> PlanResult:
         "subsets": subsets,
         "extrapolation": extrapolation,
         "linearity": linearity,
+        "generalization": generalization,
         "head": _head_json(lin),
         "captured_target": options.captured,
         "seed": options.seed,
@@ -305,6 +310,17 @@ def _exact_fields(kept: dict[str, int]) -> dict[str, Any] | None:
     config = lora_config(kept)
     names = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")
     return {name: getattr(config, name) for name in names}
+
+
+def _generalization(lin: Linearised, problem: Problem, advance: Advance) -> GeneralizationBound:
+    """Theorem 5.1 on the training rows, with what speaks against it here."""
+    reasons = []
+    if lin.head is not None:
+        reasons.append("the head was fitted on these rows")
+    if lin.prepared.split.train.label_names is not None:
+        reasons.append("the rows were drawn by class")  # in the classes' shares, hence not independent
+    seed = lin.prepared.settings.seed
+    return generalization_bound(problem, draws=_SIGN_DRAWS, seed=seed, reasons=reasons, advance=advance)
 
 
 def _head_json(lin: Linearised) -> dict[str, Any]:
