@@ -201,7 +201,7 @@ def factored_objective(problem: Problem, like: Factors, x: Tensor) -> Tensor:
         hot = torch.nn.functional.one_hot(problem.labels, problem.n_logits).double()
         each = torch.logsumexp(z, 1) - (z * hot).sum(1)
     elif problem.loss.name == "logistic":
-        each = (torch.nn.functional.softplus(z) - z * problem.labels).sum(1)
+        each = (torch.logaddexp(z, torch.zeros_like(z)) - z * problem.labels).sum(1)
     else:
         each = 0.5 * (z - problem.labels).square().sum(1)
     return (problem.weights * each).sum() + penalty

@@ -15,11 +15,11 @@ from tests.helpers import (
     random_problem,
     spurious_instance,
     token_group,
-    unflatten,
 )
 
 from ranksure.certificate import certify
 from ranksure.curvature import escape_direction, hessian_vector, inertia
+from ranksure.errors import SettingError
 from ranksure.operators.dense import DenseOperator
 from ranksure.operators.factored import FactoredOperator
 from ranksure.operators.matrix_free import MatrixFreeOperator
@@ -86,6 +86,51 @@ def test_inertia_at_other_shifts(loss, shift):
         assert found.negative > 0
 
 
+@settings(max_examples=60)
+@given(
+    seed=st.integers(0, 100_000),
+    loss=st.sampled_from(LOSS_NAMES),
+    n=st.sampled_from([3, 40]),  # the data matrix is the smaller one, or the Hessian is
+    ranks=st.tuples(*[st.integers(0, 3)] * 3),
+    scale=st.sampled_from([0.01, 0.3, 1.0]),
+    shift=st.sampled_from([-0.9, -0.1, -1e-3, 1e-4, 0.3, 5.0]),
+)
+def test_both_signs_of_the_shift_and_the_direction(seed, loss, n, ranks, scale, shift):
+    problem = random_problem(seed, loss, n, 2, SHAPES, 0.2, weighted=True)
+    factors = random_factors(SHAPES, dict(zip(SHAPES, ranks, strict=True)), seed, scale=scale)
+    found = inertia(problem, factors, state_of(problem, factors), shift, direction=True)
+    assert found.tau == pytest.approx(shift * min(problem.penalty.values()))
+    if sum(ranks) == 0:
+        assert (found.negative, found.direction) == (0, None)
+        return
+    hessian = dense_hessian(problem, factors)
+    values = torch.linalg.eigvalsh(hessian)
+    if found.negative is None:
+        assert "meets the shift" in found.reason
+        assert float((values + found.tau).abs().min()) < 1e-7 * float(values.abs().max())
+        return
+    assert 0 < found.allowance < 1e-9 * float(values.abs().max())
+    low, high = (int((values < -found.tau + sign * found.allowance).sum()) for sign in (-1, 1))
+    assert low <= found.negative <= high
+    assert (found.direction is None) is (found.negative == 0)
+    if found.direction is not None:
+        d = flatten(found.direction)
+        assert float(d.norm()) == pytest.approx(1)
+        assert float(d @ hessian @ d) < -found.tau + 1e-9 * float(values.abs().max())
+
+
+def test_rounding_that_could_change_the_count_is_not_passed_over():
+    """Logits around 1e9 carry errors of 1e-7: more than a shift of 1e-4 lambda bears."""
+    problem = random_problem(3, "squared-error", 4, 1, SHAPES)
+    factors = random_factors(SHAPES, 1, 3)
+    offset = 1e9
+    moved = replace(problem, base_logits=problem.base_logits + offset, labels=problem.labels + offset)
+    found = inertia(moved, factors, state_of(moved, factors))
+    assert found.negative is None
+    assert "rounding" in found.reason
+    assert inertia(problem, factors, state_of(problem, factors)).negative is not None
+
+
 @pytest.mark.parametrize("loss", LOSS_NAMES)
 @pytest.mark.parametrize("rank", [1, 2])
 def test_inertia_at_minima(loss, rank):
@@ -135,9 +180,11 @@ def test_escape_direction_at_pefts_start(loss):
     problem = random_problem(10, loss, 5, 2, SHAPES, share=0.3)
     start = {n: (0 * u, 0.3 * v) for n, (u, v) in random_factors(SHAPES, 2, 3).items()}
     state = state_of(problem, start)
-    value, direction = escape_direction(problem, start, state)
+    found = escape_direction(problem, start, state)
+    value = found.value
     assert value < 0
-    x, d = flatten(start), flatten(direction)
+    assert found.converged
+    x, d = flatten(start), flatten(found.direction)
     assert float(d.norm()) == pytest.approx(1)
     hessian = dense_hessian(problem, start)
     assert value == pytest.approx(float(d @ hessian @ d), rel=1e-8)
@@ -153,9 +200,47 @@ def test_escape_direction_is_repeatable():
     start = random_factors(SHAPES, 1, 3, scale=0.1)
     state = state_of(problem, start)
     one, two = escape_direction(problem, start, state), escape_direction(problem, start, state)
-    assert one[0] == two[0]
-    assert torch.equal(flatten(one[1]), flatten(two[1]))
-    assert unflatten(flatten(one[1]), start).keys() == start.keys()
+    assert (one.value, one.residual) == (two.value, two.residual)
+    assert torch.equal(flatten(one.direction), flatten(two.direction))
+    assert one.direction.keys() == start.keys()
+
+
+def test_a_limited_iteration_says_so():
+    problem, trap, _, _ = spurious_instance(3)
+    factors = {"w": tuple(torch.cat([part, torch.zeros(4, 1).double()], 1) for part in trap["w"])}
+    state = state_of(problem, factors)
+    short = escape_direction(problem, factors, state, max_iterations=1)
+    assert not short.converged
+    lowest = float(torch.linalg.eigvalsh(dense_hessian(problem, factors))[0])
+    assert short.value >= lowest - 1e-12
+    full = escape_direction(problem, factors, state)
+    assert full.converged
+    assert full.value == pytest.approx(lowest, rel=1e-3)
+    image = dense_hessian(problem, factors) @ flatten(full.direction)
+    assert full.residual == pytest.approx(float((image - full.value * flatten(full.direction)).norm()), rel=1e-6)
+    assert full.residual <= 1e-3 * (0.1 - lowest) * 1.01
+
+
+def test_an_eigenvalue_of_zero_is_found():
+    """At a minimum the lowest eigenvalue is that of the rotations; a tolerance relative to it would not do."""
+    problem = random_problem(0, "logistic", 12, 2, {"a": (12, 14)}, 0.05)
+    stuck = solve_fixed_rank(problem, {"a": 2}, random_starts=2, tolerance=1e-10).solution.factors
+    values = torch.linalg.eigvalsh(dense_hessian(problem, stuck))
+    assert abs(float(values[0])) < 1e-9 < 1e-3 < float(values[1])
+    found = escape_direction(problem, stuck, state_of(problem, stuck), max_iterations=100)
+    assert found.converged
+    assert abs(found.value) < 1e-6
+
+
+def test_settings_are_checked():
+    problem, trap, _, _ = spurious_instance(1)
+    state = state_of(problem, trap)
+    with pytest.raises(SettingError, match="above -1"):
+        inertia(problem, trap, state, relative_tau=-1)
+    with pytest.raises(SettingError, match="positive limit"):
+        escape_direction(problem, trap, state, max_iterations=0)
+    with pytest.raises(SettingError, match="with columns"):
+        escape_direction(problem, {}, state)
 
 
 def test_factored_and_dense_and_matrix_free_operators_count_alike():

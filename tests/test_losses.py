@@ -180,3 +180,11 @@ def test_get_loss():
     assert {get_loss(name).name for name in LOSSES} == set(LOSS_NAMES)
     with pytest.raises(SettingError, match=r"hinge.*cross-entropy, logistic, squared-error"):
         get_loss("hinge")
+
+
+def test_the_logistic_loss_of_a_sure_answer_keeps_its_digits():
+    """torch's softplus is linear above 20: the loss there would be exactly zero."""
+    z = torch.tensor([[20.5], [-20.5], [35.0], [700.0]], dtype=torch.float64)
+    y = torch.tensor([[1.0], [0.0], [1.0], [1.0]], dtype=torch.float64)
+    expected = torch.tensor([math.log1p(math.exp(-t)) for t in (20.5, 20.5, 35.0, 700.0)], dtype=torch.float64)
+    assert torch.allclose(get_loss("logistic").value(z, y), expected, rtol=1e-14, atol=0)

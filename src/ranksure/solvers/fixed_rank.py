@@ -149,8 +149,7 @@ def _leave_saddle(
 ) -> Minimum:
     """Step both ways along the direction of negative curvature and descend from there."""
     kept = {name: factors[name] for name in layout.parts}
-    _, direction = escape_direction(problem, kept, state)
-    flat = layout.flatten(direction)
+    flat = layout.flatten(escape_direction(problem, kept, state).direction)
     size = max(float(x.norm()), 1e-6)
     trials = torch.cat([x + sign * share * size * flat for share in (0.01, 0.1) for sign in (1, -1)])
     return minimize(function, trials, tolerance=goal, max_evaluations=max_evaluations)
