@@ -19,7 +19,7 @@ class Row:
 
     Attributes:
         name: what is compared.
-        unit: ``x`` for a ratio of two times, ``of`` for a share, ``N^`` for a growth exponent.
+        unit: ``x`` for a ratio of two times, ``of`` for a share, ``N^`` for a growth exponent, ``s`` for seconds.
         values: one measurement per run.
         sense: whether the target is a lower or an upper bound; None where nothing is asked.
         target: the bound.
@@ -28,7 +28,7 @@ class Row:
     """
 
     name: str
-    unit: Literal["x", "of", "N^"]
+    unit: Literal["x", "of", "N^", "s"]
     values: list[float]
     sense: Literal[">=", "<="] | None
     target: float
@@ -52,7 +52,7 @@ class Row:
 
     def shown(self, value: float) -> str:
         text = f"{value:.3g}" if value < 100 else f"{value:.0f}"
-        return f"N^{value:.2f}" if self.unit == "N^" else f"{text}x" if self.unit == "x" else text
+        return f"N^{value:.2f}" if self.unit == "N^" else text + {"x": "x", "s": " s", "of": ""}[self.unit]
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "median": self.median, "met": self.met}
@@ -69,10 +69,29 @@ class Size:
     cvxpy_cap: float
     cvxpy_samples: int
     jacrev_samples: int
+    reduction: tuple[tuple[int, int, int, float, int], ...]  # blocks, rank, equations N K, target in seconds, runs
 
 
-FULL = Size(runs=5, samples=64, growth=(64, 256, 1024), cap=50, cvxpy_cap=300, cvxpy_samples=224, jacrev_samples=64)
-QUICK = Size(runs=2, samples=16, growth=(16, 32, 64), cap=3, cvxpy_cap=3, cvxpy_samples=16, jacrev_samples=4)
+FULL = Size(
+    runs=5,
+    samples=64,
+    growth=(64, 256, 1024),
+    cap=50,
+    cvxpy_cap=300,
+    cvxpy_samples=224,
+    jacrev_samples=64,
+    reduction=((2, 64, 2048, 60, 5), (12, 64, 4096, 600, 3)),
+)
+QUICK = Size(
+    runs=2,
+    samples=16,
+    growth=(16, 32, 64),
+    cap=3,
+    cvxpy_cap=3,
+    cvxpy_samples=16,
+    jacrev_samples=4,
+    reduction=((2, 12, 64, 60, 2), (3, 12, 128, 600, 1)),
+)
 
 
 def seconds_of(function: Callable[[], object]) -> float:

@@ -28,6 +28,7 @@ from benchmarks.capture_rows import capture_rows
 from benchmarks.evaluation_rows import evaluation_rows
 from benchmarks.growth_rows import growth_rows
 from benchmarks.measure import FULL, QUICK, Row, Size, show
+from benchmarks.reduction_rows import reduction_rows
 from benchmarks.solver_rows import solver_rows
 
 PARTS: dict[str, Callable[[Size], list[Row]]] = {
@@ -35,6 +36,7 @@ PARTS: dict[str, Callable[[Size], list[Row]]] = {
     "capture": capture_rows,
     "evaluation": evaluation_rows,
     "growth": growth_rows,
+    "reduction": reduction_rows,
 }
 
 

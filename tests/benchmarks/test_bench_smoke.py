@@ -8,7 +8,8 @@ import math
 from pathlib import Path
 
 import pytest
-from benchmarks.measure import Row, exponent
+from benchmarks.measure import QUICK, Row, exponent
+from benchmarks.reduction_rows import reduction_rows
 
 NAMES = (
     "solve vs accelerated proximal gradient",
@@ -24,6 +25,8 @@ NAMES = (
     "growth of one evaluation, time",
     "growth of one evaluation, peak memory",
     "growth of the whole solve",
+    "rank reduction, 2 blocks",
+    "rank reduction, 3 blocks",
 )
 
 
@@ -45,6 +48,14 @@ def test_quick_table_has_every_row(tmp_path: Path, capsys: pytest.CaptureFixture
         assert math.isfinite(row["median"])
     printed = capsys.readouterr().out
     assert "solve vs cvxpy" in printed and "N^" in printed and str(out.name) in printed
+
+
+def test_rank_reduction_rows_are_seconds_against_targets() -> None:
+    """The rows of rank reduction run without the bundled data."""
+    rows = reduction_rows(QUICK)
+    assert [row.target for row in rows] == [60, 600]
+    for row in rows:
+        assert row.unit == "s" and row.met and row.shown(row.median).endswith(" s") and "ranks removed" in row.note
 
 
 def test_exponent_of_a_power_law() -> None:

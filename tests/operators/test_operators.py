@@ -156,13 +156,29 @@ def test_span_reduction_shrinks_and_promotes():
     assert reduce_to_span(embedding)[0].shapes["e"][1] == len(torch.unique(embedding.groups[0].inputs))
 
 
+@settings(max_examples=40)
+@given(operators(), st.integers(0, 3), st.integers(0, 3), st.sampled_from([256 << 20, 1]))
+def test_core_products(operator, p, q, budget):
+    """Against the dense definition, in one slice of samples and in many."""
+    oracle = densified(operator)
+    g = generator_of(p)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ranksure.operators.factored._CHUNK_BYTES", budget)
+        patch.setattr("ranksure.operators.dense._CHUNK_BYTES", budget)
+        for name, (m, n) in operator.shapes.items():
+            u, v = randn(m, p, generator=g), randn(n, q, generator=g)
+            expected = torch.einsum("icmn,mp,nq->icpq", oracle.jacobians[name], u, v).flatten(0, 1)
+            torch.testing.assert_close(operator.core_products(name, u, v), expected, **CLOSE)
+            torch.testing.assert_close(oracle.core_products(name, u, v), expected, **CLOSE)
+
+
 def test_gram_code_paths(monkeypatch):
     """By token pairs and by rows, each in one slice and in many."""
     operator = FactoredOperator([token_group([3, 0, 4, 1], 6, {"a": 5, "b": 7}, 2, 1)], 4)
     group, offsets = operator.groups[0], operator._offsets[0]
     oracle = densified(operator)
     for budget in (256 << 20, 1):
-        monkeypatch.setattr("ranksure.operators.factored._GRAM_CHUNK_BYTES", budget)
+        monkeypatch.setattr("ranksure.operators.factored._CHUNK_BYTES", budget)
         pairs = operator._gram_by_token_pairs(group, offsets, ["a", "b"])
         torch.testing.assert_close(pairs, oracle.gram(), **CLOSE)
         for name in ("a", "b"):

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ranksure.operators.base import Delta, Factors, Pullback, TangentOperator
 
+_CHUNK_BYTES = 256 << 20
+
 
 class DenseOperator:
     """Tangent operator with stored Jacobians.
@@ -79,6 +81,11 @@ class DenseOperator:
     def jacobian_products(self, name: str, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         g = self.jacobians[name].flatten(0, 1)
         return g @ v, g.mT @ u
+
+    def core_products(self, name: str, u: Tensor, v: Tensor) -> Tensor:
+        g = self.jacobians[name].flatten(0, 1)
+        step = max(1, _CHUNK_BYTES // (g.element_size() * max(1, g.shape[1] * v.shape[1])))
+        return torch.cat([u.T @ (part @ v) for part in g.split(step)])
 
     def gram(self, blocks: list[str] | None = None) -> Tensor:
         size = self.n_samples * self.n_outputs

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ranksure.operators.base import Delta, Factors, Pullback
 
-_GRAM_CHUNK_BYTES = 256 << 20
+_CHUNK_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -249,6 +249,29 @@ class FactoredOperator:
         right = weight[:, :, None] * group.inputs[:, None, :]
         return left, _segment_sum(right.flatten(1), offsets).view(self.n_samples * c, -1)
 
+    def core_products(self, name: str, u: Tensor, v: Tensor) -> Tensor:
+        """``u^T G_ic v`` for ``u`` (m, p) and ``v`` (n, q), every sample and contrast: ``(N C, p, q)``."""
+        index = next(k for k, group in enumerate(self.groups) if name in group.outputs)
+        group, offsets, c = self.groups[index], self._offsets[index], self.n_outputs
+        b, p, q = group.outputs[name], u.shape[1], v.shape[1]
+        lengths = offsets[1:] - offsets[:-1]
+        per_sample = max(1, int(lengths.max())) * (c * p + q) + c * p * q
+        step = max(1, _CHUNK_BYTES // (3 * b.element_size() * max(1, per_sample)))
+        out = torch.zeros(self.n_samples, c * p, q, dtype=self.dtype, device=self.device)
+        for low in range(0, self.n_samples, step):
+            size = min(step, self.n_samples - low)
+            first, last = int(offsets[low]), int(offsets[low + size])
+            if first == last:
+                continue
+            longest, sample = int(lengths[low : low + size].max()), group.sample[first:last]
+            place = (sample - low) * longest + torch.arange(first, last, device=self.device) - offsets[sample]
+            left = (b[first:last] @ u).flatten(1)
+            right = v[group.inputs[first:last]] if group.is_index else group.inputs[first:last] @ v
+            padded = (x.new_zeros(size * longest, x.shape[1]).index_copy_(0, place, x) for x in (left, right))
+            x, y = (x.view(size, longest, x.shape[1]) for x in padded)
+            out[low : low + size] = x.mT @ y
+        return out.view(self.n_samples * c, p, q)
+
     # ---- Gram matrix, norms, rounding
 
     def gram(self, blocks: list[str] | None = None) -> Tensor:
@@ -272,7 +295,7 @@ class FactoredOperator:
     def _gram_by_token_pairs(self, group: Group, offsets: Tensor, names: list[str]) -> Tensor:
         c, tokens = self.n_outputs, group.n_tokens
         half = torch.zeros(self.n_samples * c, tokens * c, dtype=torch.float64, device=self.device)
-        chunk = max(1, _GRAM_CHUNK_BYTES // (8 * max(1, tokens) * c * c * 3))
+        chunk = max(1, _CHUNK_BYTES // (8 * max(1, tokens) * c * c * 3))
         inputs = group.inputs if group.is_index else group.inputs.double()
         for low in range(0, tokens, chunk):
             rows = slice(low, min(low + chunk, tokens))
@@ -297,7 +320,7 @@ class FactoredOperator:
         padded = torch.zeros(shape, dtype=torch.float64, device=self.device)
         padded = padded.index_copy_(0, place, group.inputs.double()).view(self.n_samples, longest, -1)
         m, size = b.shape[2], self.n_samples * self.n_outputs
-        step = max(1, _GRAM_CHUNK_BYTES // (8 * size * group.width))
+        step = max(1, _CHUNK_BYTES // (8 * size * group.width))
         for low in range(0, m, step):
             part = b[:, :, low : low + step].double()
             left = torch.zeros(shape[0], *part.shape[1:], dtype=torch.float64, device=self.device)
@@ -315,7 +338,7 @@ class FactoredOperator:
                 for name in group.outputs
             }
             width = max(group.width, *(b.shape[1] * b.shape[2] for b in group.outputs.values()))
-            chunk = max(1, _GRAM_CHUNK_BYTES // (16 * width))
+            chunk = max(1, _CHUNK_BYTES // (16 * width))
             for low in range(0, len(left), chunk):
                 p, q = left[low : low + chunk], right[low : low + chunk]
                 if group.is_index:

@@ -1,0 +1,86 @@
+"""The bundled model and data as a linearised problem, for the lab's entries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+
+from ranksure.capture import Progress, capture
+from ranksure.certificate import lambda_max
+from ranksure.errors import SettingError
+from ranksure.losses import CrossEntropy
+from ranksure.modules import select_targets
+from ranksure.operators.factored import FactoredOperator
+from ranksure.problem import Problem, uniform_penalty
+from ranksure.tasks.bundled import minilm_path, rotten_tomatoes
+from ranksure.tasks.head import fit_head, head_features, install_head
+from ranksure.tasks.text import load_text_task
+
+
+def captured(
+    n: int,
+    *,
+    share: float = 0.1,
+    modules: Sequence[str] = ("query", "value"),
+    layers: str = "last",
+    pooling: Literal["model", "mean"] = "model",
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    progress: Progress | None = None,
+) -> Problem:
+    """all-MiniLM-L6-v2 on Rotten Tomatoes, linearised around a fitted head: two classes, cross-entropy.
+
+    Args:
+        n: number of samples, the first of the rows shuffled by ``seed``; the head is fitted on them.
+        share: ``lambda`` as a share of the smallest one whose optimum is zero, the same for all blocks.
+        modules: target modules (see :func:`ranksure.modules.select_targets`).
+        layers: which layers of them.
+        pooling: what the head reads: the model's own choice (the first token) or the mean over tokens.
+        seed: seed of the rows and of what the checkpoint leaves to chance.
+        dtype: storage of the captured factors.
+        progress: called after each captured batch.
+
+    Returns:
+        The problem, samples in the order of the rows; ``N`` equations, since two classes have one contrast.
+
+    Raises:
+        SettingError: ``n`` or ``share`` out of range.
+        RanksureError: the bundled model or data is not installed.
+    """
+    data = rotten_tomatoes()
+    if not 2 <= n <= len(data) or not 0 < share < 1:
+        raise SettingError(f"between 2 and {len(data)} samples and 0 < share < 1, not {n} and {share}")
+    rows = data.shuffled(seed).subset(list(range(n)))
+    task = load_text_task(minilm_path(), rows, pooling=pooling, device="cpu", seed=seed)
+    task.model.eval()
+    batches, back = task.batches_by_length(rows)
+    labels, loss = task.labels(rows), CrossEntropy()
+    features = head_features(task.model, task.head, batches, 2)[back]
+    install_head(task.model, task.head, fit_head(features, labels, loss, 2, bias=True))
+    targets = select_targets(task.adapted, modules, layers)
+    found = capture(task.model, batches, targets, loss.contrasts(2), dtype=dtype, progress=progress)
+    operator = found.operator.select(back)
+    problem = Problem(operator, found.base_logits[back], labels, loss, uniform_penalty(operator, 1.0))
+    return problem.with_penalty(share * lambda_max(problem))
+
+
+def first_samples(problem: Problem, n: int, share: float | None = None) -> Problem:
+    """The problem of the first ``n`` samples, with equal weights.
+
+    Args:
+        problem: a problem with a factored operator.
+        n: number of samples kept.
+        share: ``lambda`` as a share of the new problem's ``lambda_max``; None keeps the penalties.
+    """
+    assert isinstance(problem.operator, FactoredOperator)
+    few = replace(
+        problem,
+        operator=problem.operator.select(torch.arange(n)),
+        base_logits=problem.base_logits[:n],
+        labels=problem.labels[:n],
+        weights=torch.empty(0),
+    )
+    return few if share is None else few.with_penalty(share * lambda_max(few))
