@@ -25,7 +25,7 @@ DEMO = re.compile(r"<!-- demo output.*?<!-- /demo output -->", re.DOTALL)
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
 # Two dashes that are ours: not those of an HTML comment or of another program.
 OPTION = re.compile(r"(?<![\w<!-])--[a-z][a-z-]*")
-OTHER_PROGRAMS = re.compile(r"^\s*(pip|git|pytest|python -m (pip|benchmarks\.run))\b")
+OTHER_PROGRAMS = re.compile(r"^\s*(pip|git|pytest|python -m (pip|benchmarks\.))|`python -m benchmarks\.")
 
 
 def prose(page: Path) -> str:
@@ -97,9 +97,10 @@ def test_marks_are_followed_by_python() -> None:
 
 
 def test_options_exist() -> None:
-    """Options named in README and docs are those of ``ranksure plan``; in demo commands, of ``ranksure demo``."""
+    """Options named in README and docs are some command's; in a line that runs a command, that command's."""
     commands = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
     known = {name: {o for p in command.params for o in p.opts} | {"--help"} for name, command in commands.items()}
+    anything = set().union(*known.values())
     named: set[str] = set()
     for page in [PAGES[0], *sorted((ROOT / "docs").rglob("*.md"))]:
         text = re.sub(
@@ -108,8 +109,9 @@ def test_options_exist() -> None:
         lines = [line for line in text.replace("\\\n", " ").splitlines() if not OTHER_PROGRAMS.match(line)]
         for line in lines:
             found = set(OPTION.findall(line))
-            assert found <= known["plan"] | known["demo"], (page.name, line)
-            for command in re.findall(r"ranksure demo ([^`]*)", line):
-                assert set(OPTION.findall(command)) <= known["demo"], (page.name, line)
+            assert found <= anything, (page.name, line)
+            for name, options in known.items():
+                for command in re.findall(rf"ranksure {name} ([^`]*)", line):
+                    assert set(OPTION.findall(command)) <= options, (page.name, line)
             named |= found
     assert {"--model", "--data", "--weight-decay", "--samples"} <= named
