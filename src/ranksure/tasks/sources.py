@@ -31,6 +31,14 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 _OTHER_SUFFIXES = {".txt", ".xls", ".xlsx", ".gz", ".zip", ".bz2", ".xz", ".arrow", ".pkl", ".feather"}
 
 
+class MissingColumnError(DataError):
+    """A source without a wanted column; ``columns`` are those that it has."""
+
+    def __init__(self, message: str, columns: Sequence[str]) -> None:
+        super().__init__(message)
+        self.columns = list(columns)
+
+
 @dataclass
 class Table:
     """The wanted columns of a source.
@@ -104,7 +112,8 @@ def check_columns(name: str, present: Sequence[Any], wanted: Sequence[str]) -> N
     """Every wanted column is there exactly once.
 
     Raises:
-        DataError: one is missing (the columns that there are get listed) or there twice.
+        MissingColumnError: one is missing (the columns that there are get listed).
+        DataError: one is there twice.
     """
     counts = Counter(present)
     for column in wanted:
@@ -114,7 +123,8 @@ def check_columns(name: str, present: Sequence[Any], wanted: Sequence[str]) -> N
             listed = ", ".join(shown(other) for other in present[:20]) + (", ..." if len(present) > 20 else "")
             near = difflib.get_close_matches(column, [str(other) for other in present], n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise DataError(f"{name} has no column {column!r}; its columns are {listed or '(none)'}{hint}")
+            message = f"{name} has no column {column!r}; its columns are {listed or '(none)'}{hint}"
+            raise MissingColumnError(message, [str(other) for other in present])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,20 +6,24 @@ pooling the same checkpoint's encoder is averaged over its tokens and read by a 
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging as transformers_logging
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from ranksure.errors import ModelError, SettingError
+from ranksure.tasks.checkpoints import (
+    check_checkpoint,
+    device_named,
+    load_tokenizer,
+    quiet,
+    settle_padding,
+    token_limit,
+)
 from ranksure.tasks.rows import Rows
 from ranksure.tasks.sources import one_line
 
@@ -181,16 +185,11 @@ def load_text_task(
     else:
         name = os.fspath(model)
         loaded, new, notes = _load(name, n_outputs, revision, dtype, trust_remote_code, seed)
-        tokenizer = tokenizer or _load_tokenizer(name, revision, trust_remote_code)
+        tokenizer = tokenizer or load_tokenizer(name, revision, trust_remote_code)
     if pooling not in ("model", "mean"):
         raise SettingError(f"unknown pooling {pooling!r}: use model or mean")
-    loaded.to(_device(device))  # pyright: ignore[reportArgumentType]
-    if tokenizer.pad_token is None and tokenizer.eos_token is None:
-        raise ModelError(f"the tokenizer of {name} has neither a padding token nor an end token: set pad_token in it")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if getattr(loaded.config, "pad_token_id", None) is None:
-        loaded.config.pad_token_id = tokenizer.pad_token_id
+    loaded.to(device_named(device))  # pyright: ignore[reportArgumentType]
+    settle_padding(loaded, tokenizer, name)
     head = _head_name(loaded, n_outputs)
     task = TextTask(
         model=loaded,
@@ -203,13 +202,13 @@ def load_text_task(
         n_outputs=n_outputs,
         name=name,
         revision=revision,
-        max_length=_max_length(loaded, tokenizer, max_length),
+        max_length=token_limit(loaded, tokenizer, max_length),
         batch_size=batch_size,
         label_names=rows.label_names,
         notes=notes,
     )
     if not task.head_is_new and pooling == "model":
-        task.label_names = _own_label_order(loaded, rows, notes)
+        task.label_names = own_label_order(loaded, rows, notes)
     return task.with_mean_pooling() if pooling == "mean" else task
 
 
@@ -242,19 +241,11 @@ def _n_outputs(rows: Rows, loss: str) -> int:
 def _load(
     name: str, n_outputs: int, revision: str | None, dtype: str, trust_remote_code: bool, seed: int
 ) -> tuple[PreTrainedModel, list[str], list[str]]:
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise SettingError(f"unknown dtype {dtype!r}: use auto, float32, bfloat16 or float16")
-    looks_local = Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_local and not Path(name).is_dir():
-        raise ModelError(
-            f"model folder {name} does not exist" if not Path(name).exists() else f"{name} is not a folder"
-        )
-    if looks_local and not (Path(name) / "config.json").is_file():
-        raise ModelError(f"{name} holds no config.json, so it is not a Hugging Face model folder")
+    check_checkpoint(name, dtype)
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
     notes: list[str] = []
     try:
-        with _quiet(), torch.random.fork_rng():
+        with quiet(), torch.random.fork_rng():
             torch.manual_seed(seed)  # parameters that the checkpoint lacks are drawn at random
             config = AutoConfig.from_pretrained(name, num_labels=n_outputs, **common)
             arguments = {**common, "config": config, "dtype": dtype, "ignore_mismatched_sizes": True}
@@ -277,38 +268,8 @@ def _load(
     return loaded, new, notes
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences loading reports, progress bars and the Hub client's retries."""
-    verbosity = transformers_logging.get_verbosity()
-    progress = transformers_logging.is_progress_bar_enabled()
-    hub = logging.getLogger("huggingface_hub")
-    level = hub.level
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    hub.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        hub.setLevel(level)
-        transformers_logging.set_verbosity(verbosity)
-        if progress:
-            transformers_logging.enable_progress_bar()
-
-
 def _from_pretrained(name: str, **arguments: Any) -> tuple[PreTrainedModel, Mapping[str, Any]]:
     return AutoModelForSequenceClassification.from_pretrained(name, output_loading_info=True, **arguments)
-
-
-def _load_tokenizer(name: str, revision: str | None, trust_remote_code: bool) -> Any:
-    try:
-        with _quiet():
-            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except Exception as error:  # as for the model
-        raise ModelError(f"the tokenizer of {name} cannot be loaded: {one_line(error)}") from None
-    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # what transformers makes of a folder without one
-        raise ModelError(f"the tokenizer of {name} has no vocabulary: save it beside the model, or pass tokenizer=")
-    return tokenizer
 
 
 def _owner(model: PreTrainedModel, key: str) -> str:
@@ -329,7 +290,7 @@ def _head_name(model: PreTrainedModel, n_outputs: int) -> str:
     return found[-1]
 
 
-def _own_label_order(model: PreTrainedModel, rows: Rows, notes: list[str]) -> list[str] | None:
+def own_label_order(model: PreTrainedModel, rows: Rows, notes: list[str]) -> list[str] | None:
     """A trained head's own class order, where the data's labels are its names; else the data's, with a note."""
     if rows.label_names is None or len(rows.label_names) != model.config.num_labels:
         return rows.label_names
@@ -345,27 +306,3 @@ def _own_label_order(model: PreTrainedModel, rows: Rows, notes: list[str]) -> li
             "; if that is wrong, rename the labels."
         )
     return rows.label_names
-
-
-def _max_length(model: PreTrainedModel, tokenizer: Any, asked: int | None) -> int:
-    limits = [getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length]
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            limits.append(module.num_embeddings - module.padding_idx - 1)  # RoBERTa counts from there
-    limit = min([int(value) for value in limits if value is not None and 0 < value < 10**6], default=512)
-    if asked is not None and asked < 4:
-        raise SettingError(f"max_length {asked} is too short: use at least 4 tokens")
-    if asked is not None and asked > limit:
-        raise SettingError(f"max_length {asked} is more than the model's limit of {limit} tokens")
-    return asked if asked is not None else min(limit, 256)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise SettingError(f"device {name!r} cannot be used: {one_line(error)}") from None
-    return device

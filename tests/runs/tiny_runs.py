@@ -1,0 +1,88 @@
+"""Tiny trained-looking LoRA runs on disk, as PEFT and transformers write them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tests.tasks.test_causal import CHATML, byte_tokenizer
+from tests.tiny_text import loaded
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+PAIRS = [
+    {"prompt": "the review", "completion": " is good"},
+    {"prompt": "it is a very good film", "completion": " a"},
+    {"prompt": "a", "completion": " good film, a very bad review"},
+    {"prompt": "is it bad", "completion": " very"},
+    {"prompt": "the film", "completion": " is bad"},
+]
+
+
+def save_pairs(path: Path, rows: list[dict[str, Any]] = PAIRS) -> str:
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def save_llama(folder: Path, dtype: torch.dtype = torch.float32) -> str:
+    tokenizer = byte_tokenizer(CHATML)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=24,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
+    return str(folder)
+
+
+def save_gpt2_lm(folder: Path) -> str:
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_positions=64,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+def shaken(model: PeftModel, seed: int = 3) -> PeftModel:
+    """The adapter as if trained: no matrix is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def classifier(base: str, outputs: int = 2, **settings: Any) -> PeftModel:
+    """A run on a headless BERT, its new head in ``modules_to_save``."""
+    torch.manual_seed(5)
+    arguments = {"r": 2, "lora_alpha": 6, "target_modules": ["query", "value"], "task_type": "SEQ_CLS", **settings}
+    return shaken(get_peft_model(loaded(base, outputs), LoraConfig(**arguments))).eval()
+
+
+def language_model(base: str, **settings: Any) -> PeftModel:
+    from transformers import AutoModelForCausalLM
+
+    arguments = {"r": 2, "lora_alpha": 6, "task_type": "CAUSAL_LM", **settings}
+    return shaken(get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**arguments))).eval()
