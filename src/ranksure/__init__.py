@@ -31,13 +31,20 @@ if TYPE_CHECKING:
     from ranksure.planner.result import PlanResult
     from ranksure.planner.run import plan
     from ranksure.problem import Problem
+    from ranksure.runs.callback import CertificateCallback
     from ranksure.runs.certify import certify
+    from ranksure.runs.fit import fit
+    from ranksure.runs.fit_result import FitResult
+    from ranksure.runs.optimizer import l2_optimizer, parameter_groups
     from ranksure.runs.result import RunCertificate
+    from ranksure.runs.training import mean_loss_function
     from ranksure.solvers.burer_monteiro import solve
     from ranksure.solvers.solution import Solution
 
 __all__ = [
     "Certificate",
+    "CertificateCallback",
+    "FitResult",
     "PlanResult",
     "Problem",
     "RanksureError",
@@ -45,8 +52,12 @@ __all__ = [
     "Solution",
     "certify",
     "certify_point",
+    "fit",
     "get_loss",
+    "l2_optimizer",
     "lambda_max",
+    "mean_loss_function",
+    "parameter_groups",
     "plan",
     "select_targets",
     "solve",
@@ -54,6 +65,8 @@ __all__ = [
 
 _WHERE = {
     "Certificate": "certificate:Certificate",
+    "CertificateCallback": "runs.callback:CertificateCallback",
+    "FitResult": "runs.fit_result:FitResult",
     "PlanResult": "planner.result:PlanResult",
     "Problem": "problem:Problem",
     "RanksureError": "errors:RanksureError",
@@ -61,8 +74,12 @@ _WHERE = {
     "Solution": "solvers.solution:Solution",
     "certify": "runs.certify:certify",
     "certify_point": "certificate:certify",
+    "fit": "runs.fit:fit",
     "get_loss": "losses:get_loss",
+    "l2_optimizer": "runs.optimizer:l2_optimizer",
     "lambda_max": "certificate:lambda_max",
+    "mean_loss_function": "runs.training:mean_loss_function",
+    "parameter_groups": "runs.optimizer:parameter_groups",
     "plan": "planner.run:plan",
     "select_targets": "modules:select_targets",
     "solve": "solvers.burer_monteiro:solve",

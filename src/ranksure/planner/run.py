@@ -149,6 +149,7 @@ def run_plan(prepared: Prepared, clock: Clock) -> PlanResult:
         "estimate": {"bytes": guess.total_bytes, "seconds": guess.capture_seconds + guess.solve_seconds},
         "seconds": {**clock.seconds, "total": round(sum(clock.seconds.values()), 3)},
         "notes": prepared.notes,
+        "settings": options.to_json(),
         "versions": _versions(),
     }
     return PlanResult(data, solution.factors, prepared)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from ranksure.errors import SettingError
@@ -126,6 +126,17 @@ class PlanSettings:
     def memory_bytes(self) -> int:
         """The memory budget in bytes."""
         return parse_memory(self.memory)
+
+    def to_json(self) -> dict[str, Any]:
+        """Every option, for ``plan.json``; data in memory as ``{"in_memory": type}``."""
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, (list, tuple)):
+                return [plain(entry) for entry in value]
+            known = value is None or isinstance(value, (str, int, float))
+            return value if known else {"in_memory": type(value).__name__}
+
+        return {field.name: plain(getattr(self, field.name)) for field in fields(self)}
 
 
 def parse_memory(text: float | str) -> int:

@@ -1,0 +1,100 @@
+"""What came of a fit: losses with and without the adapter, and the adapter's folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from ranksure.adapters.aliasing import alias_model
+from ranksure.adapters.low_rank_hooks import applied
+from ranksure.adapters.peft_export import export_adapter, export_mean_pooled
+from ranksure.adapters.staging import staged_folder
+from ranksure.losses import get_loss
+from ranksure.network import Batch, predict
+from ranksure.operators.base import Factors
+from ranksure.planner.prepare import accuracy
+from ranksure.runs.fit_result import FitResult
+from ranksure.runs.gradient import Weighting, mean_loss
+from ranksure.runs.lora import read_adapter
+from ranksure.runs.setup import Setup
+from ranksure.tasks.text import MeanPooled
+
+
+def evaluate(
+    model: nn.Module, setup: Setup, batches: Sequence[Batch], weighting: Weighting
+) -> tuple[float, dict[str, Any] | None]:
+    """Training loss without the adapter; held-out loss and accuracy with it and without it.
+
+    Args:
+        model: the trained network.
+        setup: held-out rows.
+        batches: all training rows.
+        weighting: of a causal language model's tokens.
+    """
+    read = read_adapter(model)
+    removed: Factors = {name: (-u, v) for name, (u, v) in read.factors.items()}
+    with applied(read.modules, removed):
+        zero = mean_loss(model, batches, kind=setup.kind, weighting=weighting)
+    if not setup.held:
+        return zero, None
+    held = setup.batches(setup.held)
+    out: dict[str, Any] = {"rows": len(setup.held)}
+    for suffix, factors in (("", {}), ("_without_adapter", removed)):
+        with applied(read.modules, factors):
+            out[f"loss{suffix}"] = mean_loss(model, held, kind=setup.kind, weighting=weighting)
+            out[f"accuracy{suffix}"] = None if setup.n_outputs is None else _accuracy(model, held, setup.kind)
+    return zero, out
+
+
+def write_adapter(model: PeftModel, setup: Setup, result: FitResult) -> None:
+    """Write the adapter at scale 1, with the result beside it; whole or not at all.
+
+    Args:
+        model: the trained network; it stays as it is.
+        setup: names, and what is saved beside the factors.
+        result: its ``folder`` is written.
+
+    Raises:
+        AdapterError: as :func:`~ranksure.adapters.peft_export.export_adapter`.
+    """
+    factors = read_adapter(model).factors
+    with staged_folder(result.folder, "adapter_config.json") as stage:
+        base = alias_model(model).unload()  # pyright: ignore[reportCallIssue]
+        common: dict[str, Any] = {
+            "base_model_name_or_path": setup.name,
+            "revision": setup.revision,
+            "shown_path": result.folder,
+            "extra_readme": result.readme(),
+        }
+        if setup.n_outputs is not None:
+            names = setup.label_names if setup.n_outputs > 1 else None
+            common["id2label"] = dict(enumerate(names)) if names else None
+        if isinstance(base, MeanPooled):
+            own = {name.removeprefix(setup.prefix): pair for name, pair in factors.items()}
+            export_mean_pooled(base.encoder, own, base.head.weight, base.head.bias, stage, **common)
+        else:
+            export_adapter(
+                base,
+                factors,
+                stage,
+                head=setup.heads or None,
+                num_labels=setup.n_outputs,
+                task_type=setup.task_type,
+                **common,
+            )
+        (stage / "certificate.json").write_text(_json(result.certificate.to_json()), encoding="utf-8")
+        (stage / "fit.json").write_text(_json(result.data), encoding="utf-8")
+
+
+def _accuracy(model: nn.Module, batches: Sequence[Batch], kind: str) -> float | None:
+    inputs = [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
+    return accuracy(predict(model, inputs), torch.cat([batch["labels"] for batch in batches]), get_loss(kind))
+
+
+def _json(content: Any) -> str:
+    return json.dumps(content, indent=1) + "\n"

@@ -1,0 +1,108 @@
+"""A causal language model for a fit: supervised fine-tuning on prompts and completions, or conversations."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, cast
+
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ranksure.errors import ModelError, SettingError
+from ranksure.modules import block_shape, select_targets
+from ranksure.progress import Clock
+from ranksure.runs.data import DataSettings, RunData, is_causal, read_data
+from ranksure.runs.fit_settings import FitSettings
+from ranksure.runs.setup import Setup
+from ranksure.tasks.checkpoints import check_checkpoint, device_named, load_tokenizer, quiet, settle_padding
+from ranksure.tasks.sources import one_line
+
+_BATCH = 4
+
+
+def causal_setup(model: Any, data: Any, settings: FitSettings, tokenizer: Any, clock: Clock) -> Setup:
+    """Read model and rows.
+
+    Raises:
+        RanksureError: whatever in the input cannot be used, in one line.
+    """
+    if model is None or data is None:
+        raise SettingError("a causal language model needs --model and --data")
+    if settings.linear or settings.train_head or settings.pooling != "model":
+        raise SettingError("the linear optimum, a trained head and mean pooling are for text classification only")
+    with clock.stage("load", "Reading data and model"):
+        if isinstance(model, PreTrainedModel):
+            loaded, name = model, str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+            if tokenizer is None:
+                raise SettingError("a model in memory needs its tokenizer: pass tokenizer=")
+            if not is_causal(loaded):
+                raise SettingError(f"{type(loaded).__name__} is no causal language model: leave the task out")
+        else:
+            name = os.fspath(model)
+            loaded = _load(name, settings)
+            tokenizer = tokenizer or load_tokenizer(name, settings.revision, settings.trust_remote_code)
+        settle_padding(loaded, tokenizer, name)
+        loaded.to(device_named(settings.device))  # pyright: ignore[reportArgumentType]
+        rows = _read(loaded, tokenizer, data, settings, settings.samples, settings.split)
+        held = None
+        if settings.eval_data is not None:
+            held = _read(loaded, tokenizer, settings.eval_data, settings, settings.heldout or None, settings.eval_split)
+    wanted = settings.target_modules
+    if wanted is None:
+        from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+
+        wanted = DEFAULTS.get(str(getattr(loaded.config, "model_type", "")), "all-linear")
+    targets = select_targets(loaded, wanted, settings.layers_to_transform)
+    return Setup(
+        base=loaded,
+        adapted=loaded,
+        prefix="",
+        heads=[],
+        task_type="CAUSAL_LM",
+        kind="cross-entropy",
+        features=rows.features,
+        held=None if held is None else held.features,
+        collator=rows.collator,
+        shapes={name: block_shape(module) for name, module in targets.items()},
+        name=name,
+        revision=settings.revision,
+        pooling=None,
+        n_outputs=None,
+        label_names=None,
+        batch_size=settings.batch_size or _BATCH,
+        source=rows.source,
+        sha256=rows.sha256,
+        same_data=False,
+        notes=[*rows.notes, *(held.notes if held else [])],
+    )
+
+
+def _read(
+    model: PreTrainedModel, tokenizer: Any, data: Any, settings: FitSettings, samples: int | None, split: str | None
+) -> RunData:
+    options = DataSettings(
+        prompt_column=settings.prompt_column,
+        completion_column=settings.completion_column,
+        messages_column=settings.messages_column,
+        split=split,
+        max_length=settings.max_length,
+        batch_size=settings.batch_size or _BATCH,
+        samples=samples,
+        seed=settings.seed,
+        loss_on=settings.loss_on,  # pyright: ignore[reportArgumentType]  (checked there)
+        packing=settings.packing,
+    )
+    return read_data((model, tokenizer), data, options)
+
+
+def _load(name: str, settings: FitSettings) -> PreTrainedModel:
+    check_checkpoint(name, settings.dtype)
+    common: dict[str, Any] = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    try:
+        with quiet():
+            auto: Any = AutoModelForCausalLM
+            loaded, info = auto.from_pretrained(name, dtype=settings.dtype, output_loading_info=True, **common)
+    except Exception as error:  # a damaged folder fails in ways of many libraries
+        raise ModelError(f"model {name} cannot be loaded as a causal language model: {one_line(error)}") from None
+    if lost := sorted(info["missing_keys"]):
+        raise ModelError(f"{name} does not hold {lost[0]}, so it is no trained causal language model")
+    return cast(PreTrainedModel, loaded)
