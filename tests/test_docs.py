@@ -25,7 +25,7 @@ DEMO = re.compile(r"<!-- demo output.*?<!-- /demo output -->", re.DOTALL)
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
 # Two dashes that are ours: not those of an HTML comment or of another program.
 OPTION = re.compile(r"(?<![\w<!-])--[a-z][a-z-]*")
-OTHER_PROGRAMS = re.compile(r"^\s*(pip|git|pytest|python -m (pip|benchmarks\.))|`python -m benchmarks\.")
+OTHER_PROGRAMS = re.compile(r"^\s*(pip|npm|git|pytest|python -m (pip|benchmarks\.))|`python -m benchmarks\.")
 
 
 def prose(page: Path) -> str:
@@ -106,7 +106,7 @@ def test_options_exist() -> None:
         text = re.sub(
             r"<!-- demo output.*?<!-- /demo output -->", "", page.read_text(encoding="utf-8"), flags=re.DOTALL
         )
-        lines = [line for line in text.replace("\\\n", " ").splitlines() if not OTHER_PROGRAMS.match(line)]
+        lines = [line for line in text.replace("\\\n", " ").splitlines() if not OTHER_PROGRAMS.search(line)]
         for line in lines:
             found = set(OPTION.findall(line))
             assert found <= anything, (page.name, line)
