@@ -1,6 +1,6 @@
 """The command line: parses, calls, prints. Answers go to standard output, everything else to standard error."""
 
-from ranksure.cli import plan, lab  # isort: skip  # in the order of --help
+from ranksure.cli import plan, certify, fit, grow, compress, lab  # isort: skip  # in the order of --help
 from ranksure.cli.app import app, main
 
-__all__ = ["app", "lab", "main", "plan"]
+__all__ = ["app", "certify", "compress", "fit", "grow", "lab", "main", "plan"]

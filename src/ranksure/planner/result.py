@@ -189,8 +189,13 @@ class PlanResult:
         first = (
             f"Rank {advice['r']} is enough: it captures at least {share} of what any rank could gain on these "
             f"{data['n_samples']} rows, and the smallest pattern found has {pattern}"
-            + (f" ({_count(left_out, 'target')} can be left out)." if left_out else ".")
+            + (f" ({_count(left_out, 'target')} left out)." if left_out else ".")
         )
+        if left_out:  # measured in docs/does-the-advice-transfer.md
+            first += (
+                f" To train the real network, give rank {advice['r']} to every target: it often uses modules that "
+                "its linearisation leaves out."
+            )
         existence = bounds["existence"]["numerical"] or bounds["existence"]["effective"]
         landscape = bounds["landscape"]["numerical"] or bounds["landscape"]["effective"]
         stuck = [row["rank"] for row in data["ranks"] if row["verdict"] == "rank-bound"]

@@ -1,0 +1,350 @@
+"""An existing PEFT adapter with new factors, and so new ranks, per module; all else as it was.
+
+Every module keeps its scale ``s_j``, so that ``lambda_j = wd / s_j`` of an L2 decay on PEFT's matrices stays the
+same when training goes on. PEFT derives the scale from rank and alpha (``alpha / r``, or ``alpha / sqrt(r)`` for
+rsLoRA), hence a new rank needs a new alpha: ``alpha_j = s_j r_j`` or ``s_j sqrt(r_j)``.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ranksure.adapters.aliasing import alias_model, quietly
+from ranksure.adapters.low_rank_hooks import check_factors
+from ranksure.adapters.peft_config import exact_pattern, exact_targets
+from ranksure.adapters.readme import auto_class, base_settings, labels_of, loading_snippet
+from ranksure.adapters.staging import staged_folder
+from ranksure.errors import AdapterError
+from ranksure.modules import base_layer
+from ranksure.operators.base import Factors
+
+PathLike = str | os.PathLike[str]
+_PREFIX = "base_model.model."
+_WEIGHTS = "adapter_model.safetensors"
+_MARK = "<!-- ranksure: ranks changed -->"
+_OWN_TAGS = "tags: [lora, ranksure]"
+_PLAIN_STARTS = (True, False, "gaussian")  # initialisations that leave the base weights alone at load
+
+# Not copied from the source folder: rewritten, or about the factors as they were (an optimizer's state).
+_STALE = ("adapter_config.json", "adapter_model.", "README.md", "optimizer.", "scheduler.", "scaler.", "rng_state")
+_STALE += ("trainer_state.json", "training_args.bin", "certificate.json", "grow.json", "compress.json", "plan.json")
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """What was written.
+
+    Attributes:
+        folder: where.
+        config: the configuration.
+        ranks: rank by module; modules left out have none.
+        scales: PEFT's scale by module.
+        dtype: of the stored factors.
+        rounding: ``||stored - meant||_F / ||meant||_F`` of each update: what the stored dtype costs.
+    """
+
+    folder: Path
+    config: LoraConfig
+    ranks: dict[str, int]
+    scales: dict[str, float]
+    dtype: torch.dtype
+    rounding: dict[str, float]
+
+
+def rewrite_adapter(
+    model: nn.Module,
+    factors: Factors,
+    out_dir: PathLike,
+    *,
+    adapter: str = "default",
+    source: PathLike | None = None,
+    dtype: torch.dtype | None = None,
+    title: str = "Ranks changed",
+    text: str = "",
+    write_more: Callable[[Path], None] | None = None,
+) -> Rewritten:
+    """Write a loaded LoRA adapter again with other factors, verified by loading it onto its base network.
+
+    Kept: every module's scale, trained heads and biases, the base model's name, the task type and all other fields
+    of the configuration, and (from ``source``) the other files of the folder but for training state. A module of
+    rank 0 is left out of the adapter; where biases were trained it stays, with one column of zeros. The folder
+    appears whole, replacing an earlier adapter, or not at all; ``source`` may be the same folder.
+
+    Args:
+        model: the network with the adapter loaded (a ``PeftModel``, or a transformers model with adapters); it
+            stays as it is.
+        factors: ``u`` (m, r) and ``v`` (n, r) with ``u v^T`` the update (the scale included), for every adapted
+            module.
+        out_dir: the folder to create, or an earlier adapter's to replace.
+        adapter: the adapter's name in the model.
+        source: the folder that the adapter was loaded from: its stored dtype and its other files.
+        dtype: of the stored factors; by default the source's, or else the loaded adapter's.
+        title: heading of the README's new section.
+        text: Markdown below it.
+        write_more: writes further files into the folder before it takes its place.
+
+    Raises:
+        AdapterError: an adapter that is no plain LoRA (DoRA, a base changed at initialisation); factors that do
+            not fit, or are not those of all its modules; no rank left; a folder that cannot be written; an
+            adapter that does not load back as written.
+    """
+    config, layers = _layers(model, adapter)
+    if set(factors) != set(layers):
+        odd = sorted(set(factors) ^ set(layers))[0]
+        raise AdapterError(f"factors and adapter differ in {odd}: give one pair for every adapted module")
+    check_factors(layers, factors)
+    kept = {name: pair for name, pair in factors.items() if pair[0].shape[1]}
+    if not kept:
+        raise AdapterError("nothing is left to write: every module has rank 0 (the base network alone does the same)")
+    if config.bias != "none":  # a bias is stored under its wrapper's name
+        kept = {name: pair if pair[0].shape[1] else _zero_column(*pair) for name, pair in factors.items()}
+    others = _other_tensors(model, adapter, source, set(layers) - set(kept))
+    stored = dtype or stored_dtype(model, adapter, source)
+    new, scales = _with_ranks(config, {name: u.shape[1] for name, (u, _) in kept.items()}, layers, adapter)
+    tensors: dict[str, Tensor] = {}
+    rounding = {}
+    for name, (u, v) in kept.items():
+        own, rounding[name] = _factor_tensors(layers[name], name, u, v, scales[name], stored)
+        tensors |= own
+    out = Path(out_dir)
+    readme = _readme(model, new, kept, scales, source, out, title, text)
+    with staged_folder(out, "adapter_config.json") as stage:
+        _copy_others(source, stage)
+        new.save_pretrained(str(stage))
+        save_file(tensors | others, stage / _WEIGHTS, metadata={"format": "pt"})
+        (stage / "README.md").write_text(readme, encoding="utf-8")
+        if write_more is not None:
+            write_more(stage)
+        _verify(model, adapter, stage, tensors | others, scales)
+    return Rewritten(out, new, {name: u.shape[1] for name, (u, _) in kept.items()}, scales, stored, rounding)
+
+
+def base_of(model: nn.Module, adapter: str) -> nn.Module:
+    """The network without any adapter, trained heads and biases in place, sharing all weights with ``model``."""
+    alias = alias_model(model)
+    inner = alias.get_base_model() if isinstance(alias, PeftModel) else alias
+    for name, module in list(inner.named_modules()):
+        found: nn.Module | None = None
+        if isinstance(module, LoraLayer):
+            found = base_layer(module)  # pyright: ignore[reportArgumentType]
+        elif isinstance(module, ModulesToSaveWrapper):
+            own = dict(module.modules_to_save.items())
+            found = own.get(adapter, module.original_module)
+        if found is not None:
+            parent, _, attribute = name.rpartition(".")
+            setattr(inner.get_submodule(parent), attribute, found)
+    for attribute in ("peft_config", "_hf_peft_config_loaded"):
+        if attribute in vars(inner):
+            delattr(inner, attribute)
+    return inner
+
+
+def stored_dtype(model: nn.Module, adapter: str = "default", source: PathLike | None = None) -> torch.dtype:
+    """Dtype of the adapter's factors in its folder's file; without a folder, of those loaded.
+
+    Raises:
+        AdapterError: the file cannot be read, or the model has no such adapter.
+    """
+    path = None if source is None else Path(source) / _WEIGHTS
+    if path is not None and path.is_file():
+        return next(value.dtype for key, value in _read(path).items() if ".lora_" in key)
+    layer: Any = next(iter(_layers(model, adapter)[1].values()))
+    embedded = adapter in layer.lora_embedding_A
+    return layer.lora_embedding_A[adapter].dtype if embedded else layer.lora_A[adapter].weight.dtype
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{path} cannot be read: {error}") from None
+
+
+def _layers(model: nn.Module, adapter: str) -> tuple[LoraConfig, dict[str, nn.Module]]:
+    """The adapter's configuration and its wrappers by qualified name in the base network."""
+    config = getattr(model, "peft_config", {}).get(adapter)
+    if not isinstance(config, LoraConfig):
+        raise AdapterError(f"the model has no LoRA adapter {adapter!r} to rewrite")
+    if config.use_dora or config.lora_bias or config.init_lora_weights not in _PLAIN_STARTS:
+        raise AdapterError(
+            "only plain LoRA adapters can be rewritten (no DoRA, no lora_bias, no initialisation that changes the "
+            f"base weights): init_lora_weights={config.init_lora_weights!r}, use_dora={config.use_dora}"
+        )
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    layers = {
+        name: module
+        for name, module in inner.named_modules()
+        if isinstance(module, LoraLayer) and adapter in module.scaling
+    }
+    for name, module in layers.items():
+        if module.merged:
+            raise AdapterError(f"the adapter is merged into the weights of {name}: call unmerge_adapter() first")
+    return config, layers  # pyright: ignore[reportReturnType]
+
+
+def _with_ranks(
+    config: LoraConfig, ranks: Mapping[str, int], layers: Mapping[str, Any], adapter: str
+) -> tuple[LoraConfig, dict[str, float]]:
+    """The configuration at these ranks, and the scale that PEFT computes from it, by module."""
+    new = copy.deepcopy(config)
+    alphas = {name: _alpha(layers[name].scaling[adapter], rank, config.use_rslora) for name, rank in ranks.items()}
+    new.r = max(ranks.values())
+    new.lora_alpha = next(alphas[name] for name, rank in ranks.items() if rank == new.r)  # pyright: ignore
+    uniform = set(ranks.values()) == {new.r} and set(alphas.values()) == {new.lora_alpha}
+    new.rank_pattern = {} if uniform else {exact_pattern(name): rank for name, rank in ranks.items()}
+    new.alpha_pattern = {} if uniform else {exact_pattern(name): alpha for name, alpha in alphas.items()}  # pyright: ignore
+    new.target_modules = exact_targets(list(ranks))
+    new.exclude_modules = new.layers_to_transform = new.layers_pattern = None
+    new.inference_mode = True
+    return new, {name: alphas[name] / _divisor(rank, config.use_rslora) for name, rank in ranks.items()}
+
+
+def _alpha(scale: float, rank: int, rslora: bool) -> float:
+    """Alpha from which PEFT computes this scale: exactly where a float does, else within its last bit."""
+    by = _divisor(rank, rslora)
+    near = scale * by
+    tries = (float(round(near)), near, math.nextafter(near, 0), math.nextafter(near, math.inf))
+    alpha = next((alpha for alpha in tries if alpha / by == scale), near)
+    return int(alpha) if alpha.is_integer() else alpha
+
+
+def _divisor(rank: int, rslora: bool) -> float:
+    return math.sqrt(rank) if rslora else rank
+
+
+def _zero_column(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return u.new_zeros(u.shape[0], 1), v.new_zeros(v.shape[0], 1)
+
+
+def _factor_tensors(
+    module: nn.Module, name: str, u: Tensor, v: Tensor, scale: float, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], float]:
+    """One module's matrices under PEFT's file keys and in its shapes, and the relative error of rounding them."""
+    layer, rank, root = base_layer(module), u.shape[1], math.sqrt(scale)
+    u, v = u.detach().to("cpu", torch.float64), v.detach().to("cpu", torch.float64)
+    b, a = (u / root).to(dtype).contiguous(), (v / root).T.to(dtype).contiguous()
+    if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
+        raise AdapterError(f"factors of {name} overflow {dtype}: store them in float32")
+    size = _product_norm(u, v)
+    apart = _product_norm(torch.cat([u, -scale * b.double()], 1), torch.cat([v, a.T.double()], 1))
+    key = f"{_PREFIX}{name}"
+    if isinstance(layer, nn.Embedding):
+        return {f"{key}.lora_embedding_A": a, f"{key}.lora_embedding_B": b}, apart / max(size, 1e-300)
+    if isinstance(layer, nn.Conv2d):
+        a, b = a.reshape(rank, *layer.weight.shape[1:]), b[:, :, None, None]
+    return {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}, apart / size if size > 0 else 0.0
+
+
+def _product_norm(u: Tensor, v: Tensor) -> float:
+    """``||u v^T||_F`` without forming it; by triangles, since the difference of two products cancels."""
+    left, right = torch.linalg.qr(u, mode="r").R, torch.linalg.qr(v, mode="r").R
+    return float((left @ right.T).norm())
+
+
+def _other_tensors(model: nn.Module, adapter: str, source: PathLike | None, dropped: set[str]) -> dict[str, Tensor]:
+    """What an adapter file holds beside the factors: trained heads, biases, resized embeddings."""
+    path = None if source is None else Path(source) / _WEIGHTS
+    if path is not None and path.is_file():
+        found = _read(path)
+    else:
+        with quietly():
+            found = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    out = {}
+    for key, value in found.items():
+        if ".lora_" in key:
+            continue
+        for name in dropped:  # no wrapper any more: what is stored of the layer inside has the layer's own name
+            key = key.replace(f"{_PREFIX}{name}.base_layer.", f"{_PREFIX}{name}.")
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise AdapterError(f"{key.removeprefix(_PREFIX)} of the adapter holds a value that is not finite")
+        out[key] = value.detach().to("cpu").clone(memory_format=torch.contiguous_format)
+    return out
+
+
+def _copy_others(source: PathLike | None, stage: Path) -> None:
+    for path in sorted(Path(source).iterdir()) if source is not None else []:
+        if path.is_file() and not path.name.startswith(_STALE):
+            shutil.copy2(path, stage / path.name)
+
+
+def _readme(
+    model: nn.Module,
+    config: LoraConfig,
+    kept: Factors,
+    scales: Mapping[str, float],
+    source: PathLike | None,
+    out: Path,
+    title: str,
+    text: str,
+) -> str:
+    """The user's own README with a section added; a new one if there was none, or one that ranksure wrote."""
+    rows = [f"| `{name}` | {u.shape[1]} | {scales[name]:g} |" for name, (u, _) in kept.items()]
+    section = [f"## {title}", *([text.strip()] if text.strip() else [])]
+    section += ["\n".join(["| module | rank | scale |", "|---|---:|---:|", *rows])]
+    section += [
+        "Ranks and alphas are in `rank_pattern` and `alpha_pattern` where they differ; their keys are anchored regular "
+        f"expressions. Written and verified with peft {peft.__version__}. vLLM's loader ignores patterns."
+    ]
+    old = None if source is None else Path(source) / "README.md"
+    if old is not None and old.is_file():
+        words = old.read_text(encoding="utf-8", errors="replace")
+        if _OWN_TAGS not in words:
+            own = words.partition(_MARK)[0].rstrip()  # less the section of an earlier change
+            return own + f"\n\n{_MARK}\n\n" + "\n\n".join(section) + "\n"
+    base = config.base_model_name_or_path
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    labels = labels_of(inner, None, None) if config.task_type in ("SEQ_CLS", "TOKEN_CLS") else {}
+    snippet = loading_snippet(inner, auto_class(inner), base, base_settings(inner, config.revision, labels), str(out))
+    named = [f"base_model: {json.dumps(base)}"] if base else []
+    front = "\n".join(["---", "library_name: peft", *named, _OWN_TAGS, "---"])
+    return "\n\n".join([front, "# LoRA adapter", "## Load", f"```python\n{snippet}```", *section]) + "\n"
+
+
+def _verify(
+    model: nn.Module, adapter: str, folder: Path, tensors: Mapping[str, Tensor], scales: Mapping[str, float]
+) -> None:
+    """Load the folder onto the base network (an alias of it) and compare all of it with what was meant."""
+    try:
+        with quietly():
+            loaded = PeftModel.from_pretrained(base_of(model, adapter), str(folder), torch_device="cpu")
+            state = get_peft_model_state_dict(loaded, save_embedding_layers=False)
+    except (ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
+        raise AdapterError(f"the adapter does not load back: {error}") from error
+    found = {
+        name: module.scaling["default"]
+        for name, module in loaded.get_base_model().named_modules()
+        if isinstance(module, LoraLayer)
+    }
+    problem = None
+    if set(found) != set(scales):
+        problem = f"module {sorted(set(found) ^ set(scales))[0]} is not in both"
+    elif found != dict(scales):
+        odd = next(name for name in scales if found[name] != scales[name])
+        problem = f"module {odd} has scale {found[odd]} instead of {scales[odd]}"
+    elif missing := set(state) - set(tensors):
+        problem = f"tensor {sorted(missing)[0]} is not stored"
+    else:
+        whole = {**loaded.state_dict(), **state}
+        for key, value in tensors.items():
+            if key not in whole or not torch.equal(value.to(whole[key]), whole[key]):
+                problem = f"tensor {key} {'has other values' if key in whole else 'has no place'}"
+                break
+    if problem is not None:
+        raise AdapterError(f"the adapter does not load back as written: {problem}")
