@@ -25,6 +25,7 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.capture_rows import capture_rows
+from benchmarks.certify_rows import certify_rows
 from benchmarks.evaluation_rows import evaluation_rows
 from benchmarks.growth_rows import growth_rows
 from benchmarks.measure import FULL, QUICK, Row, Size, show
@@ -37,6 +38,7 @@ PARTS: dict[str, Callable[[Size], list[Row]]] = {
     "evaluation": evaluation_rows,
     "growth": growth_rows,
     "reduction": reduction_rows,
+    "certify": certify_rows,
 }
 
 

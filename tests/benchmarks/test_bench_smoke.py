@@ -27,6 +27,10 @@ NAMES = (
     "growth of the whole solve",
     "rank reduction, 2 blocks",
     "rank reduction, 3 blocks",
+    "certify vs one epoch of full-gradient",
+    "certify with a whole pass",
+    "certify vs one epoch, causal language",
+    "certify vs one epoch, causal: peak",
 )
 
 

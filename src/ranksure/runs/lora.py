@@ -10,13 +10,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ranksure.errors import AdapterError
@@ -48,7 +50,8 @@ _TESTED = {
     "runtime_config",
 }
 _TESTED_INITIALISATIONS = (True, False, "gaussian")  # those that leave the base weights alone
-_HOMES = ("torch.nn.", "transformers.pytorch_utils")  # where layers that hold plain weights come from
+_HOMES = ("torch.nn.", "transformers.pytorch_utils.")  # where layers that hold plain weights come from
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,22 @@ class Adapter:
         """``lambda_j = weight_decay / s_j`` by block."""
         return {name: weight_decay / block.scale for name, block in self.blocks.items()}
 
+    @contextmanager
+    def without(self) -> Iterator[None]:
+        """The network without this adapter's updates, exactly: its scales are zero meanwhile.
+
+        What else was trained (a head, biases, other adapters) stays.
+        """
+        scalings: list[dict[str, float]] = [block.module.scaling for block in self.blocks.values()]  # pyright: ignore
+        before = [scaling[self.name] for scaling in scalings]
+        try:
+            for scaling in scalings:
+                scaling[self.name] = 0.0
+            yield
+        finally:
+            for scaling, value in zip(scalings, before, strict=True):
+                scaling[self.name] = value
+
 
 def read_adapter(model: nn.Module, adapter: str | None = None) -> Adapter:
     """Read the active LoRA adapter of a model.
@@ -112,8 +131,8 @@ def read_adapter(model: nn.Module, adapter: str | None = None) -> Adapter:
         adapter: its name; needed where several are active. Others that are active count as part of the base.
 
     Raises:
-        AdapterError: no LoRA adapter, an unknown or inactive name, several without a name, merged weights, or a
-            value that is not finite.
+        AdapterError: no LoRA adapter, an unknown or inactive name, several without a name, merged or disabled
+            adapters, or a value that is not finite.
     """
     configs = getattr(model, "peft_config", None)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
@@ -134,20 +153,23 @@ def read_adapter(model: nn.Module, adapter: str | None = None) -> Adapter:
         raise AdapterError(f"adapter {adapter!r} is not active: call model.set_adapter({adapter!r}) first")
     prefix = "base_model.model." if any(name.startswith("base_model.model.") for name in layers) else ""
     blocks: dict[str, LoraBlock] = {}
-    untested = _untested_fields(config)
+    untested = _untested_fields(config) + _untested_network(model)
     for name, layer in layers.items():
         if adapter not in layer.scaling or adapter not in layer.active_adapters:
             continue
         if layer.merged:
             raise AdapterError(f"the adapter is merged into the weights of {name}: call model.unmerge_adapter() first")
+        if layer.disable_adapters:
+            raise AdapterError("the adapters are disabled: call model.enable_adapter_layers() first")
         assert isinstance(layer, nn.Module)
         shown = name.removeprefix(prefix)
         if (reason := _untested_layer(shown, layer)) is not None:
             untested.append(reason)
-        blocks[shown] = _block(shown, layer, adapter)
-    if not blocks:
+        else:
+            blocks[shown] = _block(shown, layer, adapter)
+    if not blocks and not untested:
         raise AdapterError(f"adapter {adapter!r} adapts no module of the model")
-    return Adapter(adapter, config, blocks, _outside(config), list(dict.fromkeys(untested)))
+    return Adapter(adapter, config, blocks, _outside(model, config, adapter, active), list(dict.fromkeys(untested)))
 
 
 def _block(name: str, layer: Any, adapter: str) -> LoraBlock:
@@ -184,23 +206,47 @@ def _untested_fields(config: LoraConfig) -> list[str]:
     return out
 
 
+def _untested_network(model: nn.Module) -> list[str]:
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return ["the network is an encoder-decoder, which was not tested"]
+    return []
+
+
 def _untested_layer(name: str, layer: Any) -> str | None:
     inner = base_layer(layer)
     weight = getattr(inner, "weight", None)
     home = type(inner).__module__ + "."
     if not is_supported(layer):
         return f"{name} is a {type(inner).__name__}, which is not a tested kind of module"
-    if not home.startswith(_HOMES) or not isinstance(weight, Tensor) or not weight.is_floating_point():
+    # A quantised weight is a class of layer (bitsandbytes), a subclass of Tensor (torchao), or a narrow dtype.
+    plain = isinstance(weight, Tensor) and type(weight) in (Tensor, nn.Parameter) and weight.dtype in _DTYPES
+    if not home.startswith(_HOMES) or not plain:
         return f"{name} is a {type(inner).__module__}.{type(inner).__name__} (quantised?), which was not tested"
     if isinstance(inner, nn.Conv2d) and any(size != 1 for size in inner.dilation):
         return f"{name} is a dilated convolution, whose dilation PEFT leaves out of the update"
     return None
 
 
-def _outside(config: LoraConfig) -> list[str]:
+def _outside(model: nn.Module, config: LoraConfig, adapter: str, active: list[str]) -> list[str]:
+    """What was, or may have been, trained beside the adapter's matrices."""
     out = []
     if config.bias != "none":
         out.append(f"biases trained with bias={config.bias!r}")
-    if config.modules_to_save:
-        out.append(f"modules_to_save ({', '.join(config.modules_to_save)})")
+    saved = {name: module for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
+    if saved:
+        out.append(f"modules_to_save ({', '.join(sorted({name.rsplit('.', 1)[-1] for name in saved}))})")
+    if others := [name for name in active if name != adapter]:
+        out.append(f"other active adapters ({', '.join(others)})")
+    inside = {id(p) for module in saved.values() for p in module.parameters()}
+    free = [
+        name
+        for name, p in model.named_parameters()
+        if p.requires_grad
+        and "lora_" not in name
+        and id(p) not in inside
+        and not (config.bias != "none" and name.endswith("bias"))
+    ]
+    if free:
+        more = f" and {len(free) - 3} more" if len(free) > 3 else ""
+        out.append(f"parameters that require gradients ({', '.join(free[:3])}{more})")
     return out

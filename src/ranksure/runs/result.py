@@ -28,6 +28,7 @@ class ModuleVerdict:
         followed: share of the squared gradient that the current factors can follow.
         nuclear_norm: ``||delta_j||_*``.
         lam: ``lambda_j``; None without a penalty.
+        seconds: time that its spectral norms took.
     """
 
     verdict: Verdict
@@ -41,6 +42,7 @@ class ModuleVerdict:
     followed: float
     nuclear_norm: float
     lam: float | None
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,9 @@ class Probe:
 
     Attributes:
         kind: ``new direction`` (beside the factors) or ``weakest column`` (turned towards it).
-        step: size of the change that did best, a nuclear norm.
-        decrease: how far the objective fell; negative where it rose at every size tried.
+        step: size of the change, a nuclear norm; of a new direction the one that did best.
+        decrease: how far the objective fell; negative where it rose. For the weakest column the mean of both senses of
+            the turn.
     """
 
     kind: str
@@ -70,12 +73,17 @@ class RunCertificate:
         imbalance: what balancing the factors would take off the trained penalty, the update unchanged.
         objective_at_zero: mean loss without the update, or the part of it that proved it above the objective (a
             lower bound); None where the verdict did not need it.
-        rank_gain_bound: no update of any rank lowers the re-linearised objective by more (a bound).
-        training_gain_bound: nor one along the directions that the factors can follow by more (a bound).
+        rank_gain_bound: no update of any rank (in the ball, without a penalty) lowers the re-linearised objective by
+            more (a bound).
+        training_gain_bound: no update that training at this rank can follow from here to first order (by at most the
+            radius, without a penalty) lowers it by more (a bound).
         radius: radius of the nuclear-norm ball searched; None where a penalty takes its place.
         tolerance: share of the objective below which a gain counts as none.
+        passes: gradient passes over the data.
+        forward_passes: forward passes beside them: without the adapter, and of the probes.
         probes: what was measured on the network itself.
         outside: what was trained and is outside the certificate.
+        unreached: modules that the loss does not depend on.
         reasons: why nothing was checked.
     """
 
@@ -97,8 +105,10 @@ class RunCertificate:
     n_samples: int = 0
     n_terms: int = 0
     passes: int = 0
+    forward_passes: int = 0
     probes: list[Probe] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
+    unreached: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -127,38 +137,53 @@ class RunCertificate:
         """Two or three sentences in plain language."""
         if self.verdict == "not-checked":
             return [f"Nothing was checked: {reason}." for reason in self.reasons]
-        out = [_VERDICT[self.verdict].format(**self._words())]
-        out.append(self._gains())
+        out = [_VERDICT[self.verdict].format(**self._words()), self._gains()]
         if self.radius is not None:
             out.append(
                 "Without a weight decay the second bound is over updates whose nuclear norm is at most this run's own "
                 f"({self.radius:.3g}): the same amount of change, put anywhere; the first is over moves of at most "
                 "that size from here. AdamW's decoupled decay is no penalty and counts as none."
             )
+        if self.objective and self.imbalance > 0.1 * self.tolerance * self.objective:
+            out.append(
+                f"The factors are not balanced: {self.imbalance:.3g} of the penalty that was trained would go without "
+                "any change of the update."
+            )
         if self.outside:
             out.append(f"Outside the certificate, as if they were fixed: {'; '.join(self.outside)}.")
+        if self.unreached:
+            out.append(f"The loss does not depend on: {_list(self.unreached)}. Their updates do nothing.")
         return out
 
     def _gains(self) -> str:
         training, rank = self.training_gain_bound or 0.0, self.rank_gain_bound or 0.0
         share = rank / self.objective if self.objective else math.inf
         return (
-            "On the network re-linearised at these weights, training on along the present directions can lower the "
-            f"objective by at most {training:.3g}, and any update of any rank by at most {rank:.3g} ({share:.1%} of "
-            "it): both are bounds."
+            "On the network re-linearised at these weights, training on at this rank can lower the objective by at "
+            f"most {training:.3g} to first order, and any update of any rank by at most {rank:.3g} ({share:.1%} of "
+            f"it): both are bounds. Below {self.tolerance:.0%} of the objective a gain counts as none."
         )
+
+    def _unfinished(self) -> str:
+        """Why training on can still gain."""
+        if any(probe.kind == "weakest column" and probe.decrease > 0 for probe in self.probes):
+            return "it is near a saddle, and turning a column that it has towards a new direction leads down"
+        return "its present factors, or ranks that it does not use, can still move to a lower objective"
 
     def _words(self) -> dict[str, str]:
         names = self.rank_bound_modules
-        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        shown = _list(names)
         best = max((probe.decrease for probe in self.probes if probe.kind == "new direction"), default=None)
         measured = ""
         if best is not None and best > 0:
             measured = f" One new direction lowered the objective of the network itself by {best:.3g}."
         used = sum(state.rank_used for state in self.modules.values())
         given = sum(state.rank for state in self.modules.values())
+        size = sum(state.nuclear_norm for state in self.modules.values())
         return {
             "modules": shown or "none alone",
+            "size": f"{size:.3g}",
+            "why": self._unfinished(),
             "measured": measured,
             "tolerance": f"{self.tolerance:.0%}",
             "used": str(used),
@@ -166,6 +191,10 @@ class RunCertificate:
             "objective": f"{self.objective:.4g}",
             "zero": "unknown" if self.objective_at_zero is None else f"{self.objective_at_zero:.4g}",
         }
+
+
+def _list(names: list[str], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 _VERDICT: dict[str, str] = {
@@ -177,12 +206,11 @@ _VERDICT: dict[str, str] = {
         "The run is stationary, and its rank is the limit in: {modules}.{measured} Raise the rank there "
         "(`ranksure grow`) and train on."
     ),
-    "not-converged": (
-        "The run is not finished: its present factors can still move to a lower objective. Train on before judging "
-        "the rank."
-    ),
+    "not-converged": ("The run is not finished: {why}. Train on before judging the rank."),
     "failed-loudly": (
         "The run is stationary, but worse than no update at all: objective {objective}, against {zero} without the "
-        "adapter, using {used} of {given} ranks. Start again from a smaller initialisation or a lower learning rate."
+        "adapter. It uses {used} of {given} ranks, and its update is of size {size} (nuclear norm): a bad solution, if "
+        "training ends in one, is of full rank and large (Kim, Kim and Ryu 2025). Start again from a smaller "
+        "initialisation or a lower learning rate."
     ),
 }

@@ -14,16 +14,21 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ranksure.errors import DataError, SettingError
 
 Kind = Literal["cross-entropy", "logistic", "squared-error"]
 IGNORED = -100
-"""Label of a token that carries no loss, as everywhere in transformers."""
+"""Label of a token or sample that carries no loss, as everywhere in transformers."""
 
-_CHUNK = 128
+CHUNK_VALUES = 2**22
+"""Logits looked at at a time: 16 MiB in float32."""
+
+_ALIGNED = ("ForMaskedLM", "ForTokenClassification")  # position l predicts label l
+_SHIFTED = ("ForCausalLM", "ForConditionalGeneration")  # position l predicts label l + 1
+_EPS = torch.finfo(torch.float64).eps
 
 
 @dataclass(frozen=True)
@@ -53,20 +58,31 @@ class Terms:
         wrong = float((-torch.expm1(-self.losses)).max()) if len(self.losses) else 0.0
         return 1 / wrong if wrong > 0 else math.inf
 
-    def dual_line(self, steps: Tensor) -> Tensor:
-        """``sum_t w_t psi_t(c)`` for every ``c`` of ``steps`` ``(S,)``: the dual but for ``-c <g, delta>``."""
-        out = torch.empty_like(steps)
-        for index, c in enumerate(steps.tolist()):
-            if self.kind == "squared-error":
-                out[index] = (2 * c - c * c) * self.mean
-                continue
-            wrong = -torch.expm1(-self.losses)  # 1 - p
-            q = 1 - c * wrong
-            own = torch.where(q > 0, q * torch.log(q.clamp(min=1e-300)), torch.where(q < 0, math.inf, 0.0))
-            shift = math.log(c) if c > 0 else 0.0
-            line = c * wrong * (self.losses - shift) - own
-            out[index] = (line * self.weights).sum()
-        return out
+    def dual_line(self, c: float) -> tuple[float, float]:
+        """``sum_t w_t psi_t(c)`` (the dual but for ``-c <g, delta>``), and a bound on its rounding error."""
+        if self.kind == "squared-error":
+            value = (2 * c - c * c) * self.mean
+            return value, (len(self.losses) + 8) * _EPS * (2 * c + c * c) * self.mean
+        if c == 0:
+            return 0.0, 0.0
+        wrong = -torch.expm1(-self.losses)  # 1 - p
+        off = c * wrong
+        if bool((off > 1).any()):
+            return -math.inf, 0.0
+        keep = off < 1  # q log q -> 0 at q = 0
+        own = torch.where(keep, (1 - off) * torch.log1p(-off.where(keep, off.new_zeros(()))), 0.0)
+        parts = torch.stack([off * self.losses, -off * math.log(c), -own])
+        # 1 - off is wrong by eps off, not by eps q, and log q is at least log eps: hence 64 off beside |q log q|.
+        size = parts.abs().sum(0) + off
+        return float((parts.sum(0) * self.weights).sum()), (len(off) + 64) * _EPS * float((size * self.weights).sum())
+
+    def dual_slope(self, c: float) -> float:
+        """Derivative of the line, ``sum_t w_t (1 - p_t)(log q_t - log p_t - log c)``; it falls as ``c`` grows."""
+        if self.kind == "squared-error":
+            return (2 - 2 * c) * self.mean
+        wrong = -torch.expm1(-self.losses)
+        inner = self.losses - math.log(c) + torch.log1p(-(c * wrong).clamp(max=1))
+        return float((self.weights * wrong * inner).where(wrong > 0, 0.0).sum())
 
 
 def kind_of(model_config: object, labels: Tensor, logits: Tensor) -> Kind:
@@ -84,7 +100,7 @@ def kind_of(model_config: object, labels: Tensor, logits: Tensor) -> Kind:
         return "logistic"
     if logits.shape[-1] == 1:
         return "squared-error"
-    if labels.dim() == 1 and not labels.is_floating_point():
+    if labels.numel() == logits.shape[0] and not labels.is_floating_point():
         return "cross-entropy"
     if labels.shape == logits.shape and labels.is_floating_point():
         return "logistic"
@@ -94,14 +110,67 @@ def kind_of(model_config: object, labels: Tensor, logits: Tensor) -> Kind:
     )
 
 
+def is_shifted(model: nn.Module) -> bool:
+    """Whether a network with one row of logits per token predicts the *next* label, as causal ones do.
+
+    By the loss that a transformers model names as its own; a network that names none counts as causal.
+
+    Raises:
+        SettingError: it names a loss that is not one term per token.
+    """
+    loss_type = getattr(model, "loss_type", None)
+    if loss_type is None or loss_type in _SHIFTED:
+        return True
+    if loss_type in _ALIGNED:
+        return False
+    raise SettingError(f"the loss of a model {loss_type} is not one that a certificate knows")
+
+
+def class_rows(logits_shape: torch.Size, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows that carry a label, and their classes.
+
+    Args:
+        logits_shape: ``(B, K)``.
+        labels: class ids, ``B`` of them.
+
+    Raises:
+        DataError: labels that do not fit.
+    """
+    if labels.numel() != logits_shape[0] or labels.is_floating_point():
+        kind = "float" if labels.is_floating_point() else "class"
+        raise DataError(f"{kind} labels of shape {tuple(labels.shape)} do not fit logits {tuple(logits_shape)}")
+    labels = labels.reshape(-1)
+    rows = (labels != IGNORED).nonzero()[:, 0]
+    return rows, labels[rows].long()
+
+
+def token_places(shape: torch.Size, labels: Tensor, shifted: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows and positions whose logits carry a loss, and the token ids that are true there.
+
+    Args:
+        shape: ``(B, L, ...)`` of logits or hidden states.
+        labels: ``(B, L)``, -100 where there is no loss.
+        shifted: position ``l`` predicts label ``l + 1``.
+
+    Raises:
+        DataError: labels that do not fit.
+    """
+    if labels.shape != shape[:2] or labels.is_floating_point():
+        raise DataError(f"token labels of shape {tuple(labels.shape)} do not fit logits {tuple(shape)}")
+    found = (labels[:, 1:] if shifted else labels) != IGNORED
+    where = found.nonzero()
+    rows, places = where[:, 0], where[:, 1]
+    return rows, places, labels[rows, places + int(shifted)].long()
+
+
 @dataclass(frozen=True)
 class BatchTerms:
     """One batch's terms.
 
     Attributes:
-        losses: float64 ``(T,)``.
-        rows: the sample of the batch that each term belongs to, ``(T,)``.
-        gradient: gradient of every term's loss in the logits, unweighted, in the logits' shape.
+        losses: float64 ``(T,)``, on the CPU.
+        rows: the sample of the batch that each term belongs to, ``(T,)``, on the CPU.
+        gradient: gradient of every term's loss in the logits, unweighted, in the logits' shape and dtype.
     """
 
     losses: Tensor
@@ -114,71 +183,103 @@ class BatchTerms:
         return self.gradient * weights.to(self.gradient).view(shape)
 
 
-def batch_terms(kind: Kind, logits: Tensor, labels: Tensor) -> BatchTerms:
+def batch_terms(kind: Kind, logits: Tensor, labels: Tensor, shifted: bool = True) -> BatchTerms:
     """Losses and gradients of one batch.
 
     Args:
         kind: which loss.
-        logits: ``(B, K)``, or ``(B, L, V)`` of a causal language model (position ``l`` predicts label ``l + 1``).
+        logits: ``(B, K)``, or ``(B, L, V)`` with one row per token.
         labels: class ids ``(B,)``, float targets like the logits (or ``(B,)`` for one output), or token ids
-            ``(B, L)`` with -100 where there is no loss.
+            ``(B, L)``; -100 where there is no loss.
+        shifted: position ``l`` predicts label ``l + 1`` (a causal language model).
 
     Raises:
-        DataError: labels that do not fit, a class out of range, no label at all, or logits that are not finite.
+        DataError: labels that do not fit, a class out of range, or logits that are not finite.
     """
-    wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
-    labels = labels.to(wide.device)
+    logits, labels = logits.detach(), labels.to(logits.device)
     if kind != "cross-entropy":
-        return _elementwise(kind, wide, labels)
-    gradient = torch.zeros_like(wide)
-    if wide.dim() == 3:
-        if labels.shape != wide.shape[:2]:
-            raise DataError(f"token labels of shape {tuple(labels.shape)} do not fit logits {tuple(wide.shape)}")
-        where = (labels[:, 1:] != IGNORED).nonzero()
-        rows, places = where[:, 0], where[:, 1]
-        truth = labels[:, 1:][rows, places]
+        losses, slopes = elementwise(kind, logits, labels)
+        rows = torch.arange(len(losses)).repeat_interleave(losses[0].numel())
+        return BatchTerms(losses.flatten().cpu(), rows, slopes.to(logits.dtype))
+    if logits.dim() == 3:
+        rows, places, truth = token_places(logits.shape, labels, shifted)
+        index: tuple[Tensor, ...] = (rows, places)
     else:
-        if labels.shape != wide.shape[:1]:
-            raise DataError(f"class labels of shape {tuple(labels.shape)} do not fit logits {tuple(wide.shape)}")
-        rows = torch.arange(len(labels), device=wide.device)
-        places, truth = None, labels.long()
-    if len(truth) and (int(truth.min()) < 0 or int(truth.max()) >= wide.shape[-1]):
-        bad = int(truth.max()) if int(truth.max()) >= wide.shape[-1] else int(truth.min())
-        raise DataError(f"label {bad} is out of range: the model has {wide.shape[-1]} outputs")
-    losses: list[Tensor] = []
-    for low in range(0, len(truth), _CHUNK):  # a large vocabulary is wide: float64 for a few rows at a time
-        part = slice(low, low + _CHUNK)
-        chosen = (wide[part] if places is None else wide[rows[part], places[part]]).double()
-        _check_finite(chosen)
-        log_p = F.log_softmax(chosen, -1)
-        top = log_p.gather(1, truth[part, None])
-        slope = log_p.exp_().scatter_(1, truth[part, None], torch.expm1(top)).to(gradient)
-        if places is None:
-            gradient[part] = slope
-        else:
-            gradient[rows[part], places[part]] = slope
-        losses.append(-top[:, 0])
-    found = torch.cat(losses).clamp(min=0) if losses else torch.zeros(0, dtype=torch.float64)
-    return BatchTerms(found.cpu(), rows.cpu(), gradient)
+        rows, truth = class_rows(logits.shape, labels)
+        index = (rows,)
+    gradient = torch.zeros_like(logits)
+    found = [torch.zeros(0, dtype=torch.float64)]
+    step = max(1, CHUNK_VALUES // logits.shape[-1])
+    for low in range(0, len(rows), step):
+        part = tuple(i[low : low + step] for i in index)
+        losses, slopes = cross_entropy(logits[part], truth[low : low + step], overwrite=True)  # indexing copies
+        gradient[part] = slopes.to(gradient.dtype)
+        found.append(losses.cpu())
+    return BatchTerms(torch.cat(found), rows.cpu(), gradient)
 
 
-def _elementwise(kind: Kind, wide: Tensor, labels: Tensor) -> BatchTerms:
-    targets = labels.to(wide).reshape(wide.shape) if labels.numel() == wide.numel() else None
-    if targets is None:
-        raise DataError(f"targets of shape {tuple(labels.shape)} do not fit logits {tuple(wide.shape)}")
-    _check_finite(wide)
-    rows = torch.arange(wide.shape[0]).repeat_interleave(wide[0].numel())
-    z, y = wide.double(), targets.double()
+def cross_entropy(
+    logits: Tensor, truth: Tensor, weights: Tensor | None = None, overwrite: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Losses, float64 ``(T,)``, and their gradients in the logits, ``(T, K)`` in float32 or wider.
+
+    ``loss = log(1 + exp(l - z_y))``, ``l`` the logsumexp of the *other* logits, which keeps its relative precision
+    where ``p`` is near one. Few passes over the memory, and no memory beside the gradient's own.
+
+    Args:
+        logits: ``(T, K)``.
+        truth: classes ``(T,)``.
+        weights: factors of the gradients, ``(T,)``; one by default.
+        overwrite: the logits are not needed any more.
+
+    Raises:
+        DataError: a class out of range, or logits that are not finite.
+    """
+    if len(truth) and (int(truth.min()) < 0 or int(truth.max()) >= logits.shape[-1]):
+        bad = int(truth.max()) if int(truth.max()) >= logits.shape[-1] else int(truth.min())
+        raise DataError(f"label {bad} is out of range: the model has {logits.shape[-1]} outputs")
+    index = truth[:, None]
+    z = logits.detach().to(torch.promote_types(logits.dtype, torch.float32), copy=not overwrite)
+    own = z.gather(1, index)
+    z.scatter_(1, index, -math.inf)
+    top = z.amax(1, keepdim=True)
+    top = top.where(top > -math.inf, 0.0)
+    z.sub_(top).exp_()
+    others = (z.sum(1, keepdim=True).log() + (top - own))[:, 0]
+    losses = F.softplus(others.double(), threshold=40)
+    if not bool(torch.isfinite(own).all() and torch.isfinite(losses).all()):
+        raise DataError(_NOT_FINITE)
+    weights = torch.ones_like(losses) if weights is None else weights.to(losses)
+    share = weights * torch.exp((top - own)[:, 0].double() - losses)
+    z.mul_(share.to(z)[:, None]).scatter_(1, index, -(weights * torch.sigmoid(others.double())).to(z)[:, None])
+    return losses, z
+
+
+def elementwise(kind: Kind, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses of every output, float64, and their gradients, float64, both ``(B, K)``: logistic or squared error.
+
+    Args:
+        kind: ``logistic``, or ``squared-error`` (without a half, as torch's ``mse_loss``).
+        logits: ``(B, K)``.
+        labels: targets of the same shape, or ``(B,)`` for one output.
+
+    Raises:
+        DataError: targets that do not fit, or logits that are not finite.
+    """
+    if labels.numel() != logits.numel() or labels.shape[0] != logits.shape[0]:
+        raise DataError(f"targets of shape {tuple(labels.shape)} do not fit logits {tuple(logits.shape)}")
+    z = logits.detach().double()
+    y = labels.reshape(z.shape).to(z)
+    if not bool(torch.isfinite(z).all()):
+        raise DataError(_NOT_FINITE)
     if kind == "logistic":
         if not bool(((y == 0) | (y == 1)).all()):
             raise DataError("targets of the logistic loss must be 0 or 1")
-        losses = F.softplus(torch.where(y == 1, -z, z))
-        gradient = torch.sigmoid(z) - y
-    else:
-        losses, gradient = (z - y).square(), 2 * (z - y)  # as torch's mse_loss, without the half
-    return BatchTerms(losses.flatten().cpu(), rows, gradient.to(wide))
+        signed = torch.where(y == 1, z, -z)
+        return F.softplus(-signed, threshold=40), torch.where(y == 1, -1.0, 1.0) * torch.sigmoid(-signed)
+    if not bool(torch.isfinite(y).all()):
+        raise DataError("targets hold a value that is not finite (NaN or infinity)")
+    return (z - y).square(), 2 * (z - y)
 
 
-def _check_finite(logits: Tensor) -> None:
-    if not bool(torch.isfinite(logits).all()):
-        raise DataError("the network's logits are not finite (NaN or infinity) on this data")
+_NOT_FINITE = "the network's logits are not finite (NaN or infinity) on this data"
