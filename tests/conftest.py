@@ -30,6 +30,8 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 @pytest.fixture(autouse=True)
 def _seeds() -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)  # whatever a test before this one did
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)

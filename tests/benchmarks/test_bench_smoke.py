@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from benchmarks.measure import QUICK, Row, exponent
 from benchmarks.reduction_rows import reduction_rows
 
@@ -40,7 +41,11 @@ def test_quick_table_has_every_row(tmp_path: Path, capsys: pytest.CaptureFixture
     from benchmarks.run import main
 
     out = tmp_path / "deep" / "bench.json"
-    assert main(["--quick", "--out", str(out)]) == 0
+    threads = torch.get_num_threads()
+    try:  # one thread, as every worker: more would slow down the others, and change the bits of later tests
+        assert main(["--quick", "--threads", "1", "--out", str(out)]) == 0
+    finally:
+        torch.set_num_threads(threads)
     record = json.loads(out.read_text())
     names = [row["name"] for row in record["rows"]]
     for wanted in NAMES:
