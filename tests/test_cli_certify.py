@@ -198,7 +198,7 @@ def test_an_earlier_certificate_survives_a_failure(here, call, monkeypatch):
     def fails(*arguments, **settings):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ranksure.runs.report.os.replace", fails)
+    monkeypatch.setattr("os.replace", fails)
     assert call("texts", "--data", "data.csv", "--lambda", "0.1") == 2
     assert (here / "texts" / "certificate.json").read_bytes() == before
     assert not [name for name in listing(here / "texts") if name.endswith(".tmp")]

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import pkgutil
 import platform
 import time
-import uuid
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ranksure.errors import SettingError
+from ranksure.files import write_file
 from ranksure.lab import entries
 from ranksure.lab.entry import Entry, Finding, Run
 from ranksure.lab.figures import png, style
@@ -78,16 +77,10 @@ def write(out: Path, finding: Finding, record: dict[str, Any]) -> tuple[Path, Pa
     paths = out / f"{record['name']}.json", out / f"{record['name']}.png"
     text = json.dumps(record, indent=1, allow_nan=False) + "\n"
     try:
-        out.mkdir(parents=True, exist_ok=True)
         with style():
             image = png(finding.figure)
         for path, content in zip(paths, (text.encode(), image), strict=True):
-            partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-            try:
-                partial.write_bytes(content)
-                os.replace(partial, path)
-            finally:
-                partial.unlink(missing_ok=True)
+            write_file(path, content)
     except OSError as error:
         raise SettingError(f"--out {out} cannot be written: {error.strerror or error}") from None
     return paths

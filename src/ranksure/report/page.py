@@ -5,15 +5,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable
-from contextlib import suppress
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from ranksure.errors import SettingError
+from ranksure.files import write_file
 from ranksure.report.blocks import Section, Status
 from ranksure.report.names import is_control
 from ranksure.report.records import Found, Record, find
@@ -150,20 +149,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = ""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=".report-", suffix=".tmp", delete=False
-        ) as file:
-            temporary = file.name
-            file.write(text)
-        os.chmod(temporary, 0o644)  # a temporary file is for its owner only
-        os.replace(temporary, path)
-    except BaseException as error:
-        if temporary:
-            with suppress(OSError):
-                os.unlink(temporary)
-        if isinstance(error, OSError):
-            raise SettingError(f"{path} cannot be written: {error.strerror or error}") from None
-        raise
+        write_file(path, text.encode())
+    except OSError as error:
+        raise SettingError(f"{path} cannot be written: {error.strerror or error}") from None

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
-import os
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -19,6 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ranksure.errors import SettingError
+from ranksure.files import write_file
 from ranksure.operators.base import Factors
 
 Made = tuple[dict[str, Any], dict[str, Tensor]]
@@ -82,16 +80,10 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         SettingError: it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        os.replace(partial, path)
+        write_file(path, content)
     except OSError as error:
         raise SettingError(f"--out {path.parent} cannot be written: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
 
 
 def versions() -> dict[str, str]:

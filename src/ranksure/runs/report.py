@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
-from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ranksure.errors import SettingError
+from ranksure.files import write_file
 from ranksure.runs.lora import read_adapter
 from ranksure.runs.result import RunCertificate
 
@@ -93,25 +92,10 @@ def write_record(folder: Path, record: dict[str, Any]) -> Path:
     """
     path = folder / NAME
     text = json.dumps(record, indent=1, allow_nan=False) + "\n"
-    temporary = ""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=folder, prefix=".certificate-", suffix=".tmp", delete=False
-        ) as file:
-            temporary = file.name
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # a temporary file is for its owner only
-        os.replace(temporary, path)
-    except BaseException as error:
-        if temporary:
-            with suppress(OSError):
-                os.unlink(temporary)
-        if isinstance(error, OSError):
-            raise SettingError(f"{path} cannot be written: {error.strerror or error}") from None
-        raise
+        write_file(path, text.encode())
+    except OSError as error:
+        raise SettingError(f"{path} cannot be written: {error.strerror or error}") from None
     return path
 
 
