@@ -1,1 +1,5 @@
-"""Benchmarks: ``python -m benchmarks.run``."""
+"""Benchmarks: ratios measured in pairs, and comparisons on real data; see docs/benchmarks.md."""
+
+from ranksure.openmp import wait_briefly
+
+wait_briefly()  # before any module here loads torch: as the command line does

@@ -18,13 +18,10 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: as the command line does
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model

@@ -10,15 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import platform
 import sys
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: as the command line does
 
 import torch
 from rich.console import Console
@@ -31,6 +28,7 @@ from benchmarks.growth_rows import growth_rows
 from benchmarks.measure import FULL, QUICK, Row, Size, show
 from benchmarks.reduction_rows import reduction_rows
 from benchmarks.solver_rows import solver_rows
+from benchmarks.threads_rows import threads_rows
 
 PARTS: dict[str, Callable[[Size], list[Row]]] = {
     "solver": solver_rows,
@@ -39,6 +37,7 @@ PARTS: dict[str, Callable[[Size], list[Row]]] = {
     "growth": growth_rows,
     "reduction": reduction_rows,
     "certify": certify_rows,
+    "threads": threads_rows,
 }
 
 

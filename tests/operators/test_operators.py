@@ -77,6 +77,8 @@ def assert_same_map(operator, oracle, seed=0):
 def test_factored_matches_dense(operator, seed):
     oracle = densified(operator)
     assert_same_map(operator, oracle, seed)
+    for name, stored in operator.jacobians().items():
+        torch.testing.assert_close(stored, oracle.jacobians[name], **CLOSE)
     for name, (m, n) in operator.shapes.items():
         g = generator_of(seed)
         u, v = randn(m, generator=g), randn(n, generator=g)
@@ -88,6 +90,14 @@ def test_factored_matches_dense(operator, seed):
         right = torch.einsum("icmn,m->icn", oracle.jacobians[name], u).flatten(0, 1)
         torch.testing.assert_close(operator.jacobian_products(name, u, v)[0], left, **CLOSE)
         torch.testing.assert_close(operator.jacobian_products(name, u, v)[1], right, **CLOSE)
+
+
+def test_gradients_are_stored_a_few_samples_at_a_time(monkeypatch):
+    operator = FactoredOperator([token_group([3, 0, 5, 1], 6, {"a": 4, "b": 7}, 2, 0, False)], 4)
+    whole = operator.jacobians()
+    monkeypatch.setattr("ranksure.operators.factored._CHUNK_BYTES", 1)
+    for name, part in operator.jacobians().items():
+        torch.testing.assert_close(part, whole[name], **CLOSE)
 
 
 @settings(max_examples=40)

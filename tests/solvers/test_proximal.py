@@ -8,13 +8,16 @@ import math
 import pytest
 import torch
 
-from ranksure.certificate import certify, nuclear_norms
+from ranksure.certificate import certify, lambda_max, nuclear_norms
 from ranksure.errors import SettingError
 from ranksure.losses import CrossEntropy, Loss, SquaredError
 from ranksure.operators.dense import DenseOperator
+from ranksure.operators.factored import FactoredOperator
+from ranksure.problem import Problem
 from ranksure.solvers import proximal
 from ranksure.solvers.burer_monteiro import solve
 from ranksure.solvers.proximal import proximal_gradient, smoothness_bound, threshold_singular_values
+from tests.helpers import token_group
 from tests.solvers.small import LOSSES, factored_operator, small_problem
 
 
@@ -80,12 +83,15 @@ def test_power_iteration_is_close_and_says_it_is_no_bound(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5)])
 @pytest.mark.parametrize("threshold", [1e-9, 0.5, 2.0, 100.0])
-def test_thresholding_is_that_of_the_singular_values(shape: tuple[int, int], threshold: float) -> None:
+@pytest.mark.parametrize("expected", [None, 1, 5])
+def test_thresholding_is_that_of_the_singular_values(
+    shape: tuple[int, int], threshold: float, expected: int | None
+) -> None:
     x = torch.randn(*shape, dtype=torch.float64)
-    p, s, q = threshold_singular_values(x, threshold)
+    p, s, q = threshold_singular_values(x, threshold, expected)
     u, full, vt = torch.linalg.svd(x, full_matrices=False)
-    expected = u @ torch.diag((full - threshold).clamp(min=0)) @ vt
-    torch.testing.assert_close((p * s) @ q.T, expected, atol=1e-10, rtol=0)
+    exact = u @ torch.diag((full - threshold).clamp(min=0)) @ vt
+    torch.testing.assert_close((p * s) @ q.T, exact, atol=1e-10, rtol=0)
     torch.testing.assert_close(p.T @ p, torch.eye(len(s), dtype=torch.float64), atol=1e-8, rtol=0)
     assert bool((s > 0).all()) and bool((s.diff() <= 0).all())
 
@@ -109,6 +115,27 @@ def test_backtracking_saves_a_step_that_is_too_large() -> None:
     lost = proximal_gradient(problem, step=large, max_iterations=2000)
     assert lost.status == "not-converged" and "step is too large" in lost.remedy
     assert lost.certificate.objective <= problem.objective_at_zero + 1e-12  # the best point seen is kept
+
+
+def test_gradients_are_stored_where_samples_have_many_tokens_and_change_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    operator = FactoredOperator([token_group([40] * 6, 7, {"a": 5, "b": 4}, 2, 0, False)], 6)
+    labels = torch.arange(6) % 3
+    problem = Problem(operator, torch.zeros(6, 3, dtype=torch.float64), labels, CrossEntropy(), {"a": 1.0, "b": 1.0})
+    problem = problem.with_penalty(0.1 * lambda_max(problem))
+    counted: list[str] = []
+    whole = FactoredOperator.jacobians
+    monkeypatch.setattr(FactoredOperator, "jacobians", lambda self: counted.append("stored") or whole(self))
+    stored = proximal_gradient(problem, tolerance=1e-9)
+    monkeypatch.setattr("ranksure.solvers.proximal._STORED_BYTES", 0)
+    factored = proximal_gradient(problem, tolerance=1e-9)
+    assert counted == ["stored"]
+    assert stored.certificate.objective == pytest.approx(factored.certificate.objective, rel=1e-9)
+    assert stored.status == factored.status == "converged"
+    for name, (u, v) in stored.factors.items():
+        w, x = factored.factors[name]
+        torch.testing.assert_close(u @ v.T, w @ x.T, atol=1e-4, rtol=0)
 
 
 def test_limits_and_starts() -> None:

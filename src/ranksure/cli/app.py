@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from ranksure.errors import RanksureError
+from ranksure.openmp import wait_briefly
 
 app = typer.Typer(
     name="ranksure",
@@ -34,9 +35,7 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 def main() -> None:
     """Entry point: a user's mistake is one line on standard error and exit code 2; Ctrl-C is 130."""
     on_interrupt(_nothing)
-    # Set before torch loads: threads that spin while they wait make small products tens of times slower
-    # as soon as another process wants the same cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    wait_briefly()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         app()

@@ -30,7 +30,10 @@ class DenseOperator:
 
     @classmethod
     def from_operator(cls, operator: TangentOperator) -> DenseOperator:
-        """Store another operator densely, one adjoint per sample and contrast (small sizes only)."""
+        """Store another operator densely, one adjoint per sample and contrast (small sizes only).
+
+        It shares no code with :meth:`~ranksure.operators.factored.FactoredOperator.jacobians`, the fast way.
+        """
         n, c = operator.n_samples, operator.n_outputs
         rows: dict[str, list[Tensor]] = {name: [] for name in operator.shapes}
         for index in range(n * c):

@@ -8,7 +8,7 @@ Blocks that read the same tokens of the same input share one copy of it (a *grou
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -272,6 +272,30 @@ class FactoredOperator:
             out[low : low + size] = x.mT @ y
         return out.view(self.n_samples * c, p, q)
 
+    def jacobians(self) -> dict[str, Tensor]:
+        """Every gradient ``G_ic`` stored, ``(N, C, m, n)`` by block: ``dense_nbytes`` in all.
+
+        Worth its memory to who applies the operator to dense updates thousands of times, where samples have many more
+        tokens than contrasts.
+        """
+        size, c = self.n_samples, self.n_outputs
+        like = {"dtype": self.dtype, "device": self.device}
+        out = {name: torch.zeros(size, c, *shape, **like) for name, shape in self.shapes.items()}
+        for group, offsets in zip(self.groups, self._offsets, strict=True):
+            if group.is_index:
+                for name, b in group.outputs.items():
+                    by_row = out[name].permute(0, 3, 1, 2)
+                    by_row.index_put_((group.sample, group.inputs), b, accumulate=True)
+                continue
+            longest = max(1, int((offsets[1:] - offsets[:-1]).max()))
+            held = longest * (group.width + max(c * b.shape[2] for b in group.outputs.values()))
+            for tokens, samples, place in _sample_chunks(group, offsets, longest, held * group.inputs.element_size()):
+                inputs = _padded(group.inputs[tokens], place, len(samples), longest)
+                for name, b in group.outputs.items():
+                    left = _padded(b[tokens].flatten(1), place, len(samples), longest)
+                    out[name][samples.start : samples.stop] = (left.mT @ inputs).unflatten(1, (c, -1))
+        return out
+
     # ---- Gram matrix, norms, rounding
 
     def gram(self, blocks: list[str] | None = None) -> Tensor:
@@ -347,27 +371,21 @@ class FactoredOperator:
             held = longest * (group.width + most) + (longest**2 * (1 + self.n_outputs) if by_pairs else 0)
             if not by_pairs:
                 held += most * group.width
-            step = max(1, _CHUNK_BYTES // (8 * held))
-            for low in range(0, self.n_samples, step):
-                high = min(low + step, self.n_samples)
-                tokens = slice(int(offsets[low]), int(offsets[high]))
-                sample = group.sample[tokens]
-                place = (sample - low) * longest + torch.arange(tokens.start, tokens.stop, device=self.device)
-                place -= offsets[sample]
-                inputs = _padded(group.inputs[tokens], place, high - low, longest)
+            for tokens, samples, place in _sample_chunks(group, offsets, longest, 8 * held):
+                inputs = _padded(_wide(group.inputs[tokens]), place, len(samples), longest)
                 if group.is_index:  # what is padded has outputs of zero, whatever its index
                     a = (inputs[:, :, None] == inputs[:, None, :]).double()
                 else:
                     a = inputs @ inputs.mT if by_pairs else inputs
                 for name, b in group.outputs.items():
-                    left = _padded(b[tokens], place, high - low, longest)
+                    left = _padded(_wide(b[tokens]), place, len(samples), longest)
                     if by_pairs:
                         left = left.transpose(1, 2)
                         total = torch.einsum("sctu,stu->sc", left @ left.mT, a)
                     else:
                         rows = left.flatten(2).mT @ a
                         total = rows.unflatten(1, (self.n_outputs, -1)).square().sum((2, 3))
-                    out[name][low:high] = total
+                    out[name][samples.start : samples.stop] = total
         return {name: out[name].clamp(min=0).sqrt() for name in self.shapes}
 
     def adjoint_error(self, residual: Tensor) -> dict[str, float]:
@@ -413,8 +431,29 @@ def _factor(rows: Tensor, starts: int, batched: bool) -> Tensor:
     return rows.unflatten(0, (starts, rows.shape[0] // starts)).mT if batched else rows.T
 
 
+def _sample_chunks(
+    group: Group, offsets: Tensor, longest: int, sample_bytes: int
+) -> Iterator[tuple[slice, range, Tensor]]:
+    """Some samples at a time, within the limit of memory.
+
+    Yields:
+        Their tokens, their numbers, and each token's row in a table of ``(samples * longest)``.
+    """
+    step = max(1, _CHUNK_BYTES // max(1, sample_bytes))
+    for low in range(0, len(offsets) - 1, step):
+        samples = range(low, min(low + step, len(offsets) - 1))
+        tokens = slice(int(offsets[low]), int(offsets[samples.stop]))
+        sample = group.sample[tokens]
+        place = torch.arange(tokens.start, tokens.stop, device=offsets.device) - offsets[sample]
+        yield tokens, samples, (sample - low) * longest + place
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float64; indices stay whole."""
+    return x.double() if x.is_floating_point() else x
+
+
 def _padded(x: Tensor, place: Tensor, samples: int, longest: int) -> Tensor:
-    """Rows of some samples in a table of ``(samples, longest)``, zero where a sample is shorter; indices stay whole."""
-    wide = x.double() if x.is_floating_point() else x
-    table = wide.new_zeros(samples * longest, *x.shape[1:])
-    return table.index_copy_(0, place, wide).unflatten(0, (samples, longest))
+    """Rows of some samples in a table of ``(samples, longest)``, zero where a sample is shorter."""
+    table = x.new_zeros(samples * longest, *x.shape[1:])
+    return table.index_copy_(0, place, x).unflatten(0, (samples, longest))

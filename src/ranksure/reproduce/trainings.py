@@ -113,7 +113,7 @@ def linear_full(run: Run, prepared: Prepared, lam: float) -> Trained:
     """Full fine-tuning of the linearised problem: accelerated proximal gradient from zero."""
     optimum = prepared.optimum(lam)
     most = run.size(3000, 3000, 20_000)
-    every = run.size(5, 10, 10)
+    every = run.size(5, 20, 20)
     key = {**prepared.key, "lambda": lam, "most": most, "every": every, "aim": _AIM}
 
     def make() -> Made:

@@ -14,19 +14,26 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
+import scipy.linalg
 import torch
 from torch import Tensor
 
 from ranksure.certificate import Certificate, PointState, certify
 from ranksure.errors import SettingError
 from ranksure.operators.base import Delta, Factors, TangentOperator, cast_factors, zero_factors
+from ranksure.operators.dense import DenseOperator
+from ranksure.operators.factored import FactoredOperator
 from ranksure.operators.matrix_free import MatrixFreeOperator
 from ranksure.problem import Problem
 from ranksure.solvers.solution import Solution, Status
 
 _GRAM_LIMIT = 4096  # rows of the Gram matrix up to which its largest eigenvalue is computed
 _POWER_MARGIN = 1.1  # a power iteration approaches the norm from below
+_STORED_BYTES = 1 << 30  # of gradients, up to which they may be stored
+_READING = 16  # multiplications of a matrix product in the time that one stored number is read
+_FEW = 0.25  # share of eigenvectors up to which they are cheaper one by one
 
 
 def proximal_gradient(
@@ -77,6 +84,7 @@ def proximal_gradient(
         step = 1 / smoothness
     backtracking = not bound_is_sure if backtracking is None else backtracking
     certified = problem.to(torch.float64) if hasattr(problem.operator, "to") else problem
+    problem = _stored(problem)
 
     factors = {**zero_factors(problem.operator), **cast_factors(start or {}, problem.operator)}
     point = _Point.of(problem, {name: u @ v.T for name, (u, v) in factors.items()})
@@ -87,7 +95,7 @@ def proximal_gradient(
     history = [(time.perf_counter() - began, state.certificate.relative_gap)]
     status: Status = "converged" if state.certificate.relative_gap <= tolerance else "not-converged"
     remedy = f"the limit of {max_iterations} iterations was reached; raise max_iterations or the tolerance"
-    iteration = 0
+    iteration, kept = 0, dict[str, int]()
     while status != "converged" and iteration < max_iterations:
         iteration += 1
         residual = problem.residual(problem.dual_variable(problem.logits(ahead.contrasts)))
@@ -96,9 +104,10 @@ def proximal_gradient(
             gradient[name] = gradient[name] + term.to(gradient[name])
         while True:
             parts = {
-                name: threshold_singular_values(x - step * gradient[name], step * problem.penalty[name])
+                name: threshold_singular_values(x - step * gradient[name], step * problem.penalty[name], kept.get(name))
                 for name, x in ahead.delta.items()
             }
+            kept = {name: len(s) for name, (_, s, _) in parts.items()}
             delta = {name: (p * s) @ q.T for name, (p, s, q) in parts.items()}
             point = _Point(delta, problem.operator.apply(delta))
             if not backtracking or _is_majorised(problem, point, ahead, gradient, step):
@@ -178,12 +187,37 @@ def _weighted_norm_squared(operator: TangentOperator, weights: Tensor, iteration
     return norm
 
 
-def threshold_singular_values(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+def _stored(problem: Problem) -> Problem:
+    """The same problem with its gradients stored, where that makes products with dense updates cheaper.
+
+    A product passes over every token, or over every stored gradient; a stored number is read once for each product,
+    while those of a token stay in the cache.
+    """
+    operator = problem.operator
+    if not isinstance(operator, FactoredOperator) or operator.dense_nbytes > _STORED_BYTES:
+        return problem
+    sizes = operator.shapes
+    by_token = sum(
+        group.n_tokens * sizes[name][0] * sizes[name][1]
+        for group in operator.groups
+        for name in group.outputs
+        if not group.is_index
+    )
+    stored = operator.n_samples * operator.n_outputs * sum(m * n for m, n in sizes.values())
+    if _READING * stored > by_token:
+        return problem
+    return replace(problem, operator=DenseOperator(operator.jacobians()))
+
+
+def threshold_singular_values(
+    x: Tensor, threshold: float, expected: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Soft-threshold the singular values of a matrix: the proximal step of ``threshold * nuclear norm``.
 
     Args:
         x: matrix ``(m, n)``.
         threshold: what every singular value loses; those below it become zero.
+        expected: about how many will be kept, which decides how they are computed, not what they are.
 
     Returns:
         ``p`` (m, k), ``s`` (k,), ``q`` (n, k) of the result ``p diag(s) q^T``, with ``k`` the number kept.
@@ -194,7 +228,7 @@ def threshold_singular_values(x: Tensor, threshold: float) -> tuple[Tensor, Tens
     if threshold > 1e-4 * float(x.norm()):
         wide = n > m
         y = (x.T if wide else x).double()
-        values, vectors = torch.linalg.eigh(y.T @ y)
+        values, vectors = _eigenpairs_above(y.T @ y, threshold**2, expected)
         s = values.clamp(min=0).sqrt()
         keep = s > threshold
         s, v = s[keep].flip(0), vectors[:, keep].flip(1)
@@ -205,6 +239,17 @@ def threshold_singular_values(x: Tensor, threshold: float) -> tuple[Tensor, Tens
     p, s, qt = torch.linalg.svd(x, full_matrices=False)
     count = int((s > threshold).sum())
     return p[:, :count], s[:count] - threshold, qt[:count].T
+
+
+def _eigenpairs_above(gram: Tensor, level: float, expected: int | None) -> tuple[Tensor, Tensor]:
+    """Eigenvalues above a level, ascending, and their vectors; perhaps others besides."""
+    if expected is None or expected > _FEW * len(gram) or gram.device.type != "cpu":
+        values, vectors = torch.linalg.eigh(gram)
+        return values, vectors
+    few, columns = scipy.linalg.eigh(
+        gram.numpy(), subset_by_value=(level, math.inf), driver="evr", check_finite=False, overwrite_a=True
+    )
+    return torch.from_numpy(few), torch.from_numpy(columns)
 
 
 class _Point:
