@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from benchmarks.setting import SHARE
 from ranksure.certificate import lambda_max
 from ranksure.losses import get_loss
-from ranksure.network import frozen
+from ranksure.network import frozen, logits_of
 from ranksure.operators.dense import DenseOperator
 from ranksure.problem import Problem
 from ranksure.runs.certify import certify
@@ -50,71 +50,132 @@ LEVELS: list[dict[str, Any]] = [
 
 
 class Tail(nn.Module):
-    """The last layer, mean pooling and head, on stored inputs of the last layer; a batch is a number of one.
+    """The last layer and what reads it, on stored inputs of the last layer; a batch is a number of one.
 
     Args:
         layer: the last layer.
-        head: the head.
+        readout: from its output and the batch's real tokens to logits.
         calls: arguments of the layer by batch.
-        masks: real tokens by batch.
+        masks: real tokens by batch; None where all are.
     """
 
-    def __init__(self, layer: nn.Module, head: nn.Module, calls: list[tuple[Any, Any]], masks: list[Tensor]) -> None:
+    def __init__(
+        self, layer: nn.Module, readout: nn.Module, calls: list[tuple[Any, Any]], masks: list[Tensor | None]
+    ) -> None:
         super().__init__()
-        self.layer, self.head = layer, head
+        self.layer, self.readout = layer, readout
         self.calls, self.masks = calls, masks
 
     def forward(self, batch: Tensor) -> Tensor:
         index = int(batch[0])
         arguments, named = self.calls[index]
         out = self.layer(*arguments, **named)
-        hidden = out[0] if isinstance(out, tuple) else out
-        mask = self.masks[index].unsqueeze(-1).to(hidden.dtype)
+        return self.readout(out[0] if isinstance(out, tuple) else out, self.masks[index])
+
+
+class MeanReadout(nn.Module):
+    """Mean of the real tokens, and the head."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        mask = mask.unsqueeze(-1).to(hidden.dtype)
         return self.head((hidden * mask).sum(1) / mask.sum(1))
 
 
-def problem(samples: int) -> tuple[Tail, list[dict[str, Tensor]], float]:
+class ImageReadout(nn.Module):
+    """DINOv2's own: the last norm, and the classifier on the first token beside the mean of the patches."""
+
+    def __init__(self, norm: nn.Module, classifier: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.classifier = norm, classifier
+
+    def forward(self, hidden: Tensor, mask: None) -> Tensor:
+        hidden = self.norm(hidden)
+        return self.classifier(torch.cat([hidden[:, 0], hidden[:, 1:].mean(1)], 1))
+
+
+class SpeechReadout(nn.Module):
+    """Whisper's own: the last norm, the projector, the mean over time and the classifier."""
+
+    def __init__(self, norm: nn.Module, projector: nn.Module, classifier: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.projector, self.classifier = norm, projector, classifier
+
+    def forward(self, hidden: Tensor, mask: None) -> Tensor:
+        return self.classifier(self.projector(self.norm(hidden)).mean(1))
+
+
+TASKS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "text": ("minilm", "rotten-tomatoes", {"pooling": "mean"}),
+    "image": ("dinov2", "fashion-mnist", {"task": "image", "image_size": 98}),
+    "speech": ("whisper", "asterisk", {"task": "speech", "max_seconds": 2.0}),
+}
+"""Model, data and settings."""
+
+TARGETS = ("query", "value", "q_proj", "v_proj")
+
+
+def problem(samples: int, kind: str, share: float) -> tuple[Tail, list[dict[str, Tensor]], float]:
     """The tail, its batches, and lambda."""
     from ranksure.planner.prepare import linearise, prepare
     from ranksure.planner.settings import PlanSettings
     from ranksure.progress import Clock, Silent
-    from ranksure.tasks.bundled import minilm_path, rotten_tomatoes
+    from ranksure.tasks.named import DATA, MODELS
 
+    model_name, data_name, special = TASKS[kind]
     settings = PlanSettings(
-        target_modules=["query", "value"],
+        target_modules=["query", "value"] if kind == "text" else ["q_proj", "v_proj"],
         layers_to_transform="last",
         samples=samples,
-        pooling="mean",
-        weight_decay="10%",
+        weight_decay=f"{share:%}",
         heldout=0,
+        **special,
     )
-    prepared = prepare(str(minilm_path()), rotten_tomatoes(), settings, None, Clock(Silent()))
+    prepared = prepare(str(MODELS[model_name]()), DATA[data_name][1](), settings, None, Clock(Silent()))
     strongest = linearise(prepared, Clock(Silent())).lambda_max  # fits and installs the head, too
     task, rows = prepared.task, prepared.split.train
     batches, back = task.batches_by_length(rows)
     labels = task.labels(rows)[torch.argsort(back)]
     model: Any = task.model
-    last = model.encoder.encoder.layer[-1]
+    if kind == "text":
+        last, readout = model.encoder.encoder.layer[-1], MeanReadout(model.head)
+        masks: list[Tensor | None] = [batch["attention_mask"] for batch in batches]
+    else:
+        masks = [None] * len(batches)
+        if kind == "image":
+            last, readout = model.dinov2.encoder.layer[-1], ImageReadout(model.dinov2.layernorm, model.classifier)
+        else:
+            last = model.encoder.layers[-1]
+            readout = SpeechReadout(model.encoder.layer_norm, model.projector, model.classifier)
     calls: list[tuple[Any, Any]] = []
     handle = last.register_forward_pre_hook(lambda _, args, named: calls.append((args, named)), with_kwargs=True)
     with frozen(model), torch.no_grad():
-        truth = [model(**batch) for batch in batches]
+        truth = [logits_of(model, batch) for batch in batches]
     handle.remove()
-    tail = Tail(last, model.head, calls, [batch["attention_mask"] for batch in batches]).eval().requires_grad_(False)
-    sizes = [len(batch["input_ids"]) for batch in batches]
+    tail = Tail(last, readout, calls, masks).eval().requires_grad_(False)
+    sizes = [len(logits) for logits in truth]
     numbered = [
         {"batch": torch.full((size,), index), "labels": part}
         for index, (size, part) in enumerate(zip(sizes, labels.split(sizes), strict=True))
     ]
     for index, z in enumerate(truth):
         torch.testing.assert_close(tail(numbered[index]["batch"]), z)
-    return tail, numbered, SHARE * strongest
+    return tail, numbered, share * strongest
 
 
-def adapted(tail: Tail, rank: int, seed: int) -> nn.Module:
+def targets_of(tail: Tail) -> list[str]:
+    """Names of the adapted modules."""
+    return [name for name, _ in tail.named_modules() if name.rpartition(".")[2] in TARGETS]
+
+
+def adapted(tail: Tail, ranks: dict[str, int], seed: int) -> nn.Module:
     """PEFT's own LoRA at scale 1, as it initialises it."""
     torch.manual_seed(seed)
-    return get_peft_model(copy.deepcopy(tail), LoraConfig(r=rank, lora_alpha=rank, target_modules=["query", "value"]))
+    config = LoraConfig(r=1, lora_alpha=1, target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=ranks)
+    return get_peft_model(copy.deepcopy(tail), config)
 
 
 class Training:
@@ -183,13 +244,14 @@ def one_seed(
     tail: Tail, batches: list[dict[str, Tensor]], lam: float, seed: int, steps: int, lr: float, tolerance: float
 ) -> dict[str, Any]:
     """All runs of one seed."""
-    stuck = Training(adapted(tail, 1, seed), batches, lam, lr)
+    names = targets_of(tail)
+    stuck = Training(adapted(tail, dict.fromkeys(names, 1), seed), batches, lam, lr)
     verdict = until_rank_bound(stuck, 6 * steps, tolerance)
     before = certify(stuck.model, batches, lam=lam, tolerance=tolerance)
     print(
         f"  seed {seed}, rank 1: {len(stuck.path)} steps, {verdict}, gain by rank at most {before.rank_gain_bound:.5f}"
     )
-    runs: dict[str, Training] = {"rank 2 at once": Training(adapted(tail, 2, seed), batches, lam, lr)}
+    runs: dict[str, Training] = {}
     added: dict[str, int] = {}
     if verdict == "rank-bound":
         found = grow(stuck.model, batches, lam=lam, tolerance=tolerance)
@@ -198,13 +260,12 @@ def one_seed(
             found.save(stuck.model, Path(folder) / "grown")
             model = PeftModel.from_pretrained(copy.deepcopy(tail), str(Path(folder) / "grown"), is_trainable=True)
         runs["grown"] = Training(model, batches, lam, lr)
+    ranks = {name: 1 + added.get(name, 0) for name in names} if added else dict.fromkeys(names, 2)
+    runs["at once"] = Training(adapted(tail, ranks, seed), batches, lam, lr)
     runs["rank 1, on"] = stuck
     for name, training in runs.items():
         training.run(steps)
         print(f"  seed {seed}, {name}: {training.path[0]:.5f} -> {min(training.path):.5f}", flush=True)
-    ranks = {
-        name: {n: b.rank for n, b in read_adapter(training.model).blocks.items()} for name, training in runs.items()
-    }
     first = len(stuck.path) - steps
     return {
         "seed": seed,
@@ -213,7 +274,9 @@ def one_seed(
         "objective_rank_1": before.objective,
         "rank_gain_bound": before.rank_gain_bound,
         "added": added,
-        "ranks": ranks,
+        "ranks": {
+            name: {n: b.rank for n, b in read_adapter(training.model).blocks.items()} for name, training in runs.items()
+        },
         "paths": {
             name: training.path[first:] if training is stuck else training.path for name, training in runs.items()
         },
@@ -293,7 +356,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--lr", type=float, default=0.0, help="Adam's learning rate (default: L-BFGS)")
     parser.add_argument("--tolerance", type=float, default=0.01, help="of the certificate")
+    parser.add_argument("--task", choices=list(TASKS), default="text", help="what the real network does")
     parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--share", type=float, default=SHARE, help="lambda as a share of lambda_max (default 0.1)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("out/grow.json"))
     parser.add_argument("--compress", action="store_true", help="compress a run of rank 8 instead")
@@ -304,12 +369,13 @@ def main() -> None:
         linear()
         return
     began = time.perf_counter()
-    tail, batches, lam = problem(options.samples)
+    tail, batches, lam = problem(options.samples, options.task, options.share)
     print(
         f"lambda {lam:.5f}, {f'Adam at {options.lr:g}' if options.lr else 'L-BFGS'}, {options.steps} steps", flush=True
     )
     if options.compress:
-        whole = Training(adapted(tail, 8, 0), batches, lam, options.lr)
+        eight = dict.fromkeys(targets_of(tail), 8)
+        whole = Training(adapted(tail, eight, 0), batches, lam, options.lr)
         print(f"  rank 8: {whole.run(options.steps)[0]:.5f} -> {min(whole.path):.5f}", flush=True)
         for settings in LEVELS:
             compressed(whole.model, batches, lam, **settings)
@@ -327,8 +393,8 @@ def main() -> None:
         total = None if grown is None else one["steps_rank_1"] + grown
         print(
             f"  seed {one['seed']}: rank 1 for {one['steps_rank_1']} steps ({one['verdict']} at "
-            f"{one['objective_rank_1']:.5f}), then grown {grown}, in sum {total}; rank 2 at once "
-            f"{on['rank 2 at once']}; rank 1 trained on {on['rank 1, on']}; added {one['added']}"
+            f"{one['objective_rank_1']:.5f}), then grown {grown}, in sum {total}; those ranks at once "
+            f"{on['at once']}; rank 1 trained on {on['rank 1, on']}; added {one['added']}"
         )
         one["to_one_percent"] = {**on, "in_sum": total}
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -184,6 +184,7 @@ def test_last_layer():
     [
         (["qeury"], None, r"'qeury'; near matches: query"),
         (["query", "valeu"], None, r"'valeu'; near matches: .*value"),
+        (["q_proj"], None, r"'q_proj'; its modules are called .*query"),
         (r".*\.quer", None, "no module of the model matches"),
         ("([", None, "not a regular expression"),
         (["LayerNorm"], None, "is a LayerNorm: only Linear"),

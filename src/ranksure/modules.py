@@ -31,6 +31,7 @@ _CLASSIFIER_NAMES = ("score", "classifier")  # as PEFT knows them
 _LAYER_INDEX = re.compile(r"^(?:.*?\.)?[^.]*\.(\d+)\.")  # the first numbered segment, as PEFT reads it
 
 _MOST_LAYERS = 100_000
+_MOST_NAMES = 12  # in an error
 
 
 def base_layer(module: nn.Module) -> nn.Module:
@@ -218,6 +219,9 @@ def _output_head(model: nn.Module) -> nn.Module | None:
 def _no_match(wanted: str, candidates: dict[str, nn.Module]) -> str:
     names = [name for name, module in candidates.items() if is_supported(module)]
     endings = sorted({name.rsplit(".", 1)[-1] for name in names} - {""})
-    near = difflib.get_close_matches(wanted, endings, n=4, cutoff=0.5) or endings[:8]
-    hint = f"near matches: {', '.join(near)}" if near else "it has no Linear, Conv1D, Conv2d or Embedding"
+    near = difflib.get_close_matches(wanted, endings, n=4, cutoff=0.5)
+    hint = f"near matches: {', '.join(near)}"
+    if not near:
+        called = ", ".join(endings[:_MOST_NAMES]) + ", ..." * (len(endings) > _MOST_NAMES)
+        hint = f"its modules are called {called}" if endings else "it has no Linear, Conv1D, Conv2d or Embedding"
     return f"no module of the model matches target_modules {wanted!r}; {hint}"

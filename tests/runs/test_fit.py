@@ -160,6 +160,10 @@ def test_a_causal_language_model(tmp_path, weighting):
     save_gpt2(tmp_path / "gpt2")
     config = GPT2LMHeadModel.config_class.from_pretrained(str(tmp_path / "gpt2"))
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    if pickled := weighting == "sample":
+        weights = tmp_path / "gpt2" / "model.safetensors"
+        torch.save(load_file(weights), tmp_path / "gpt2" / "pytorch_model.bin")
+        weights.unlink()
     rows = [
         {"prompt": f"{text} is", "completion": " very good film" if label else " bad"} for text, label in sentences(16)
     ]
@@ -178,6 +182,7 @@ def test_a_causal_language_model(tmp_path, weighting):
         **{**QUICK, "batch_size": 5},
     )
     assert found.data["mean_per"] == weighting and found.data["heldout"] is None
+    assert any("pickled" in note for note in found.data["notes"]) == pickled
     assert found.data["final"]["loss"] < found.data["objective_at_zero"]
     base = GPT2LMHeadModel.from_pretrained(str(tmp_path / "gpt2"))
     model = PeftModel.from_pretrained(base, str(found.folder)).eval()

@@ -26,6 +26,7 @@ from ranksure.tasks.checkpoints import (
     check_checkpoint,
     device_named,
     load_tokenizer,
+    load_weights,
     looks_local,
     quiet,
     settle_padding,
@@ -216,13 +217,9 @@ def _load_base(
     auto: Any = AutoModelForSequenceClassification if task == "SEQ_CLS" else AutoModelForCausalLM
     arguments = {**common, "config": config, "dtype": dtype, "ignore_mismatched_sizes": task == "SEQ_CLS"}
     try:
-        with quiet(), torch.random.fork_rng():
+        with torch.random.fork_rng():
             torch.manual_seed(0)
-            try:
-                loaded, info = auto.from_pretrained(name, use_safetensors=True, output_loading_info=True, **arguments)
-            except OSError:
-                loaded, info = auto.from_pretrained(name, use_safetensors=False, output_loading_info=True, **arguments)
-                notes.append(f"The weights of {name} are pickled, not safetensors; they were read with weights_only.")
+            loaded, info = load_weights(auto, name, notes, **arguments)
     except Exception as error:  # a damaged folder fails in ways of many libraries
         what = "a sequence classifier" if task == "SEQ_CLS" else "a causal language model"
         raise ModelError(f"base model {name} cannot be loaded as {what}: {one_line(error)}") from None

@@ -12,7 +12,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -21,6 +20,7 @@ from ranksure.errors import AdapterError, ModelError, SettingError
 from ranksure.runs.adapter_files import AdapterFiles, read_files
 from ranksure.runs.data import DataSettings, RunData, read_data
 from ranksure.runs.loading import PEFT_PREFIX, LoadedRun, base_config, base_name, load_run, with_adapter
+from ranksure.tasks.collate import in_batches
 from ranksure.tasks.load import KINDS, load_samples, load_task
 from ranksure.tasks.task import TASK_FILE, Task
 from ranksure.tasks.text import MeanPooled
@@ -156,20 +156,13 @@ def _open(
         object.__setattr__(model, "peft_config", wrapped.peft_config)
     model.eval()
     model.requires_grad_(False)
-    batches, back = made.batches_by_length(samples) if settings.by_length else (made.batches(samples), None)
-    truth = made.labels(samples)
-    truth = truth if back is None else truth[torch.argsort(back)]
-    low = 0
-    for batch in batches:
-        rows = max(value.shape[0] for value in batch.values() if isinstance(value, torch.Tensor))
-        batch["labels"] = truth[low : low + rows]
-        low += rows
+    features, collator = made.features(samples), made.collator
     notes += [*made.notes, *made.remarks(samples)]
     run = LoadedRun(model, made.processor, kind, files.folder, name, files.sha256, list(files.notes))
     return run, RunData(
-        batches=batches,
-        features=made.features(samples),
-        collator=made.collator,
+        batches=[dict(collator(part)) for part in in_batches(features, made.batch_size, settings.by_length)],
+        features=features,
+        collator=collator,
         kind="cross-entropy",
         form=f"labelled {samples.noun}s",
         source=samples.source,

@@ -17,6 +17,7 @@ from ranksure.adapters.peft_config import exact_pattern, lora_config
 from ranksure.errors import AdapterError
 from ranksure.operators.base import Factors
 from ranksure.runs.terms import Kind
+from ranksure.tasks.collate import in_batches
 from ranksure.tasks.task import Task
 
 
@@ -72,11 +73,7 @@ class Setup:
 
     def batches(self, features: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Rows as batches in a fixed order, rows of like length together."""
-        size = self.batch_size
-        order = sorted(range(len(features)), key=lambda i: len(features[i].get("input_ids", ())))
-        return [
-            dict(self.collator([features[i] for i in order[low : low + size]])) for low in range(0, len(order), size)
-        ]
+        return [dict(self.collator(part)) for part in in_batches(features, self.batch_size, by_length=True)]
 
     def ranks(self, rank: int) -> dict[str, int]:
         """A uniform rank on every target, clipped to its size."""

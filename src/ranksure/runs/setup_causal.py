@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, cast
+from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -17,8 +17,8 @@ from ranksure.tasks.checkpoints import (
     check_checkpoint,
     device_named,
     load_tokenizer,
+    load_weights,
     peft_targets,
-    quiet,
     settle_padding,
 )
 from ranksure.tasks.sources import one_line
@@ -36,6 +36,7 @@ def causal_setup(model: Any, data: Any, settings: FitSettings, tokenizer: Any, c
         raise SettingError("a causal language model needs --model and --data")
     if settings.linear or settings.train_head or settings.pooling != "model":
         raise SettingError("the linear optimum, a trained head and mean pooling are for classification only")
+    notes: list[str] = []
     with clock.stage("load", "Reading data and model"):
         if isinstance(model, PreTrainedModel):
             loaded, name = model, str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
@@ -45,7 +46,7 @@ def causal_setup(model: Any, data: Any, settings: FitSettings, tokenizer: Any, c
                 raise SettingError(f"{type(loaded).__name__} is no causal language model: leave the task out")
         else:
             name = os.fspath(model)
-            loaded = _load(name, settings)
+            loaded = _load(name, settings, notes)
             tokenizer = tokenizer or load_tokenizer(name, settings.revision, settings.trust_remote_code)
         settle_padding(loaded, tokenizer, name)
         loaded.to(device_named(settings.device))  # pyright: ignore[reportArgumentType]
@@ -75,7 +76,7 @@ def causal_setup(model: Any, data: Any, settings: FitSettings, tokenizer: Any, c
         source=rows.source,
         sha256=rows.sha256,
         same_data=False,
-        notes=[*rows.notes, *(held.notes if held else [])],
+        notes=[*notes, *rows.notes, *(held.notes if held else [])],
     )
 
 
@@ -97,15 +98,13 @@ def _read(
     return read_data((model, tokenizer), data, options)
 
 
-def _load(name: str, settings: FitSettings) -> PreTrainedModel:
+def _load(name: str, settings: FitSettings, notes: list[str]) -> PreTrainedModel:
     check_checkpoint(name, settings.dtype)
     common: dict[str, Any] = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     try:
-        with quiet():
-            auto: Any = AutoModelForCausalLM
-            loaded, info = auto.from_pretrained(name, dtype=settings.dtype, output_loading_info=True, **common)
+        loaded, info = load_weights(AutoModelForCausalLM, name, notes, dtype=settings.dtype, **common)
     except Exception as error:  # a damaged folder fails in ways of many libraries
         raise ModelError(f"model {name} cannot be loaded as a causal language model: {one_line(error)}") from None
     if lost := sorted(info["missing_keys"]):
         raise ModelError(f"{name} does not hold {lost[0]}, so it is no trained causal language model")
-    return cast(PreTrainedModel, loaded)
+    return loaded

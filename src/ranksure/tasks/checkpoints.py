@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,30 @@ def check_checkpoint(name: str, dtype: str) -> None:
         )
     if not (Path(name) / "config.json").is_file():
         raise ModelError(f"{name} holds no config.json, so it is not a Hugging Face model folder")
+
+
+def load_weights(auto: Any, name: str, notes: list[str], **arguments: Any) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    """A checkpoint's model from safetensors; from pickled weights where it has no others, which is noted.
+
+    Args:
+        auto: ``AutoModelFor...``.
+        name: folder or Hub id.
+        notes: receives a sentence where weights are pickled.
+        arguments: for ``from_pretrained``.
+
+    Returns:
+        The model, and transformers' loading information.
+
+    Raises:
+        Exception: whatever ``from_pretrained`` raises; of a damaged folder these are errors of many libraries.
+    """
+    with quiet():
+        try:
+            return auto.from_pretrained(name, use_safetensors=True, output_loading_info=True, **arguments)
+        except OSError:
+            loaded = auto.from_pretrained(name, use_safetensors=False, output_loading_info=True, **arguments)
+    notes.append(f"The weights of {name} are pickled, not safetensors; they were read with weights_only.")
+    return loaded
 
 
 def load_tokenizer(name: str, revision: str | None, trust_remote_code: bool) -> Any:

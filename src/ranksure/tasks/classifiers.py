@@ -5,7 +5,6 @@ The head of an image or audio classifier is as new or as trained as a text class
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -14,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from ranksure.errors import ModelError
-from ranksure.tasks.checkpoints import check_checkpoint, quiet
+from ranksure.tasks.checkpoints import check_checkpoint, load_weights, quiet
 from ranksure.tasks.samples import Samples
 from ranksure.tasks.sources import one_line
 
@@ -72,19 +71,13 @@ def load_classifier(
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
     notes: list[str] = []
 
-    def load(**more: Any) -> tuple[PreTrainedModel, Mapping[str, Any]]:
-        return auto_class.from_pretrained(name, output_loading_info=True, **common, **more)
-
     try:
         with quiet(), torch.random.fork_rng():
             torch.manual_seed(seed)  # parameters that the checkpoint lacks are drawn at random
             config = AutoConfig.from_pretrained(name, num_labels=n_outputs, **common)
-            arguments = {"config": config, "dtype": dtype, "ignore_mismatched_sizes": True}
-            try:
-                model, info = load(use_safetensors=True, **arguments)
-            except OSError:
-                model, info = load(use_safetensors=False, **arguments)
-                notes.append(f"The weights of {name} are pickled, not safetensors; they were read with weights_only.")
+            model, info = load_weights(
+                auto_class, name, notes, config=config, dtype=dtype, ignore_mismatched_sizes=True, **common
+            )
     except Exception as error:  # a damaged folder fails in ways of many libraries: safetensors, pickle, json, ...
         raise ModelError(
             f"model {name} cannot be loaded as {noun}: {one_line(error)} (give a folder with config.json and "

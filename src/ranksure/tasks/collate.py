@@ -123,10 +123,15 @@ def _inputs(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tens
     return {key: value.to(device) for key, value in batch.items() if key != "labels"}
 
 
-def in_batches(features: Sequence[Any], size: int, by_length: bool) -> Iterator[list[Any]]:
-    """Rows in batches, in order, or rows of like length together."""
+def in_batches(features: Sequence[Mapping[str, Any]], size: int, by_length: bool) -> Iterator[list[Any]]:
+    """Rows in batches, in order, or rows of like length together (images have none)."""
     order = list(range(len(features)))
     if by_length:
-        order.sort(key=lambda i: -len(features[i]["input_ids"]))  # the largest batch first: memory fails early
+        order.sort(key=lambda i: -_length(features[i]))  # the largest batch first: memory fails early
     for low in range(0, len(order), size):
         yield [features[i] for i in order[low : low + size]]
+
+
+def _length(row: Mapping[str, Any]) -> int:
+    """Tokens of a text, or samples of a waveform."""
+    return next((len(row[key]) for key in ("input_ids", "input_values") if key in row), 0)

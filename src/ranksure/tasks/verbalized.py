@@ -20,7 +20,7 @@ from transformers import (
 
 from ranksure.errors import ModelError
 from ranksure.network import device_of, frozen
-from ranksure.tasks.checkpoints import quiet
+from ranksure.tasks.checkpoints import load_weights, quiet
 from ranksure.tasks.collate import Collator
 from ranksure.tasks.sources import one_line
 from ranksure.tasks.verbalizers import Architecture
@@ -175,12 +175,7 @@ def load_language_model(
             config = AutoConfig.from_pretrained(name, **common)
             architecture = architecture_of(config, tokenizer, name)
             auto: Any = AutoModelForMaskedLM if architecture == "masked" else AutoModelForCausalLM
-            arguments = {**common, "config": config, "dtype": dtype, "output_loading_info": True}
-            try:
-                loaded, info = auto.from_pretrained(name, use_safetensors=True, **arguments)
-            except OSError:
-                loaded, info = auto.from_pretrained(name, use_safetensors=False, **arguments)
-                notes.append(f"The weights of {name} are pickled, not safetensors; they were read with weights_only.")
+        loaded, info = load_weights(auto, name, notes, config=config, dtype=dtype, **common)
     except ModelError:
         raise
     except Exception as error:  # a damaged folder fails in ways of many libraries: safetensors, pickle, json, ...

@@ -198,6 +198,6 @@ EXPERIMENT = Experiment(
     title="Test accuracy",
     claim="The low-rank solution that LoRA finds generalises as well as full fine-tuning.",
     where="Theorem 5.1; test accuracy in the appendix",
-    minutes=(8, 120),
+    minutes=(11, 120),
     measure=measure,
 )

@@ -178,6 +178,6 @@ EXPERIMENT = Experiment(
     claim="The picture of the linearised problem holds in the real, nonlinear network: LoRA of a sufficient rank ends "
     "where full fine-tuning does, and a lower rank takes longer.",
     where="beyond Section 6, which trains the linearised network",
-    minutes=(4, 60),
+    minutes=(2, 60),
     measure=measure,
 )

@@ -192,6 +192,6 @@ EXPERIMENT = Experiment(
     title="Rank of the full fine-tuning solution",
     claim="With N samples and K outputs, full fine-tuning has a solution of rank r with r(r+1)/2 <= KN.",
     where="Theorem 3.1",
-    minutes=(4, 60),
+    minutes=(2, 60),
     measure=measure,
 )

@@ -180,6 +180,6 @@ EXPERIMENT = Experiment(
     title="Weight decay, rank and test loss",
     claim="A larger weight decay gives an optimum of lower rank; the test loss is lowest at some positive lambda.",
     where="the regulariser of Theorems 3.1 and 5.1",
-    minutes=(3, 30),
+    minutes=(1, 30),
     measure=measure,
 )
