@@ -1,11 +1,12 @@
-"""``python -m benchmarks.grow_rows [--steps 150] [--seeds 1] [--lr 0.01]``: growing against the higher rank at once.
+"""``python -m benchmarks.grow_rows [--task speech] [--seeds 3] [--lr 0.01]``: growing against the higher rank at once.
 
-The real network: all-MiniLM-L6-v2 under mean pooling, 64 Rotten Tomatoes rows, query and value of the last layer,
-lambda 10% of lambda_max, PEFT's LoRA at scale 1 with an L2 decay on its matrices (full batch; L-BFGS, or Adam with
---lr). Rank 1 is trained until its certificate says rank-bound (or something else that is final), grown, and trained
-on; rank 2 is trained from the start with the same seed and data, and rank 1 is trained on as a control. Counted are
-evaluations, a forward and backward pass each, to 1% above the lowest objective that any run found. The frozen layers
-before the last are run once.
+A real network: all-MiniLM-L6-v2 under mean pooling on Rotten Tomatoes, DINOv2-S on ten classes of Fashion-MNIST
+(``--task image``) or Whisper's encoder on spoken language (``--task speech``); 64 rows (``--samples``), query and value
+of the last layer, lambda 10% of lambda_max (``--share``), PEFT's LoRA at scale 1 with an L2 decay on its matrices (full
+batch; L-BFGS, or Adam with --lr). Rank 1 is trained until its certificate says rank-bound (or something else that is
+final), grown, and trained on; the grown ranks are trained from the start with the same seed and data, and rank 1 is
+trained on as a control. Counted are evaluations, a forward and backward pass each, to 0.1% above the lowest objective
+that any run found (``--within``). The frozen layers before the last are run once.
 
 ``--compress``: in place of that, rank 8 is trained from the start, and compressed at every level.
 
@@ -355,7 +356,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150, help="most steps of every run")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--lr", type=float, default=0.0, help="Adam's learning rate (default: L-BFGS)")
-    parser.add_argument("--tolerance", type=float, default=0.01, help="of the certificate")
+    parser.add_argument("--tolerance", type=float, default=0.02, help="of the certificate")
+    parser.add_argument(
+        "--within", type=float, default=1e-3, help="of the lowest objective of all runs (default 0.1%%)"
+    )
     parser.add_argument("--task", choices=list(TASKS), default="text", help="what the real network does")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--share", type=float, default=SHARE, help="lambda as a share of lambda_max (default 0.1)")
@@ -385,7 +389,7 @@ def main() -> None:
         for seed in range(options.seeds)
     ]
     best = min(min(path) for one in found for path in one["paths"].values())
-    level = 1.01 * best
+    level = (1 + options.within) * best
     print(f"lowest objective of all runs {best:.5f}; steps to at most {level:.5f}:")
     for one in found:
         on = {name: first_within(path, level) for name, path in one["paths"].items()}
@@ -396,7 +400,7 @@ def main() -> None:
             f"{one['objective_rank_1']:.5f}), then grown {grown}, in sum {total}; those ranks at once "
             f"{on['at once']}; rank 1 trained on {on['rank 1, on']}; added {one['added']}"
         )
-        one["to_one_percent"] = {**on, "in_sum": total}
+        one["to_level"] = {**on, "in_sum": total}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     record = {"schema": 1, "lambda": lam, "best": best, "settings": {k: str(v) for k, v in vars(options).items()}}
     options.out.write_text(json.dumps({**record, "seeds": found}) + "\n")

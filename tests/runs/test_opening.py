@@ -21,8 +21,10 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+from typer.testing import CliRunner, Result
 
 import ranksure
+from ranksure.cli import app
 from ranksure.errors import AdapterError, ModelError, SettingError
 from ranksure.runs.data import DataSettings
 from ranksure.runs.fit import fit
@@ -177,6 +179,60 @@ def test_a_plan_is_trained(parts, kind, tmp_path):
     assert set(trained.data["ranks"]) == set(result.data["target_modules"])
     assert set(trained.data["ranks"].values()) == {result.data["recommended"]["r"]}
     assert trained.data["prediction"] is not None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_is_grown_and_compressed(parts, kind, tmp_path):
+    """Also where the adapted model is inside a frame: the new folder opens again, with the same loss."""
+    model, rows, options = parts[kind]
+    settings = {"rank": 1, "lam": 1e-4, "max_steps": 20, "learning_rate": 0.05, "logging_steps": 4, "heldout": 0}
+    done = fit(model, rows, out=tmp_path / "fit", layers_to_transform="last", **settings, **options)
+    run, read = open_run(done.folder, rows, DataSettings(by_length=True))
+    grown = ranksure.grow(run.model, read.batches, lam=1e-4, loss=read.kind, force=True, most_new=1)
+    grown.save(out_dir=tmp_path / "grown", **run.rewritten)
+    larger, read = open_run(tmp_path / "grown", rows, DataSettings(by_length=True))
+    after = ranksure.certify(larger.model, read.batches, lam=1e-4, loss=read.kind)
+    assert sum(state.rank for state in after.modules.values()) > len(done.data["ranks"])
+    assert after.objective == pytest.approx(grown.certificate.objective, rel=1e-5)
+    smaller = ranksure.compress(larger.model, read.batches, loss=read.kind, source=tmp_path / "grown")
+    smaller.save(out_dir=tmp_path / "small", **larger.rewritten)
+    again, read = open_run(tmp_path / "small", rows, DataSettings(by_length=True))
+    last = ranksure.certify(again.model, read.batches, lam=1e-4, loss=read.kind)
+    assert {name: state.rank for name, state in last.modules.items()} == smaller.ranks_after
+    assert last.objective == pytest.approx(after.objective, rel=1e-5)
+    assert (tmp_path / "small" / "task.json").read_bytes() == (done.folder / "task.json").read_bytes()
+    assert not (tmp_path / "small" / "fit.json").exists()  # about the factors as they were
+    readme = (tmp_path / "small" / "README.md").read_text()
+    assert [line for line in readme.splitlines() if line.startswith("## ")] == [
+        "## Load",
+        "## Who reads what",
+        "## Compressed",
+    ]
+    assert str(done.folder) not in readme and str(tmp_path / "grown") not in readme
+    code: dict[str, Any] = {}
+    exec(readme.split("```python\n")[1].split("```")[0], code)  # what the README says loads it
+    if kind == "mean":
+        batch = {key: value for key, value in read.batches[0].items() if key != "labels"}
+        with torch.no_grad():
+            torch.testing.assert_close(code["classify"](**batch), again.model(**batch))
+
+
+def test_the_commands_grow_and_compress_a_mean_pooled_fit(tmp_path):
+    data = str(save_csv(tmp_path / "two.csv", 16))
+    settings = {"pooling": "mean", "target_modules": ["query"], "layers_to_transform": "last", "heldout": 0}
+    done = fit(save_bert(tmp_path / "bert"), data, rank=1, lam=1e-4, out=tmp_path / "fit", max_steps=5, **settings)
+
+    def run(*command: str) -> Result:
+        return CliRunner().invoke(app, [*command, "--lambda", "1e-4"])
+
+    grown = run("grow", str(done.folder), "--data", data, "--force", "--out", str(tmp_path / "grown"))
+    assert grown.exit_code == 0, grown.output
+    small = run("compress", str(tmp_path / "grown"), "--data", data, "--out", str(tmp_path / "small"))
+    assert small.exit_code == 0, small.output
+    for folder in ("grown", "small"):  # of the folder itself, not of the fit that it came from
+        assert (tmp_path / folder / "report.html").is_file(), grown.output + small.output
+    without = CliRunner().invoke(app, ["compress", str(tmp_path / "grown"), "--out", str(tmp_path / "other")])
+    assert isinstance(without.exception, SettingError) and "give --data" in str(without.exception)
 
 
 def _loss(result) -> float:

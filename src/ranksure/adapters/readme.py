@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -118,6 +119,30 @@ def classify(**batch):
     pooled = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
     return torch.nn.functional.linear(pooled, head["weight"], head.get("bias"))
 '''
+
+
+_PLACES = (r"(PeftModel\.from_pretrained\(base, )'[^']*'()", r"(load_file\()'[^']*(/head\.safetensors)'")
+_ABOUT_RANKS = ("Ranks", "Training", "Grown", "Compressed", "Ranks changed")
+
+
+def moved_readme(words: str, folder: str) -> str | None:
+    """A README of this package for the same adapter with other ranks, in another folder: what it says of ranks goes.
+
+    Args:
+        words: the README, with front matter.
+        folder: what the loading snippet shall name.
+
+    Returns:
+        The README, to add sections to; None where it says nowhere how to load the adapter.
+    """
+    first, *sections = words.rstrip().split("\n## ")
+    kept = [part.rstrip() for part in sections if part.partition("\n")[0] not in _ABOUT_RANKS]
+    text = "\n\n## ".join([first.rstrip(), *kept])
+    if not re.search(_PLACES[0], text):
+        return None
+    for place in _PLACES:
+        text = re.sub(place, lambda found: found[1] + repr(folder + found[2]), text)
+    return text
 
 
 def adapter_readme(

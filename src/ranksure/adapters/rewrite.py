@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from ranksure.adapters.aliasing import alias_model, quietly
 from ranksure.adapters.low_rank_hooks import check_factors
 from ranksure.adapters.peft_config import exact_pattern, exact_targets
-from ranksure.adapters.readme import auto_class, base_settings, labels_of, loading_snippet
+from ranksure.adapters.readme import auto_class, base_settings, labels_of, loading_snippet, moved_readme
 from ranksure.adapters.staging import staged_folder
 from ranksure.errors import AdapterError
 from ranksure.modules import base_layer
@@ -44,7 +44,8 @@ _PLAIN_STARTS = (True, False, "gaussian")  # initialisations that leave the base
 
 # Not copied from the source folder: rewritten, or about the factors as they were (an optimizer's state).
 _STALE = ("adapter_config.json", "adapter_model.", "README.md", "optimizer.", "scheduler.", "scaler.", "rng_state")
-_STALE += ("trainer_state.json", "training_args.bin", "certificate.json", "grow.json", "compress.json", "plan.json")
+_STALE += ("trainer_state.json", "training_args.bin", "certificate.json", "fit.json", "grow.json", "compress.json")
+_STALE += ("plan.json", "report.html")
 
 
 @dataclass(frozen=True)
@@ -308,6 +309,8 @@ def _readme(
         if _OWN_TAGS not in words:
             own = words.partition(_MARK)[0].rstrip()  # less the section of an earlier change
             return own + f"\n\n{_MARK}\n\n" + "\n\n".join(section) + "\n"
+        if (moved := moved_readme(words, str(out))) is not None:
+            return "\n\n".join([moved, *section]) + "\n"
     base = config.base_model_name_or_path
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     labels = labels_of(inner, None, None) if config.task_type in ("SEQ_CLS", "TOKEN_CLS") else {}

@@ -135,7 +135,7 @@ def compress_command(
             seed=seed,
         )
     with reporter.stage("Writing and checking the adapter"):
-        written = found.save(run.model, out, source=run.folder, extra=provenance(run, rows))
+        written = found.save(out_dir=out, **run.rewritten, extra=provenance(run, rows))
     console = Console(stderr=json, width=width())
     show(found, console)
     show_notes([*run.notes, *([] if rows is None else rows.notes), *found.notes], console)

@@ -117,7 +117,7 @@ def grow_command(
             progress=lambda done: advance((done - 1) % count + 1, count),
         )
     with reporter.stage("Writing and checking the adapter"):
-        written = found.save(run.model, out, source=run.folder, extra=provenance(run, rows))
+        written = found.save(out_dir=out, **run.rewritten, extra=provenance(run, rows))
     console = Console(stderr=json, width=width())
     _show(found, console)
     show_notes([*run.notes, *rows.notes], console)

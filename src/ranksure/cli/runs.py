@@ -17,26 +17,22 @@ def load(
     adapter_dir: Path, data: str | None, places: dict[str, Any], options: dict[str, Any], weighting: str, reporter: Any
 ) -> tuple[LoadedRun, RunData | None]:
     """The run and its data, if any was named."""
-    from peft import PeftModel
-
     from ranksure.errors import SettingError
     from ranksure.runs.loading import DataSettings, load_run
-    from ranksure.runs.opening import open_run
+    from ranksure.runs.opening import open_run, task_of
 
     if weighting not in ("token", "sample"):
         raise SettingError(f"unknown weighting {weighting!r}: use token or sample")
     chosen = DataSettings(**options)
     if data is None:
+        if (kind := task_of(adapter_dir)) is not None:
+            raise SettingError(
+                f"the adapter in {adapter_dir} is for the task {kind}, which is opened with data: give --data"
+            )
         with reporter.stage("Loading the run"):
             return load_run(adapter_dir, **places), None
     with reporter.stage("Loading the run and reading the data"):
-        run, rows = open_run(adapter_dir, data, chosen, **places)
-    if not isinstance(run.model, PeftModel):
-        raise SettingError(
-            f"the adapter in {adapter_dir} is for the task {run.task_type}, whose network is a frame around the "
-            "adapted model: grow and compress do not take it yet (certify does, and fit --grow)"
-        )
-    return run, rows
+        return open_run(adapter_dir, data, chosen, **places)
 
 
 def check_out(out: Path) -> None:

@@ -103,6 +103,7 @@ class Compression:
         out_dir: str | os.PathLike[str],
         *,
         source: str | os.PathLike[str] | None = None,
+        prefix: str = "",
         extra: Mapping[str, Any] | None = None,
     ) -> Rewritten:
         """Write the compressed adapter and ``compress.json``, whole or not at all.
@@ -111,6 +112,7 @@ class Compression:
             model: the model that was compressed, the adapter as it was.
             out_dir: the folder to create, or an earlier adapter's to replace.
             source: the folder that the adapter came from; see :func:`~ranksure.adapters.rewrite.rewrite_adapter`.
+            prefix: of the names here, where ``model`` is inside the network that was compressed.
             extra: more entries for ``compress.json`` (where the data came from).
 
         Raises:
@@ -125,7 +127,7 @@ class Compression:
             text += f" Mean loss on the rows measured: {self.before.loss:.6g} before, {self.after.loss:.6g} after."
         return rewrite_adapter(
             model,
-            self.factors,
+            {module.removeprefix(prefix): pair for module, pair in self.factors.items()},
             out_dir,
             adapter=self.adapter,
             source=source,

@@ -97,6 +97,7 @@ class Growth:
         out_dir: str | os.PathLike[str],
         *,
         source: str | os.PathLike[str] | None = None,
+        prefix: str = "",
         extra: Mapping[str, Any] | None = None,
     ) -> Rewritten:
         """Write the grown adapter and ``grow.json``, whole or not at all.
@@ -105,6 +106,7 @@ class Growth:
             model: the model that was grown, the adapter as it was.
             out_dir: the folder to create, or an earlier adapter's to replace.
             source: the folder that the adapter came from; see :func:`~ranksure.adapters.rewrite.rewrite_adapter`.
+            prefix: of the names here, where ``model`` is inside the network that was grown.
             extra: more entries for ``grow.json`` (where the data came from).
 
         Raises:
@@ -119,8 +121,9 @@ class Growth:
             "with a new optimizer (the state of the old one does not fit)."
         )
         name = self.certificate.adapter
+        factors = {module.removeprefix(prefix): pair for module, pair in self.factors.items()}
         return rewrite_adapter(
-            model, self.factors, out_dir, adapter=name, source=source, title="Grown", text=text, write_more=write
+            model, factors, out_dir, adapter=name, source=source, title="Grown", text=text, write_more=write
         )
 
 

@@ -54,6 +54,8 @@ class LoadedRun:
         base: the base model's folder or Hub id.
         adapter_sha256: of the adapter's weights.
         notes: sentences for the user.
+        adapted: the ``PeftModel`` itself, where ``model`` is a network around it; None where ``model`` is it.
+        prefix: what a module's name in ``adapted`` needs in front to be its name in ``model``.
     """
 
     model: nn.Module
@@ -63,6 +65,13 @@ class LoadedRun:
     base: str
     adapter_sha256: str
     notes: list[str] = field(default_factory=list)
+    adapted: PeftModel | None = None
+    prefix: str = ""
+
+    @property
+    def rewritten(self) -> dict[str, Any]:
+        """What ``save`` of a growth or compression has to know of the run."""
+        return {"model": self.adapted or self.model, "prefix": self.prefix, "source": self.folder}
 
     @property
     def dtype(self) -> torch.dtype:

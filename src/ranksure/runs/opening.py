@@ -78,6 +78,21 @@ def open_run(
     return _open(files, kind, record, data, settings, base, revision, common, task_options or {})
 
 
+def task_of(folder: Path) -> str | None:
+    """The task of an adapter that is opened with its data, by its ``task.json``; None for all others.
+
+    Raises:
+        AdapterError: the file is damaged.
+    """
+    return _made_from_data(_record(folder))
+
+
+def _made_from_data(record: dict[str, Any]) -> str | None:
+    """A classifier of texts with a head of its own is loaded by itself."""
+    kind = record.get("kind")
+    return None if kind == "text" and record.get("pooling") != "mean" else kind
+
+
 def _record(folder: Path) -> dict[str, Any]:
     """The content of ``task.json``; empty where there is none."""
     path = folder / TASK_FILE
@@ -96,10 +111,8 @@ def _kind(
     files: AdapterFiles, record: dict[str, Any], task: str | None, base: Any, revision: str | None, trust: bool
 ) -> str | None:
     """The task that is made from its data; None for what is loaded by itself."""
-    found = record.get("kind")
-    if found == "text" and record.get("pooling") != "mean":
-        found = None
-        record = {}
+    found = _made_from_data(record)
+    record = record if found is not None else {}
     if task in KINDS and task != "text":
         if record and found != task:
             raise SettingError(f"the adapter was trained for the task {found}, not {task}: leave --task out")
@@ -158,7 +171,9 @@ def _open(
     model.requires_grad_(False)
     features, collator = made.features(samples), made.collator
     notes += [*made.notes, *made.remarks(samples)]
-    run = LoadedRun(model, made.processor, kind, files.folder, name, files.sha256, list(files.notes))
+    run = LoadedRun(
+        model, made.processor, kind, files.folder, name, files.sha256, list(files.notes), wrapped, made.prefix
+    )
     return run, RunData(
         batches=[dict(collator(part)) for part in in_batches(features, made.batch_size, settings.by_length)],
         features=features,

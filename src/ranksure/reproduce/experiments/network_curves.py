@@ -68,8 +68,9 @@ def measure(run: Run) -> Finding:
     """Run the experiment."""
     text, others = run.first_and_others()
     wanted = [(setting, run.seed) for setting in text[: run.size(1, 1, len(text))]]
-    if run.full:
-        wanted += [(setting, run.seed) for setting in others]
+    if not run.small:
+        of_each_kind = {setting.kind: setting for setting in reversed(others)}.values()  # the first of each
+        wanted += [(setting, run.seed) for setting in (others if run.full else reversed(of_each_kind))]
     ready, missing = run.available(wanted)
     panels = []
     for prepared in ready:
