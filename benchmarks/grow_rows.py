@@ -35,7 +35,7 @@ from ranksure.losses import get_loss
 from ranksure.network import frozen, logits_of
 from ranksure.operators.dense import DenseOperator
 from ranksure.problem import Problem
-from ranksure.runs.certify import certify
+from ranksure.runs.certify import TOLERANCE, certify
 from ranksure.runs.compress import compress
 from ranksure.runs.grow import grow
 from ranksure.runs.lora import read_adapter
@@ -356,7 +356,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150, help="most steps of every run")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--lr", type=float, default=0.0, help="Adam's learning rate (default: L-BFGS)")
-    parser.add_argument("--tolerance", type=float, default=0.02, help="of the certificate")
+    parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="of the certificate (default: its own)")
     parser.add_argument(
         "--within", type=float, default=1e-3, help="of the lowest objective of all runs (default 0.1%%)"
     )

@@ -243,6 +243,6 @@ EXPERIMENT = Experiment(
     claim="Full fine-tuning and LoRA of a rank with r(r+1)/2 > KN converge to the same global minimum; LoRA of a lower "
     "rank converges slower, or not to it.",
     where="Section 6, training curves; Theorems 3.1 and 4.1",
-    minutes=(11, 200),
+    minutes=(9, 200),
     measure=measure,
 )
