@@ -89,6 +89,8 @@ def curve_panels(
                 axis.set_xlim(left=0)
         if y_scale == "log":
             axis.set_yscale("log")
+        elif all(float(value).is_integer() for curve in curves if curve.group == group for value in curve.y):
+            axis.yaxis.get_major_locator().set_params(integer=True)  # ranks
         if index >= len(groups) - columns:
             axis.set_xlabel(x)
         if index % columns == 0:
