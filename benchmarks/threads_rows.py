@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 
-from benchmarks.measure import Row, Size, ratios
+from benchmarks.measure import QUICK, Row, Size, ratios
 from ranksure.openmp import SPINS
 
 WORK = """
@@ -33,7 +33,7 @@ LONG: dict[str, str] = {}  # what GNU OpenMP does by itself
 
 
 def threads_rows(size: Size) -> list[Row]:
-    seconds = min(2.0, 0.4 * size.runs)
+    seconds = 2.0 if size.runs > QUICK.runs else 0.1
     alone = [(_timed(BRIEFLY, 1, seconds), _timed(ASLEEP, 1, seconds)) for _ in range(size.runs)]
     beside = [(_timed(BRIEFLY, 2, seconds), _timed(LONG, 2, seconds)) for _ in range(size.runs)]
     what = ["eigenvalue decomposition of 384 x 384", "products of 64 x 384 by 384 x 384"]

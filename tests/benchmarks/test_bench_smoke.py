@@ -52,7 +52,8 @@ def test_quick_table_has_every_row(tmp_path: Path, capsys: pytest.CaptureFixture
     for wanted in NAMES:
         assert sum(name.startswith(wanted) for name in names) == 1, wanted
     assert sum(name.startswith("evaluation vs bare products") for name in names) == 4
-    assert len(names) == len(NAMES) + 4
+    assert sum("384 x 384" in name for name in names) == 4  # two kinds of work, alone and beside another process
+    assert len(names) == len(NAMES) + 8
     for row in record["rows"]:
         assert row["values"] and all(math.isfinite(value) and value > 0 for value in row["values"]), row["name"]
         assert math.isfinite(row["median"])
