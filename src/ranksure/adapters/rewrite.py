@@ -76,6 +76,7 @@ def rewrite_adapter(
     *,
     adapter: str = "default",
     source: PathLike | None = None,
+    prefix: str = "",
     dtype: torch.dtype | None = None,
     title: str = "Ranks changed",
     text: str = "",
@@ -96,6 +97,7 @@ def rewrite_adapter(
         out_dir: the folder to create, or an earlier adapter's to replace.
         adapter: the adapter's name in the model.
         source: the folder that the adapter was loaded from: its stored dtype and its other files.
+        prefix: of the names in ``factors``, where they are of a network around ``model``.
         dtype: of the stored factors; by default the source's, or else the loaded adapter's.
         title: heading of the README's new section.
         text: Markdown below it.
@@ -107,6 +109,7 @@ def rewrite_adapter(
             adapter that does not load back as written.
     """
     config, layers = _layers(model, adapter)
+    factors = {name.removeprefix(prefix): pair for name, pair in factors.items()}
     if set(factors) != set(layers):
         odd = sorted(set(factors) ^ set(layers))[0]
         raise AdapterError(f"factors and adapter differ in {odd}: give one pair for every adapted module")

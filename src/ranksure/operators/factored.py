@@ -254,22 +254,14 @@ class FactoredOperator:
         index = next(k for k, group in enumerate(self.groups) if name in group.outputs)
         group, offsets, c = self.groups[index], self._offsets[index], self.n_outputs
         b, p, q = group.outputs[name], u.shape[1], v.shape[1]
-        lengths = offsets[1:] - offsets[:-1]
-        per_sample = max(1, int(lengths.max())) * (c * p + q) + c * p * q
-        step = max(1, _CHUNK_BYTES // (3 * b.element_size() * max(1, per_sample)))
+        longest = max(1, int((offsets[1:] - offsets[:-1]).max()))
+        held = 3 * b.element_size() * (longest * (c * p + q) + c * p * q)
         out = torch.zeros(self.n_samples, c * p, q, dtype=self.dtype, device=self.device)
-        for low in range(0, self.n_samples, step):
-            size = min(step, self.n_samples - low)
-            first, last = int(offsets[low]), int(offsets[low + size])
-            if first == last:
-                continue
-            longest, sample = int(lengths[low : low + size].max()), group.sample[first:last]
-            place = (sample - low) * longest + torch.arange(first, last, device=self.device) - offsets[sample]
-            left = (b[first:last] @ u).flatten(1)
-            right = v[group.inputs[first:last]] if group.is_index else group.inputs[first:last] @ v
-            padded = (x.new_zeros(size * longest, x.shape[1]).index_copy_(0, place, x) for x in (left, right))
-            x, y = (x.view(size, longest, x.shape[1]) for x in padded)
-            out[low : low + size] = x.mT @ y
+        for tokens, samples, place in _sample_chunks(group, offsets, longest, held):
+            left = (b[tokens] @ u).flatten(1)
+            right = v[group.inputs[tokens]] if group.is_index else group.inputs[tokens] @ v
+            x, y = (_padded(part, place, len(samples), longest) for part in (left, right))
+            out[samples.start : samples.stop] = x.mT @ y
         return out.view(self.n_samples * c, p, q)
 
     def jacobians(self) -> dict[str, Tensor]:

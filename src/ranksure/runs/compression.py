@@ -127,10 +127,11 @@ class Compression:
             text += f" Mean loss on the rows measured: {self.before.loss:.6g} before, {self.after.loss:.6g} after."
         return rewrite_adapter(
             model,
-            {module.removeprefix(prefix): pair for module, pair in self.factors.items()},
+            self.factors,
             out_dir,
             adapter=self.adapter,
             source=source,
+            prefix=prefix,
             dtype=self.dtype,
             title="Compressed",
             text=text,

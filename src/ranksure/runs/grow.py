@@ -121,9 +121,16 @@ class Growth:
             "with a new optimizer (the state of the old one does not fit)."
         )
         name = self.certificate.adapter
-        factors = {module.removeprefix(prefix): pair for module, pair in self.factors.items()}
         return rewrite_adapter(
-            model, factors, out_dir, adapter=name, source=source, title="Grown", text=text, write_more=write
+            model,
+            self.factors,
+            out_dir,
+            adapter=name,
+            source=source,
+            prefix=prefix,
+            title="Grown",
+            text=text,
+            write_more=write,
         )
 
 
