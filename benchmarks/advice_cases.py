@@ -18,10 +18,11 @@ from typing import Any
 
 import pandas as pd
 
+from ranksure.bundled.minilm import minilm_path, verify_bundled
+from ranksure.bundled.rotten_tomatoes import REVIEWS_INSTALL, rotten_tomatoes
+from ranksure.bundled.smollm import smollm2_path
+from ranksure.data.texts import Rows, load_rows
 from ranksure.errors import DataError
-from ranksure.tasks.bundled import REVIEWS_INSTALL, minilm_path, rotten_tomatoes, verify_bundled
-from ranksure.tasks.rows import Rows, load_rows
-from ranksure.tasks.smollm import smollm2_path
 
 DATA_FOLDER = Path("out/advice/data")
 """Where the two archives of the data sets that are no Python packages are looked for."""

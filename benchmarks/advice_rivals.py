@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.advice_tail import remembering
 from benchmarks.advice_training import ADAPTER, Bench, Outcome, adapter_layers, nuclear_norm, trained
-from ranksure.adapters.peft_config import exact_targets
+from ranksure.adapters.config import exact_targets
 
 EVA_RANK = 8
 ADALORA_START, ADALORA_TARGET = 12, 8  # PEFT's defaults

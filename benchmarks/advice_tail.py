@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from ranksure.network import frozen, logits_of
-from ranksure.tasks.rows import Rows
+from ranksure.data.texts import Rows
+from ranksure.network.logits import frozen, logits_of
 from ranksure.tasks.text import TextTask
 
 READERS = ("query", "key", "value", "q_proj", "k_proj", "v_proj", "input_layernorm")

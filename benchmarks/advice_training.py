@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks.advice_tail import Store, Tail, remembering
-from ranksure.adapters.peft_config import lora_config
-from ranksure.network import logits_of, predict
-from ranksure.tasks.rows import Rows
+from ranksure.adapters.config import lora_config
+from ranksure.data.texts import Rows
+from ranksure.network.logits import logits_of, predict
 from ranksure.tasks.text import TextTask
 
 ADAPTER = "default"

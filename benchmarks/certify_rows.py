@@ -27,10 +27,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.growth_rows import _resident
 from benchmarks.measure import Row, Size, duration, paired, ratios
 from benchmarks.setting import setting
-from ranksure.modules import base_layer
-from ranksure.runs.certify import certify
-from ranksure.runs.lora import read_adapter
-from ranksure.runs.result import RunCertificate
+from ranksure.adapters.loaded import read_adapter
+from ranksure.network.targets import base_layer
+from ranksure.runs.certificate.certify import certify
+from ranksure.runs.certificate.result import RunCertificate
 
 TARGET = 1.3
 RANK = 8

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.measure import Row, Size, duration, paired, ratios
 from benchmarks.setting import captured_problem
-from ranksure.operators.base import Factors
+from ranksure.factors import Factors
 from ranksure.operators.factored import FactoredOperator
 
 

@@ -30,15 +30,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.setting import SHARE
+from ranksure.adapters.loaded import read_adapter
 from ranksure.certificate import lambda_max
 from ranksure.losses import get_loss
-from ranksure.network import frozen, logits_of
+from ranksure.network.logits import frozen, logits_of
 from ranksure.operators.dense import DenseOperator
 from ranksure.problem import Problem
-from ranksure.runs.certify import TOLERANCE, certify
-from ranksure.runs.compress import compress
-from ranksure.runs.grow import grow
-from ranksure.runs.lora import read_adapter
+from ranksure.runs.certificate.certify import TOLERANCE, certify
+from ranksure.runs.resizing.compress import compress
+from ranksure.runs.resizing.grow import grow
 from ranksure.solvers.burer_monteiro import solve
 
 CERTIFY_EVERY = 25
@@ -121,10 +121,10 @@ TARGETS = ("query", "value", "q_proj", "v_proj")
 
 def problem(samples: int, kind: str, share: float) -> tuple[Tail, list[dict[str, Tensor]], float]:
     """The tail, its batches, and lambda."""
+    from ranksure.bundled.names import DATA, MODELS
     from ranksure.planner.prepare import linearise, prepare
     from ranksure.planner.settings import PlanSettings
     from ranksure.progress import Clock, Silent
-    from ranksure.tasks.named import DATA, MODELS
 
     model_name, data_name, special = TASKS[kind]
     settings = PlanSettings(

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from ranksure.bundled.minilm import minilm_path
+from ranksure.bundled.rotten_tomatoes import rotten_tomatoes
 from ranksure.capture import capture
 from ranksure.certificate import lambda_max
 from ranksure.losses import CrossEntropy
-from ranksure.modules import select_targets
+from ranksure.network.targets import select_targets
 from ranksure.operators.factored import FactoredOperator
 from ranksure.problem import Problem, uniform_penalty
-from ranksure.tasks.bundled import minilm_path, rotten_tomatoes
 from ranksure.tasks.head import fit_head, head_features, install_head
 
 N_OUTPUTS = 2

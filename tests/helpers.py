@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ranksure.certificate import lambda_max
+from ranksure.factors import Delta, Factors
 from ranksure.losses import get_loss
-from ranksure.operators.base import Delta, Factors, TangentOperator
+from ranksure.operators.base import TangentOperator
 from ranksure.operators.dense import DenseOperator
 from ranksure.operators.factored import FactoredOperator, Group
 from ranksure.problem import Problem

@@ -24,8 +24,8 @@ from transformers.pytorch_utils import Conv1D
 from ranksure.capture import capture, check_memory, estimate_bytes
 from ranksure.errors import CaptureError, MemoryBudgetError
 from ranksure.losses import get_loss
-from ranksure.modules import base_layer, select_targets, to_weight_shape
-from ranksure.network import batch_rows, logits_of, predict
+from ranksure.network.logits import batch_rows, logits_of, predict
+from ranksure.network.targets import base_layer, select_targets, to_weight_shape
 from ranksure.operators.dense import DenseOperator
 from tests.helpers import generator_of, randn, updates
 

@@ -9,19 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ranksure.certificate import (
-    captured_interval,
-    certify,
-    lambda_max,
-    nuclear_norms,
-    spectral_upper_bounds,
-)
+from ranksure.certificate import captured_interval, certify, lambda_max, spectral_upper_bounds
+from ranksure.factors import balanced, nuclear_norms
 from ranksure.losses import get_loss
 from ranksure.operators.base import zero_factors
 from ranksure.operators.dense import DenseOperator
 from ranksure.operators.factored import FactoredOperator
 from ranksure.problem import Problem
-from ranksure.solvers.balancing import balanced
 from ranksure.solvers.burer_monteiro import solve
 from tests.helpers import (
     LOSS_NAMES,

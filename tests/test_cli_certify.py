@@ -10,7 +10,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from ranksure.cli import main
-from ranksure.runs.loading import DataSettings, load_run, read_data
+from ranksure.runs.saved.data import DataSettings, read_data
+from ranksure.runs.saved.open import load_run
 from tests.runs.tiny_runs import PAIRS, classifier, language_model, save_llama, save_pairs
 from tests.tiny_text import save_bert, save_csv, strict_json
 
@@ -74,7 +75,7 @@ def test_a_classifier(here, call, capsys):
 
 
 def test_the_file_agrees_with_the_library(here, call):
-    from ranksure.runs.certify import certify
+    from ranksure.runs.certificate.certify import certify
 
     assert call("causal", "--data", "pairs.jsonl", "--weighting", "sample", "--out", "results/one") == 0
     found = strict_json((here / "results" / "one" / "certificate.json").read_text())

@@ -6,7 +6,7 @@ from torch import nn
 
 from ranksure.capture import capture
 from ranksure.losses import CrossEntropy
-from ranksure.modules import select_targets
+from ranksure.network.targets import select_targets
 
 pytestmark = pytest.mark.gpu
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from ranksure.certificate import certify, lambda_max
 from ranksure.errors import SettingError
+from ranksure.factors import balanced
 from ranksure.operators.factored import FactoredOperator
 from ranksure.operators.matrix_free import MatrixFreeOperator
 from ranksure.perturbation import Perturbation, random_perturbation
-from ranksure.solvers.balancing import balanced
 from tests.helpers import LOSS_NAMES, SHAPES, densified, random_factors, random_problem, token_group
 
 seeds = st.integers(0, 10_000)

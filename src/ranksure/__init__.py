@@ -27,21 +27,21 @@ if TYPE_CHECKING:
     from ranksure.certificate import certify as certify_point
     from ranksure.errors import RanksureError
     from ranksure.losses import get_loss
-    from ranksure.modules import select_targets
+    from ranksure.network.targets import select_targets
     from ranksure.planner.result import PlanResult
     from ranksure.planner.run import plan
     from ranksure.problem import Problem
     from ranksure.report.page import write_report
-    from ranksure.runs.callback import CertificateCallback
-    from ranksure.runs.certify import certify
-    from ranksure.runs.compress import compress
-    from ranksure.runs.fit import fit
-    from ranksure.runs.fit_result import FitResult
-    from ranksure.runs.grow import grow
-    from ranksure.runs.optimizer import l2_optimizer, parameter_groups
-    from ranksure.runs.planned_head import install_planned_head
-    from ranksure.runs.result import RunCertificate
-    from ranksure.runs.training import mean_loss_function
+    from ranksure.runs.certificate.callback import CertificateCallback
+    from ranksure.runs.certificate.certify import certify
+    from ranksure.runs.certificate.result import RunCertificate
+    from ranksure.runs.fitting.fit import fit
+    from ranksure.runs.fitting.optimizer import l2_optimizer, parameter_groups
+    from ranksure.runs.fitting.planned_head import install_planned_head
+    from ranksure.runs.fitting.result import FitResult
+    from ranksure.runs.fitting.trainer import mean_loss_function
+    from ranksure.runs.resizing.compress import compress
+    from ranksure.runs.resizing.grow import grow
     from ranksure.solvers.burer_monteiro import solve
     from ranksure.solvers.solution import Solution
     from ranksure.theory.rank_reduction import reduce_rank
@@ -75,27 +75,27 @@ __all__ = [
 
 _WHERE = {
     "Certificate": "certificate:Certificate",
-    "CertificateCallback": "runs.callback:CertificateCallback",
-    "FitResult": "runs.fit_result:FitResult",
+    "CertificateCallback": "runs.certificate.callback:CertificateCallback",
+    "FitResult": "runs.fitting.result:FitResult",
     "PlanResult": "planner.result:PlanResult",
     "Problem": "problem:Problem",
     "RanksureError": "errors:RanksureError",
-    "RunCertificate": "runs.result:RunCertificate",
+    "RunCertificate": "runs.certificate.result:RunCertificate",
     "Solution": "solvers.solution:Solution",
-    "certify": "runs.certify:certify",
+    "certify": "runs.certificate.certify:certify",
     "certify_point": "certificate:certify",
-    "compress": "runs.compress:compress",
-    "fit": "runs.fit:fit",
+    "compress": "runs.resizing.compress:compress",
+    "fit": "runs.fitting.fit:fit",
     "get_loss": "losses:get_loss",
-    "grow": "runs.grow:grow",
-    "install_planned_head": "runs.planned_head:install_planned_head",
-    "l2_optimizer": "runs.optimizer:l2_optimizer",
+    "grow": "runs.resizing.grow:grow",
+    "install_planned_head": "runs.fitting.planned_head:install_planned_head",
+    "l2_optimizer": "runs.fitting.optimizer:l2_optimizer",
     "lambda_max": "certificate:lambda_max",
-    "mean_loss_function": "runs.training:mean_loss_function",
-    "parameter_groups": "runs.optimizer:parameter_groups",
+    "mean_loss_function": "runs.fitting.trainer:mean_loss_function",
+    "parameter_groups": "runs.fitting.optimizer:parameter_groups",
     "plan": "planner.run:plan",
     "reduce_rank": "theory.rank_reduction:reduce_rank",
-    "select_targets": "modules:select_targets",
+    "select_targets": "network.targets:select_targets",
     "solve": "solvers.burer_monteiro:solve",
     "write_report": "report.page:write_report",
 }

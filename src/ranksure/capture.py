@@ -5,7 +5,7 @@ samples do not interact: the gradient at a layer's output for the sum over sampl
 sample's own gradient in that sample's rows. That is checked, not assumed (a backward pass for one
 sample alone must leave every other sample's rows exactly zero).
 
-How inputs and gradients are recorded, and for which networks that holds, is in ``recording.py``.
+How inputs and gradients are recorded, and for which networks that holds, is in ``network/hooks.py``.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from ranksure.errors import CaptureError, MemoryBudgetError
-from ranksure.modules import base_layer, block_shape
-from ranksure.network import Batch, batch_rows, check_same_logits, device_of, frozen, logits_of, to_device
+from ranksure.network.hooks import Recorder, Uses, input_tokens, output_tokens
+from ranksure.network.logits import Batch, batch_rows, check_same_logits, device_of, frozen, logits_of, to_device
+from ranksure.network.targets import base_layer, block_shape
 from ranksure.operators.factored import FactoredOperator, Group
-from ranksure.recording import Recorder, Uses, input_tokens, output_tokens
 
 Progress = Callable[[int, int], None]
 """Called with (batches done, batches in all)."""
@@ -57,7 +57,7 @@ def capture(
     Args:
         model: the network; run in evaluation mode with every parameter frozen, both restored.
         batches: batches without labels, in sample order.
-        targets: modules by name (see :func:`ranksure.modules.select_targets`).
+        targets: modules by name (see :func:`ranksure.network.targets.select_targets`).
         contrasts: ``(K, C)`` basis of the logits that the loss can see (``Loss.contrasts``).
         dtype: storage of the factors: float32, bfloat16 (half the memory) or float64.
         memory_bytes: refuse before the work when the factors would take more than this.

@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from ranksure.operators.base import Delta, Factors, cast_factors
+from ranksure.factors import Delta, Factors, nuclear_norms
+from ranksure.operators.base import cast_factors
 from ranksure.problem import Problem
 
 
@@ -85,19 +86,6 @@ class PointState:
     certificate: Certificate
     logits: Tensor
     gradients: Delta
-
-
-def nuclear_norms(factors: Factors) -> dict[str, float]:
-    """Nuclear norm of each update ``u v^T``, in float64."""
-    out: dict[str, float] = {}
-    for name, (u, v) in factors.items():
-        if u.shape[1] == 0:
-            out[name] = 0.0
-            continue
-        ru = torch.linalg.qr(u.double(), mode="r").R
-        rv = torch.linalg.qr(v.double(), mode="r").R
-        out[name] = float(torch.linalg.svdvals(ru @ rv.T).sum())
-    return out
 
 
 def spectral_upper_bounds(gradients: Delta, errors: dict[str, float]) -> dict[str, float]:

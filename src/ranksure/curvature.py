@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ranksure.certificate import PointState
 from ranksure.errors import SettingError
-from ranksure.operators.base import Factors
+from ranksure.factors import Factors
 from ranksure.operators.dense import DenseOperator
 from ranksure.operators.factored import FactoredOperator
 from ranksure.problem import Problem

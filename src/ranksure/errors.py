@@ -37,3 +37,14 @@ class SettingError(RanksureError):
 
 class AdapterError(RanksureError):
     """A PEFT adapter that cannot be written or does not load back as written."""
+
+
+def shown(value: object, limit: int = 40) -> str:
+    """A value as errors show it: quoted, and cut to ``limit`` characters."""
+    text = repr(value[:limit]) if isinstance(value, str) else repr(value)[:limit]
+    return text + "..." if len(value if isinstance(value, str) else repr(value)) > limit else text
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of a dependency's error message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -10,7 +10,7 @@ Lipschitz and smoothness constants are with respect to the Euclidean norm of one
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -219,3 +219,15 @@ def _negative_entropy(p: Tensor) -> Tensor:
     outside = p < -_domain_tolerance(p)
     p = p.clamp(min=0)
     return torch.where(outside, math.inf, torch.special.xlogy(p, p))
+
+
+def accuracy(logits: Tensor, labels: Tensor, loss: Loss) -> float | None:
+    """Share of rows whose largest logit (or sign) is the label; None for regression."""
+    if loss.name == "squared-error":
+        return None
+    guess = logits.argmax(1) if loss.name == "cross-entropy" else (logits[:, 0] > 0).to(labels.dtype)
+    truth = labels if labels.dim() == 1 else labels[:, 0]
+    return float((guess == truth).double().mean())
+
+
+Kind = Literal["cross-entropy", "logistic", "squared-error"]

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ranksure.certificate import PointState, certify
 from ranksure.errors import SettingError
-from ranksure.operators.base import Factors, cast_factors
+from ranksure.factors import Factors
+from ranksure.operators.base import cast_factors
 from ranksure.operators.dense import DenseOperator
 from ranksure.operators.factored import FactoredOperator
 from ranksure.problem import Problem

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from ranksure.errors import SettingError
+from ranksure.factors import Factors
 from ranksure.losses import Loss
-from ranksure.operators.base import Factors, TangentOperator
+from ranksure.operators.base import TangentOperator
 from ranksure.operators.factored import FactoredOperator
 from ranksure.operators.span import SpanBases, reduce_to_span
 

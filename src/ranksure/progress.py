@@ -7,9 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
 Advance = Callable[[int, int], None]
 
 
@@ -28,23 +25,6 @@ class Silent:
     def stage(self, title: str) -> Iterator[Advance]:
         """A stage that nobody sees."""
         yield lambda done, total: None
-
-
-class RichReporter:
-    """Progress bars on a console."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-
-    @contextmanager
-    def stage(self, title: str) -> Iterator[Advance]:
-        """A bar that disappears when its stage is done."""
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-        # Where nobody watches, a bar that disappears would leave an empty line behind.
-        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
-            task = progress.add_task(title, total=None)
-            yield lambda done, total: progress.update(task, completed=done, total=total)
-        self.console.print(f"[dim]done[/dim] {title}", highlight=False)
 
 
 class Clock:

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-from ranksure.adapters.low_rank_hooks import applied
-from ranksure.adapters.peft_export import export_adapter, export_mean_pooled, export_merged
+from ranksure.adapters.export import export_adapter, export_mean_pooled, export_merged
+from ranksure.network.side_path import applied
 from tests.adapters.networks import (
     assert_unchanged,
     edited,

@@ -16,9 +16,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ranksure.adapters.loaded import read_adapter
 from ranksure.adapters.rewrite import base_of, rewrite_adapter, stored_dtype
 from ranksure.errors import AdapterError
-from ranksure.runs.lora import read_adapter
 from tests.adapters.networks import Suffixes, assert_unchanged, edited, save_bert, save_gpt2, snapshot, with_new_head
 
 IDS = torch.tensor([[1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1], [7, 7, 8, 9, 10, 3]])

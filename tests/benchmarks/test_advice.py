@@ -19,8 +19,8 @@ from benchmarks.advice_rivals import adalora, eva
 from benchmarks.advice_table import captured, choices, data_size_rank, duel, tables, threshold, within_error
 from benchmarks.advice_tail import Tail, remembering
 from benchmarks.advice_training import Bench, Rule, adapter_layers, last_layer, nuclear_norm
-from ranksure.network import predict
-from ranksure.tasks.rows import Rows, load_rows
+from ranksure.data.texts import Rows, load_rows
+from ranksure.network.logits import predict
 from ranksure.tasks.text import TextTask, load_text_task
 from tests.tiny_text import VOCABULARY, frame, save_bert, save_gpt2
 

@@ -9,8 +9,8 @@ import torch
 
 from ranksure.certificate import certify
 from ranksure.errors import SettingError
+from ranksure.factors import Factors
 from ranksure.lab.instances import Trap, gaussian_problem, spurious_instance, two_block_instance
-from ranksure.operators.base import Factors
 from ranksure.theory.bounds import existence_rank, is_within_existence, landscape_rank, meets_landscape
 from tests.helpers import (
     convex_optimum,

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from ranksure.factors import Factors
 from ranksure.lab.cells import Cell
 from ranksure.lab.instances import gaussian_problem, spurious_instance
 from ranksure.lab.landscape import (
@@ -21,7 +22,6 @@ from ranksure.lab.landscape import (
     stacked,
 )
 from ranksure.losses import get_loss
-from ranksure.operators.base import Factors
 from ranksure.operators.dense import DenseOperator
 from ranksure.perturbation import random_perturbation
 from ranksure.problem import Problem

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ranksure.capture import capture
-from ranksure.operators.base import cast_factors, ranks_of, zero_factors
+from ranksure.factors import ranks_of
+from ranksure.operators.base import cast_factors, zero_factors
 from ranksure.operators.dense import DenseOperator
 from ranksure.operators.factored import FactoredOperator, Group
 from ranksure.operators.matrix_free import MatrixFreeOperator

@@ -18,10 +18,10 @@ from rich.console import Console
 from transformers import AutoModel, AutoTokenizer
 
 import ranksure
+from ranksure.data.texts import Rows
 from ranksure.errors import AdapterError, CaptureError, DataError, MemoryBudgetError, RanksureError, SettingError
 from ranksure.planner.render import show
 from ranksure.planner.result import PlanResult
-from ranksure.tasks.rows import Rows
 from ranksure.theory.bounds import existence_rank, landscape_rank
 from tests.adapters.networks import edited, first_snippet
 from tests.adapters.test_fresh_process import run_fresh, worst

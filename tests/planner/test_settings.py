@@ -4,7 +4,9 @@ from typing import Any
 import pytest
 
 from ranksure.errors import RanksureError
-from ranksure.planner.settings import PlanSettings, parse_memory, parse_ranks, parse_target_modules
+from ranksure.network.targets import parse_target_modules
+from ranksure.planner.settings import PlanSettings, parse_ranks
+from ranksure.quantities import parse_memory
 
 
 @pytest.mark.parametrize(

@@ -17,15 +17,15 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from ranksure.errors import DataError, SettingError
-from ranksure.report.config import pattern, source, written
-from ranksure.report.heat import Grid, heat_map, level
-from ranksure.report.names import clean, places
+from ranksure.report.heat_map import Grid, heat_map, level
+from ranksure.report.lora_source import pattern, source, written
+from ranksure.report.module_places import clean, places
 from ranksure.report.page import write_report
 from ranksure.report.records import find
 from ranksure.report.sections import plan, reproduction
 from ranksure.report.spectrum import singular_values
 from ranksure.report.svg import INKS, render
-from ranksure.report.text import after, listed, number, percent, power, share
+from ranksure.report.wording import after, listed, number, percent, power, share
 from tests.report import records
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from ranksure.network import predict
+from ranksure.network.logits import predict
 from ranksure.progress import Silent
 from ranksure.reproduce.network import RealNetwork, full_fine_tuning
 from ranksure.reproduce.prepared import Prepared

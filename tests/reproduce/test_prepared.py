@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from ranksure.certificate import certify
+from ranksure.data.texts import load_rows
 from ranksure.errors import DataError, ModelError
-from ranksure.network import predict
+from ranksure.network.logits import predict
 from ranksure.progress import Silent
 from ranksure.reproduce.experiment import Run
 from ranksure.reproduce.prepared import Prepared, split
 from ranksure.reproduce.storage import Parts
-from ranksure.tasks.rows import load_rows
 from tests.reproduce.tiny import tiny_setting
 from tests.tiny_text import frame
 

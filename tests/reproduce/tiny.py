@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ranksure.data.texts import load_rows
 from ranksure.reproduce.settings import Setting
-from ranksure.tasks.rows import load_rows
 from tests.tiny_text import frame, save_bert
 
 

@@ -12,11 +12,11 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ranksure.adapters.loaded import read_adapter
 from ranksure.losses import get_loss
-from ranksure.modules import to_weight_shape
+from ranksure.network.targets import to_weight_shape
 from ranksure.operators.dense import DenseOperator
 from ranksure.problem import Problem
-from ranksure.runs.lora import read_adapter
 
 
 class Linear(nn.Module):

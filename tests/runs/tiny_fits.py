@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 import ranksure
-from ranksure.runs.fit import fit
-from ranksure.runs.fit_result import FitResult
+from ranksure.runs.fitting.fit import fit
+from ranksure.runs.fitting.result import FitResult
 from tests.tiny_text import save_bert, save_csv
 
 ADAPTER = "adapter_model.safetensors"

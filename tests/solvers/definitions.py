@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ranksure.operators.base import Factors
+from ranksure.factors import Factors
 from ranksure.perturbation import Perturbation
 from ranksure.problem import Problem
 

@@ -10,13 +10,12 @@ from hypothesis import strategies as st
 
 from ranksure.certificate import certify, lambda_max
 from ranksure.curvature import inertia
+from ranksure.factors import balanced, ranks_of, singular_values, truncated
 from ranksure.losses import get_loss
-from ranksure.operators.base import ranks_of
 from ranksure.operators.dense import DenseOperator
 from ranksure.operators.factored import FactoredOperator
 from ranksure.operators.matrix_free import MatrixFreeOperator
 from ranksure.problem import Problem
-from ranksure.solvers.balancing import balanced, singular_values, truncated
 from ranksure.solvers.burer_monteiro import _add_directions, solve
 from ranksure.solvers.fixed_rank import solve_fixed_rank
 from tests.helpers import (

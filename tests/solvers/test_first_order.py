@@ -10,8 +10,8 @@ import torch
 
 from ranksure.certificate import certify
 from ranksure.errors import SettingError
+from ranksure.factors import Factors
 from ranksure.losses import CrossEntropy, Loss
-from ranksure.operators.base import Factors
 from ranksure.perturbation import random_perturbation
 from ranksure.problem import Problem
 from ranksure.solvers.burer_monteiro import solve

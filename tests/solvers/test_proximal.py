@@ -8,8 +8,9 @@ import math
 import pytest
 import torch
 
-from ranksure.certificate import certify, lambda_max, nuclear_norms
+from ranksure.certificate import certify, lambda_max
 from ranksure.errors import SettingError
+from ranksure.factors import nuclear_norms
 from ranksure.losses import CrossEntropy, Loss, SquaredError
 from ranksure.operators.dense import DenseOperator
 from ranksure.operators.factored import FactoredOperator

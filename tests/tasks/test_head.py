@@ -10,9 +10,9 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor, nn
 
+from ranksure.data.texts import load_rows
 from ranksure.losses import get_loss
 from ranksure.tasks.head import RIDGES, HeadFit, fit_head, head_features, install_head
-from ranksure.tasks.rows import load_rows
 from ranksure.tasks.text import load_text_task
 from tests.helpers import generator_of, randn
 from tests.tiny_text import frame, save_bert, save_gpt2, save_roberta

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 import ranksure
+from ranksure.bundled.names import DATA, MODELS, named_data, named_model
+from ranksure.data.images import ImageRows, image_rows
+from ranksure.data.texts import Rows
 from ranksure.errors import DataError, SettingError
-from ranksure.tasks.images import ImageRows, image_rows
 from ranksure.tasks.load import load_samples, load_task
-from ranksure.tasks.named import DATA, MODELS, named_data, named_model
-from ranksure.tasks.rows import Rows
 from ranksure.tasks.text import TextTask
 from tests.tiny_text import save_bert, save_csv
 

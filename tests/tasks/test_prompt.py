@@ -16,13 +16,13 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from ranksure.bundled.smollm import smollm2_path
+from ranksure.data.texts import Rows
 from ranksure.errors import ModelError, RanksureError, SettingError
-from ranksure.network import predict
+from ranksure.network.logits import predict
 from ranksure.tasks.load import load_task
 from ranksure.tasks.prompt import PromptTask, class_offsets, load_prompt_task
-from ranksure.tasks.rows import Rows
-from ranksure.tasks.smollm import smollm2_path
-from ranksure.tasks.verbalized import Verbalized
+from ranksure.tasks.prompt_model import Verbalized
 from tests.tasks.prompt_parts import (
     CHEMISTRY,
     MOLECULES,

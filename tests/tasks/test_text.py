@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, BertModel
 
+from ranksure.data.texts import Rows, load_rows
 from ranksure.errors import ModelError, RanksureError, SettingError
-from ranksure.tasks.rows import Rows, load_rows
 from ranksure.tasks.text import TextTask, load_text_task
 from tests.tiny_text import (
     VOCABULARY,

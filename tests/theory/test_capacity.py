@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ranksure.errors import SettingError
-from ranksure.operators.base import Factors
+from ranksure.factors import Factors
 from ranksure.solvers.burer_monteiro import solve
 from ranksure.solvers.first_order import train_lora
 from ranksure.theory import capacity

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ranksure.errors import SettingError
+from ranksure.factors import Factors, ranks_of
 from ranksure.losses import get_loss
-from ranksure.operators.base import Factors, ranks_of
 from ranksure.operators.dense import DenseOperator
 from ranksure.operators.factored import FactoredOperator
 from ranksure.operators.matrix_free import MatrixFreeOperator

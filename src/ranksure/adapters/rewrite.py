@@ -27,13 +27,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ranksure.adapters.aliasing import alias_model, quietly
-from ranksure.adapters.low_rank_hooks import check_factors
-from ranksure.adapters.peft_config import exact_pattern, exact_targets
+from ranksure.adapters.config import exact_pattern, exact_targets
 from ranksure.adapters.readme import auto_class, base_settings, labels_of, loading_snippet, moved_readme
-from ranksure.adapters.staging import staged_folder
 from ranksure.errors import AdapterError
-from ranksure.modules import base_layer
-from ranksure.operators.base import Factors
+from ranksure.factors import Factors
+from ranksure.files import staged_folder
+from ranksure.network.side_path import check_factors
+from ranksure.network.targets import base_layer
 
 PathLike = str | os.PathLike[str]
 _PREFIX = "base_model.model."

@@ -49,8 +49,9 @@ from ranksure.cli.report import report_beside
 from ranksure.cli.terminal import command_line, width
 
 if TYPE_CHECKING:
-    from ranksure.runs.loading import LoadedRun, RunData
-    from ranksure.runs.result import RunCertificate
+    from ranksure.runs.certificate.result import RunCertificate
+    from ranksure.runs.saved.data import RunData
+    from ranksure.runs.saved.open import LoadedRun
 
 _EXAMPLES = """
 [bold]Examples[/bold]
@@ -123,17 +124,17 @@ def certify_command(
 ) -> None:
     """Is this LoRA run done, is its rank the limit, and what comes next? One gradient pass over its data."""
     given = dict(locals())
-    from ranksure.runs.report import check_place, full_record, sampled, write_record
+    from ranksure.runs.certificate.record import check_place, full_record, sampled, write_record
 
     place = adapter_dir if out is None else out
     check_place(place, create=out is not None)
+    from ranksure.cli.terminal import RichReporter
     from ranksure.errors import SettingError
-    from ranksure.planner.settings import parse_memory
-    from ranksure.progress import RichReporter
-    from ranksure.runs.certify import certify
-    from ranksure.runs.loading import DataSettings
-    from ranksure.runs.opening import open_run
-    from ranksure.runs.render import show_certificate
+    from ranksure.quantities import parse_memory
+    from ranksure.runs.certificate.certify import certify
+    from ranksure.runs.certificate.render import show_certificate
+    from ranksure.runs.saved.data import DataSettings
+    from ranksure.runs.saved.open import open_run
 
     memory_bytes = parse_memory(memory)
     own = ("image_column", "audio_column", "samples", "seed", "packing")

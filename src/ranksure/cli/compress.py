@@ -43,7 +43,7 @@ from ranksure.cli.runs import check_out, load, provenance, show_notes
 from ranksure.cli.terminal import command_line, width
 
 if TYPE_CHECKING:
-    from ranksure.runs.compression import Compression
+    from ranksure.runs.resizing.compress_result import Compression
 
 _EXAMPLES = """
 [bold]Examples[/bold]
@@ -104,9 +104,9 @@ def compress_command(
     """Lower the ranks of a trained adapter, with the true loss before and after."""
     given = dict(locals())
     check_out(out)
-    from ranksure.planner.settings import parse_memory
-    from ranksure.progress import RichReporter
-    from ranksure.runs.compress import check_settings, compress
+    from ranksure.cli.terminal import RichReporter
+    from ranksure.quantities import parse_memory
+    from ranksure.runs.resizing.compress import check_settings, compress
 
     chosen: Any = level or ("lossless" if captured is None and max_loss_increase is None else "budget")
     check_settings(chosen, captured, max_loss_increase, weight_decay, lam, has_data=data is not None)

@@ -172,9 +172,9 @@ def fit_command(
     settings: dict[str, Any] = dict(locals())
     for name in ("out", "plan", "model", "data", "json"):
         settings.pop(name)
-    from ranksure.planner.settings import parse_target_modules
-    from ranksure.progress import RichReporter
-    from ranksure.runs.fit import fit
+    from ranksure.cli.terminal import RichReporter
+    from ranksure.network.targets import parse_target_modules
+    from ranksure.runs.fitting.fit import fit
 
     settings["target_modules"] = parse_target_modules(target_modules)
     settings["gradient_accumulation_steps"] = _accumulation(gradient_accumulation_steps)

@@ -45,7 +45,7 @@ from ranksure.cli.runs import check_out, load, provenance, show_notes
 from ranksure.cli.terminal import command_line, width
 
 if TYPE_CHECKING:
-    from ranksure.runs.grow import Growth
+    from ranksure.runs.resizing.grow import Growth
 
 _EXAMPLES = """
 [bold]Examples[/bold]
@@ -94,9 +94,9 @@ def grow_command(
     """Add the missing directions to the modules whose rank is the limit; no prediction changes."""
     given = dict(locals())
     check_out(out)
-    from ranksure.planner.settings import parse_memory
-    from ranksure.progress import RichReporter
-    from ranksure.runs.grow import grow
+    from ranksure.cli.terminal import RichReporter
+    from ranksure.quantities import parse_memory
+    from ranksure.runs.resizing.grow import grow
 
     memory_bytes = parse_memory(memory)
     reporter = RichReporter(Console(stderr=True))

@@ -35,9 +35,9 @@ def lab_command(
     json: Annotated[bool, typer.Option("--json", help="The record on standard output, all else on error.")] = False,
 ) -> None:
     """Measure a claim of the literature: what is claimed, what was measured, and whether they agree."""
+    from ranksure.cli.terminal import RichReporter
     from ranksure.lab.entry import Run
     from ranksure.lab.run import load, measure, names, write
-    from ranksure.progress import RichReporter
 
     console = Console(stderr=json, width=width())
     if name is None:

@@ -119,7 +119,8 @@ def plan_command(
     json: Json = False,
 ) -> None:
     """Find the LoRA rank that a fine-tuning needs, and prove the answer."""
-    from ranksure.planner.settings import parse_ranks, parse_target_modules
+    from ranksure.network.targets import parse_target_modules
+    from ranksure.planner.settings import parse_ranks
 
     settings: dict[str, Any] = {
         "task": task,
@@ -182,8 +183,9 @@ def demo_command(
     A second part solves the same rows under mean pooling at a weight decay of 10% of lambda_max, which is
     weaker than held-out loss advises, to show a rank that training cannot leave (OUT/weak-decay).
     """
+    from ranksure.bundled.minilm import minilm_path
+    from ranksure.bundled.rotten_tomatoes import rotten_tomatoes
     from ranksure.planner.settings import parse_ranks
-    from ranksure.tasks.bundled import minilm_path, rotten_tomatoes
 
     settings: dict[str, Any] = {
         "target_modules": ["query", "value"],
@@ -225,11 +227,12 @@ def _plan(
 ) -> None:
     if out is not None:
         _check_writable(out)
+    from ranksure.cli.terminal import RichReporter
     from ranksure.planner.prepare import estimate, prepare
     from ranksure.planner.render import show, show_estimate
     from ranksure.planner.run import run_plan
     from ranksure.planner.settings import PlanSettings
-    from ranksure.progress import Clock, RichReporter
+    from ranksure.progress import Clock
 
     console = Console(stderr=json, width=width())
     clock = Clock(RichReporter(Console(stderr=True)))

@@ -51,8 +51,8 @@ def reproduce_command(
     json: Annotated[bool, typer.Option("--json", help="The records on standard output, all else on error.")] = False,
 ) -> None:
     """Run the experiments of the paper: what is claimed, what was measured, and whether they agree."""
+    from ranksure.cli.terminal import RichReporter
     from ranksure.errors import RanksureError, SettingError
-    from ranksure.progress import RichReporter
     from ranksure.reproduce.experiment import Run
     from ranksure.reproduce.run import chosen, load, measure, minutes, write
     from ranksure.reproduce.run import names as known

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 
 if TYPE_CHECKING:
-    from ranksure.runs.loading import LoadedRun, RunData
+    from ranksure.runs.saved.data import RunData
+    from ranksure.runs.saved.open import LoadedRun
 
 
 def load(
@@ -18,8 +19,8 @@ def load(
 ) -> tuple[LoadedRun, RunData | None]:
     """The run and its data, if any was named."""
     from ranksure.errors import SettingError
-    from ranksure.runs.loading import DataSettings, load_run
-    from ranksure.runs.opening import open_run, task_of
+    from ranksure.runs.saved.data import DataSettings
+    from ranksure.runs.saved.open import load_run, open_run, task_of
 
     if weighting not in ("token", "sample"):
         raise SettingError(f"unknown weighting {weighting!r}: use token or sample")

@@ -8,14 +8,15 @@ from typing import Literal
 
 import torch
 
+from ranksure.bundled.minilm import minilm_path
+from ranksure.bundled.rotten_tomatoes import rotten_tomatoes
 from ranksure.capture import Progress, capture
 from ranksure.certificate import lambda_max
 from ranksure.errors import SettingError
 from ranksure.losses import CrossEntropy
-from ranksure.modules import select_targets
+from ranksure.network.targets import select_targets
 from ranksure.operators.factored import FactoredOperator
 from ranksure.problem import Problem, uniform_penalty
-from ranksure.tasks.bundled import minilm_path, rotten_tomatoes
 from ranksure.tasks.head import fit_head, head_features, install_head
 from ranksure.tasks.text import load_text_task
 
@@ -36,7 +37,7 @@ def captured(
     Args:
         n: number of samples, the first of the rows shuffled by ``seed``; the head is fitted on them.
         share: ``lambda`` as a share of the smallest one whose optimum is zero, the same for all blocks.
-        modules: target modules (see :func:`ranksure.modules.select_targets`).
+        modules: target modules (see :func:`ranksure.network.targets.select_targets`).
         layers: which layers of them.
         pooling: what the head reads: the model's own choice (the first token) or the mean over tokens.
         seed: seed of the rows and of what the checkpoint leaves to chance.

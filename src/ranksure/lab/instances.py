@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ranksure.certificate import lambda_max
 from ranksure.errors import SettingError
+from ranksure.factors import Factors
 from ranksure.losses import get_loss
-from ranksure.operators.base import Factors
 from ranksure.operators.dense import DenseOperator
 from ranksure.problem import Problem
 

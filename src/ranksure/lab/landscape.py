@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ranksure.operators.base import Factors
+from ranksure.factors import Factors
 from ranksure.problem import Problem
 from ranksure.solvers.burer_monteiro import solve
 from ranksure.solvers.descent import gradient_scale

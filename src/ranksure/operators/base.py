@@ -13,14 +13,7 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-Delta: TypeAlias = dict[str, Tensor]
-"""Block name -> dense update, shape ``(m, n)``."""
-
-Factors: TypeAlias = dict[str, tuple[Tensor, Tensor]]
-"""Block name -> ``(u, v)`` of shapes ``(m, r)`` and ``(n, r)``; the update is ``u v^T``.
-
-Operators also take a leading batch dimension of starts: ``(S, m, r)`` and ``(S, n, r)``.
-"""
+from ranksure.factors import Delta, Factors
 
 Pullback: TypeAlias = Callable[[Tensor], Factors]
 
@@ -86,11 +79,6 @@ def zero_factors(operator: TangentOperator, rank: int = 0, dtype: torch.dtype | 
         )
         for name, (m, n) in operator.shapes.items()
     }
-
-
-def ranks_of(factors: Factors) -> dict[str, int]:
-    """Number of columns of each block's factors."""
-    return {name: u.shape[-1] for name, (u, _) in factors.items()}
 
 
 def cast_factors(factors: Factors, like: TangentOperator) -> Factors:

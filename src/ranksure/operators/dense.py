@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ranksure.operators.base import Delta, Factors, Pullback, TangentOperator
+from ranksure.factors import Delta, Factors
+from ranksure.operators.base import Pullback, TangentOperator
 
 _CHUNK_BYTES = 256 << 20
 

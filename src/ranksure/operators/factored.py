@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ranksure.operators.base import Delta, Factors, Pullback
+from ranksure.factors import Delta, Factors
+from ranksure.operators.base import Pullback
 
 _CHUNK_BYTES = 256 << 20
 

@@ -13,25 +13,13 @@ from contextlib import contextmanager
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers.pytorch_utils import Conv1D
 
-from ranksure.modules import base_layer, block_shape
-from ranksure.network import Batch, batch_rows, device_of, frozen, logits_of, to_device
-from ranksure.operators.base import Delta, Factors, Pullback
-
-
-def side_path(module: nn.Module, x: Tensor, delta: Tensor) -> Tensor:
-    """What a block update ``(m, n)`` adds to the module's output for the input ``x``."""
-    layer = base_layer(module)
-    if isinstance(layer, nn.Embedding):
-        return F.embedding(x, delta.T)
-    if isinstance(layer, nn.Conv2d):
-        kernel = delta.view(layer.out_channels, layer.in_channels, *layer.kernel_size)
-        return F.conv2d(x, kernel, None, layer.stride, layer.padding, layer.dilation)
-    assert isinstance(layer, (nn.Linear, Conv1D))
-    return F.linear(x, delta)
+from ranksure.factors import Delta, Factors
+from ranksure.network.logits import Batch, batch_rows, device_of, frozen, logits_of, to_device
+from ranksure.network.side_path import side_path
+from ranksure.network.targets import block_shape
+from ranksure.operators.base import Pullback
 
 
 class MatrixFreeOperator:
@@ -40,7 +28,7 @@ class MatrixFreeOperator:
     Args:
         model: the network, at the weights to linearise around.
         batches: batches without labels, in sample order.
-        targets: modules by qualified name (see :func:`ranksure.modules.select_targets`).
+        targets: modules by qualified name (see :func:`ranksure.network.targets.select_targets`).
         contrasts: ``(K, C)`` basis of the logits (see ``Loss.contrasts``).
     """
 

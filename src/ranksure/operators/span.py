@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ranksure.operators.base import Factors
+from ranksure.factors import Factors
 from ranksure.operators.factored import FactoredOperator, Group
 
 _WORTH = 0.75  # reduce a side only when it shrinks to this share or less

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,18 +11,18 @@ from torch import Tensor, nn
 
 from ranksure.capture import Progress, capture, estimate_bytes
 from ranksure.certificate import lambda_max
+from ranksure.data.samples import Samples
 from ranksure.errors import DataError, SettingError, TargetError
-from ranksure.losses import Loss, get_loss
-from ranksure.modules import block_shape, select_targets
-from ranksure.network import device_of, frozen, logits_of, predict, to_device
-from ranksure.operators.base import Factors, cast_factors
+from ranksure.losses import Loss, accuracy, get_loss
+from ranksure.network.logits import device_of, frozen, logits_of, predict, to_device
+from ranksure.network.targets import block_shape, select_targets
 from ranksure.operators.factored import FactoredOperator
 from ranksure.planner.settings import PlanSettings
 from ranksure.problem import Problem, uniform_penalty
 from ranksure.progress import Clock
 from ranksure.tasks.head import HeadFit, fit_head, head_features, install_head
+from ranksure.tasks.linearise import HeldOut
 from ranksure.tasks.load import load_samples, load_task
-from ranksure.tasks.samples import Samples
 from ranksure.tasks.task import Task
 
 _SELECT_AT_LEAST = 16
@@ -67,34 +67,6 @@ class Estimate:
 
 
 @dataclass
-class HeldOut:
-    """Rows that the network was captured on but the solver never sees."""
-
-    operator: FactoredOperator
-    base_logits: Tensor
-    labels: Tensor
-    loss: Loss
-    rows: Samples
-
-    def logits(self, factors: Factors) -> Tensor:
-        """Linearised logits, ``(N, K)``, float64."""
-        contrasts = self.loss.contrasts(self.base_logits.shape[1])
-        present = {name: pair for name, pair in factors.items() if pair[0].shape[1] > 0}
-        if not present:
-            return self.base_logits
-        z = self.operator.apply_factors(cast_factors(present, self.operator)).double()
-        return self.base_logits + z @ contrasts.T
-
-    def losses(self, factors: Factors) -> Tensor:
-        """Loss of each row."""
-        return self.loss.value(self.logits(factors), self.labels)
-
-    def accuracy(self, factors: Factors) -> float | None:
-        """Share of rows classified correctly; None for regression."""
-        return accuracy(self.logits(factors), self.labels, self.loss)
-
-
-@dataclass
 class Linearised:
     """The linearised problem at ``lambda = 1`` (see ``Problem.with_penalty``) and what surrounds it."""
 
@@ -105,15 +77,6 @@ class Linearised:
     head: HeadFit | None
     pooling_accuracy: dict[str, float | None] = field(default_factory=dict)
     lambda_max: float = 0.0
-
-
-def accuracy(logits: Tensor, labels: Tensor, loss: Loss) -> float | None:
-    """Share of rows whose largest logit (or sign) is the label; None for regression."""
-    if loss.name == "squared-error":
-        return None
-    guess = logits.argmax(1) if loss.name == "cross-entropy" else (logits[:, 0] > 0).to(labels.dtype)
-    truth = labels if labels.dim() == 1 else labels[:, 0]
-    return float((guess == truth).double().mean())
 
 
 def prepare(model: Any, data: Any, settings: PlanSettings, tokenizer: Any, clock: Clock) -> Prepared:
@@ -319,17 +282,3 @@ def _capture(prepared: Prepared, rows: Samples, advance: Progress) -> tuple[Fact
     )
     # Stored in bfloat16 where asked, worked on in float32.
     return captured.operator.to(torch.float32).select(back), captured.base_logits[back]
-
-
-def at_fewer_samples(problem: Problem, n: int) -> Problem:
-    """The problem on the first ``n`` rows, same head, lambda scaled as ``N^-1/2``."""
-    assert isinstance(problem.operator, FactoredOperator)
-    factor = (problem.operator.n_samples / n) ** 0.5
-    return replace(
-        problem,
-        operator=problem.operator.select(torch.arange(n)),
-        base_logits=problem.base_logits[:n],
-        labels=problem.labels[:n],
-        weights=torch.full((n,), 1 / n),
-        penalty={name: lam * factor for name, lam in problem.penalty.items()},
-    )

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ranksure.certificate import Certificate, captured_interval
-from ranksure.operators.base import Factors, ranks_of
+from ranksure.factors import Factors, ranks_of, singular_values
 from ranksure.operators.factored import FactoredOperator
 from ranksure.problem import Problem
 from ranksure.progress import Advance
-from ranksure.solvers.balancing import singular_values
 from ranksure.solvers.descent import SINGLE_PRECISION
 from ranksure.solvers.fixed_rank import FixedRank, solve_fixed_rank
 from ranksure.solvers.solution import Solution

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from peft import LoraConfig
 
-from ranksure.adapters.merged import export_merged
-from ranksure.adapters.peft_config import axolotl_yaml, config_snippet, lora_config
-from ranksure.adapters.peft_export import export_adapter, export_mean_pooled
-from ranksure.adapters.staging import staged_folder
+from ranksure.adapters.config import axolotl_yaml, config_snippet, lora_config
+from ranksure.adapters.export import export_adapter, export_mean_pooled
+from ranksure.adapters.export_merged import export_merged
 from ranksure.errors import SettingError
-from ranksure.operators.base import Factors
+from ranksure.factors import Factors
+from ranksure.files import staged_folder
 from ranksure.tasks.text import MeanPooled
 from ranksure.theory.generalization import GeneralizationBound
 

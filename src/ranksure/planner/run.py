@@ -7,22 +7,25 @@ from typing import Any
 
 from torch import Tensor
 
-from ranksure.adapters.low_rank_hooks import applied
-from ranksure.adapters.peft_config import lora_config
+from ranksure.adapters.config import lora_config
 from ranksure.capture import check_memory
-from ranksure.network import predict
-from ranksure.operators.base import Factors
+from ranksure.factors import Factors
+from ranksure.losses import accuracy
+from ranksure.network.logits import predict
+from ranksure.network.side_path import applied
 from ranksure.operators.factored import FactoredOperator
-from ranksure.planner.prepare import HeldOut, Linearised, Prepared, accuracy, estimate, linearise, prepare
+from ranksure.planner.prepare import Linearised, Prepared, estimate, linearise, prepare
 from ranksure.planner.ranks import RankTable, clipped, parameters, rank_table, smallest_pattern
 from ranksure.planner.result import PlanResult, generalization_json
-from ranksure.planner.scaling import extrapolate, subset_row, subset_rows
-from ranksure.planner.settings import PlanSettings, parse_share
+from ranksure.planner.settings import PlanSettings
+from ranksure.planner.subsets import extrapolate, subset_row, subset_rows
 from ranksure.problem import Problem
 from ranksure.progress import Advance, Clock, Reporter, Silent
+from ranksure.quantities import parse_share
 from ranksure.solvers.burer_monteiro import solve
 from ranksure.solvers.path import PathPoint, lambda_path
 from ranksure.solvers.solution import Solution
+from ranksure.tasks.linearise import HeldOut
 from ranksure.theory.bounds import existence_bounds, landscape_bounds, numerical_rank
 from ranksure.theory.generalization import GeneralizationBound, generalization_bound
 
@@ -44,7 +47,7 @@ def plan(
     Args:
         model: model folder, Hub id, or a sequence-classification model in memory.
         data: ``.csv``, ``.tsv``, ``.jsonl`` or ``.parquet`` file, ``save_to_disk`` folder, Hub id, data
-            frame, data set, or :class:`~ranksure.tasks.rows.Rows`.
+            frame, data set, or :class:`~ranksure.data.texts.Rows`.
         tokenizer: needed with a model in memory.
         reporter: receives progress.
         **settings: see :class:`~ranksure.planner.settings.PlanSettings`.

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from ranksure.errors import SettingError
 from ranksure.losses import get_loss
-from ranksure.modules import parse_layers
+from ranksure.network.targets import parse_layers
+from ranksure.quantities import _UNITS, parse_memory, parse_share
 from ranksure.tasks.load import check_kind
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
@@ -158,37 +157,6 @@ class PlanSettings:
             return value if known else {"in_memory": type(value).__name__}
 
         return {field.name: plain(getattr(self, field.name)) for field in fields(self)}
-
-
-def parse_memory(text: float | str) -> int:
-    """Bytes from a number or a string such as ``8GB``, ``512MiB`` or ``6.5 GB``.
-
-    Raises:
-        SettingError: not understood, or not positive.
-    """
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([a-zA-Z]*)\s*", str(text))
-    try:
-        value = float(match[1]) * _UNITS[match[2].upper()] if match else 0
-    except (KeyError, ValueError):
-        value = 0
-    if not 0 < value < math.inf:
-        raise SettingError(f"--memory {text!r} is not understood: write 8GB, 512MiB or a number of bytes")
-    return int(value)
-
-
-def parse_share(text: str) -> float | None:
-    """``10%`` as 0.1; None for anything that is not a positive percentage."""
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*%\s*", text)
-    return float(match[1]) / 100 if match and float(match[1]) > 0 else None
-
-
-def parse_target_modules(text: str | None) -> str | list[str] | None:
-    """``query,value`` as names; ``all-linear`` and anything with regular-expression signs as they are."""
-    if text is None or text == "all-linear":
-        return text
-    if re.fullmatch(r"[\w.,\- ]+", text):
-        return [part.strip() for part in text.split(",") if part.strip()]
-    return text
 
 
 def parse_ranks(text: str) -> list[int]:

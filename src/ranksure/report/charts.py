@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ranksure.report.names import clean
+from ranksure.report.module_places import clean
 from ranksure.report.svg import DASHES, INKS, MARKERS, SERIES, Canvas, label, log_ticks, plain_ticks, ticks
-from ranksure.report.text import percent
+from ranksure.report.wording import percent
 
 VERDICT_MARK = {"optimal": ("o", "good"), "rank-bound": ("^", "warn"), "not-converged": ("s", "bad")}
 

@@ -14,9 +14,9 @@ from typing import Any
 from ranksure.errors import SettingError
 from ranksure.files import write_file
 from ranksure.report.blocks import Section, Status
-from ranksure.report.names import is_control
+from ranksure.report.module_places import is_control
 from ranksure.report.records import Found, Record, find
-from ranksure.report.text import counted
+from ranksure.report.wording import counted
 
 NAME = "report.html"
 LARGEST = 2_000_000

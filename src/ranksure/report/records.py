@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ranksure.errors import DataError, SettingError
-from ranksure.report.shape import fault
-from ranksure.report.specs import SPECS
+from ranksure.records.shape import fault
+from ranksure.records.specs import SPECS
 
 SCHEMA = 1
 _DEPTH = 3  # folders below the one given that are looked into
@@ -27,7 +27,7 @@ class Record:
     """One result.
 
     Attributes:
-        kind: a key of :data:`~ranksure.report.specs.SPECS`.
+        kind: a key of :data:`~ranksure.records.specs.SPECS`.
         path: its file.
         where: the file's folder, relative to the folder of the report; empty for that folder itself.
         data: its content, checked against its spec.

@@ -13,9 +13,9 @@ import numpy as np
 
 from ranksure.errors import DataError
 from ranksure.report.blocks import Figure, Key, Status, Table
-from ranksure.report.names import labels, layers, places
+from ranksure.report.module_places import labels, layers, places
 from ranksure.report.svg import INKS, MARKERS, SERIES, Canvas, label, log_ticks, render
-from ranksure.report.text import counted, number
+from ranksure.report.wording import counted, number
 
 _SMALLEST = 1e-6  # of the largest: below it a singular value is rounding
 _MOST_BYTES = 2 * 2**30

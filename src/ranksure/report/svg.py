@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from ranksure.report.text import power
+from ranksure.report.wording import power
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

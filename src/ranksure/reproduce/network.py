@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ranksure.adapters.low_rank_hooks import applied
+from ranksure.data.samples import Samples
+from ranksure.factors import Delta, Factors
 from ranksure.losses import CrossEntropy
-from ranksure.network import frozen, logits_of
-from ranksure.operators.base import Delta, Factors
+from ranksure.network.logits import frozen, logits_of
+from ranksure.network.side_path import applied
 from ranksure.reproduce.training import Rule, Training
 from ranksure.solvers.first_order import log_spaced
 from ranksure.solvers.proximal import threshold_singular_values
-from ranksure.tasks.samples import Samples
 from ranksure.tasks.task import Task
 
 _SAME = 1e-4  # largest difference of a logit with and without the skipped layers, over the largest logit

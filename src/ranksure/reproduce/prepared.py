@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from ranksure.capture import capture
 from ranksure.certificate import Certificate, certify, lambda_max
+from ranksure.data.samples import Samples
 from ranksure.errors import DataError
 from ranksure.losses import get_loss
-from ranksure.modules import select_targets
+from ranksure.network.targets import select_targets
 from ranksure.operators.factored import FactoredOperator, Group
-from ranksure.planner.prepare import HeldOut
 from ranksure.problem import Problem, uniform_penalty
 from ranksure.progress import Reporter
 from ranksure.reproduce.settings import Setting
@@ -28,8 +28,8 @@ from ranksure.solvers.burer_monteiro import solve
 from ranksure.solvers.path import lambda_path
 from ranksure.solvers.solution import Solution
 from ranksure.tasks.head import fit_head, head_features, install_head
+from ranksure.tasks.linearise import HeldOut
 from ranksure.tasks.load import load_task
-from ranksure.tasks.samples import Samples
 from ranksure.tasks.task import Task
 from ranksure.theory.bounds import existence_rank, landscape_rank
 

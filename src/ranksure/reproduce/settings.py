@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ranksure.bundled.names import DATA, MODELS
+from ranksure.data.samples import Samples
 from ranksure.errors import SettingError
 from ranksure.tasks.load import load_samples
-from ranksure.tasks.named import DATA, MODELS
-from ranksure.tasks.samples import Samples
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ranksure.errors import SettingError
+from ranksure.factors import Factors
 from ranksure.files import write_file
-from ranksure.operators.base import Factors
 
 Made = tuple[dict[str, Any], dict[str, Tensor]]
 """What a part gives: plain JSON, and tensors beside it (often none)."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ranksure.errors import SettingError
-from ranksure.operators.base import Factors
+from ranksure.factors import Factors
 from ranksure.solvers.first_order import log_spaced
 
 Objective = Callable[[Factors], tuple[float, Factors]]

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from ranksure.certificate import nuclear_norms
 from ranksure.errors import SettingError
-from ranksure.operators.base import Factors, cast_factors
+from ranksure.factors import Factors, nuclear_norms
+from ranksure.operators.base import cast_factors
 from ranksure.operators.factored import FactoredOperator
 from ranksure.problem import Problem
 from ranksure.reproduce.experiment import Run

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from ranksure.certificate import Certificate, PointState, certify
-from ranksure.operators.base import Factors, ranks_of, zero_factors
+from ranksure.factors import Factors, balanced, ranks_of
+from ranksure.operators.base import zero_factors
 from ranksure.problem import Problem
-from ranksure.solvers.balancing import balanced
 from ranksure.solvers.descent import descend, restricted
 from ranksure.solvers.lbfgs import FactorLayout
 from ranksure.solvers.solution import Solution, Status

@@ -10,11 +10,11 @@ import math
 
 from torch import Tensor
 
-from ranksure.operators.base import Factors, cast_factors, zero_factors
+from ranksure.factors import Factors, balanced
+from ranksure.operators.base import cast_factors, zero_factors
 from ranksure.operators.factored import FactoredOperator
 from ranksure.operators.span import SpanBases
 from ranksure.problem import Problem
-from ranksure.solvers.balancing import balanced
 from ranksure.solvers.lbfgs import FactorLayout, Minimum, minimize
 
 SINGLE_PRECISION = 3e-5

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from ranksure.certificate import Certificate, certify
 from ranksure.errors import SettingError
-from ranksure.operators.base import Factors, cast_factors, zero_factors
+from ranksure.factors import Factors, balanced
+from ranksure.operators.base import cast_factors, zero_factors
 from ranksure.perturbation import Perturbation
 from ranksure.problem import Problem
-from ranksure.solvers.balancing import balanced
 from ranksure.solvers.batches import mini_batches
 from ranksure.solvers.initial import Init, initial_factors
 from ranksure.solvers.solution import Solution, Status

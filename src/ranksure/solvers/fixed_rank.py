@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ranksure.certificate import PointState, certify
 from ranksure.curvature import Inertia, escape_direction, inertia
-from ranksure.operators.base import Factors, zero_factors
+from ranksure.factors import Factors, balanced, truncated
+from ranksure.operators.base import zero_factors
 from ranksure.problem import Problem
-from ranksure.solvers.balancing import balanced, truncated
 from ranksure.solvers.descent import descend, gradient_scale, restricted
 from ranksure.solvers.lbfgs import FactorLayout, Minimum, minimize
 from ranksure.solvers.solution import Solution

@@ -8,7 +8,8 @@ from typing import Literal, TypeAlias
 import torch
 
 from ranksure.errors import SettingError
-from ranksure.operators.base import Factors, cast_factors
+from ranksure.factors import Factors
+from ranksure.operators.base import cast_factors
 from ranksure.problem import Problem
 
 Init: TypeAlias = Literal["peft", "peft-gaussian", "small", "large"]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ranksure.operators.base import Factors
+from ranksure.factors import Factors
 from ranksure.problem import Problem
 
 Function = Callable[[Tensor], tuple[Tensor, Tensor]]

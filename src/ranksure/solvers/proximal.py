@@ -22,7 +22,8 @@ from torch import Tensor
 
 from ranksure.certificate import Certificate, PointState, certify
 from ranksure.errors import SettingError
-from ranksure.operators.base import Delta, Factors, TangentOperator, cast_factors, zero_factors
+from ranksure.factors import Delta, Factors
+from ranksure.operators.base import TangentOperator, cast_factors, zero_factors
 from ranksure.operators.dense import DenseOperator
 from ranksure.operators.factored import FactoredOperator
 from ranksure.operators.matrix_free import MatrixFreeOperator

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ranksure.certificate import Certificate
-from ranksure.operators.base import Factors, ranks_of
+from ranksure.factors import Factors, ranks_of
 
 Status = Literal["converged", "not-converged"]
 

@@ -12,10 +12,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from ranksure.errors import ModelError
-from ranksure.tasks.checkpoints import check_checkpoint, load_weights, quiet
-from ranksure.tasks.samples import Samples
-from ranksure.tasks.sources import one_line
+from ranksure.data.samples import Samples
+from ranksure.errors import ModelError, one_line
+from ranksure.network.checkpoints import check_checkpoint, load_weights, quiet
 
 
 @dataclass

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ranksure.errors import SettingError
-from ranksure.network import device_of, frozen
-from ranksure.tasks.causal import IGNORED
-from ranksure.tasks.sources import one_line
+from ranksure.data.conversations import IGNORED
+from ranksure.errors import SettingError, one_line
+from ranksure.network.logits import device_of, frozen
 
 Feature = Mapping[str, Any]
 _FILL = {"attention_mask": 0, "token_type_ids": 0, "position_ids": 0, "labels": IGNORED, "special_tokens_mask": 1}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ranksure.capture import Progress, capture
 from ranksure.losses import Loss
-from ranksure.network import Batch
+from ranksure.network.logits import Batch
 from ranksure.solvers.lbfgs import minimize
 
 RIDGES = tuple(10 ** (1 - 0.5 * k) for k in range(11))

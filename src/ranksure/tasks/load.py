@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ranksure.bundled.names import named_data, named_model
+from ranksure.data.samples import Samples
 from ranksure.errors import DataError, SettingError
-from ranksure.tasks.named import named_data, named_model
-from ranksure.tasks.samples import Samples
 from ranksure.tasks.task import Task
 
 KINDS = ("text", "prompt", "image", "speech")
@@ -28,14 +28,14 @@ def check_kind(kind: str) -> None:
 
 def _samples_class(kind: str) -> type[Samples]:
     if kind == "image":
-        from ranksure.tasks.images import ImageRows
+        from ranksure.data.images import ImageRows
 
         return ImageRows
     if kind == "speech":
-        from ranksure.tasks.speech import SpeechRows
+        from ranksure.data.recordings import SpeechRows
 
         return SpeechRows
-    from ranksure.tasks.rows import Rows
+    from ranksure.data.texts import Rows
 
     return Rows
 
@@ -52,11 +52,11 @@ def load_samples(
     split: str | None = None,
     regression: bool = False,
 ) -> Samples:
-    """Read labelled inputs; :class:`~ranksure.tasks.samples.Samples` in memory pass as they are.
+    """Read labelled inputs; :class:`~ranksure.data.samples.Samples` in memory pass as they are.
 
     Args:
         kind: ``text``, ``prompt``, ``image`` or ``speech``.
-        data: what the kind's loader reads, or a name of :data:`ranksure.tasks.named.DATA`.
+        data: what the kind's loader reads, or a name of :data:`ranksure.bundled.names.DATA`.
         text_column: column of texts.
         text_pair_column: column of second texts, or None.
         image_column: column of images or their paths.
@@ -78,14 +78,14 @@ def load_samples(
     if regression and kind != "text":
         raise SettingError("the squared error is for texts only: use cross-entropy")
     if kind == "image":
-        from ranksure.tasks.images import load_image_rows
+        from ranksure.data.images import load_image_rows
 
         return load_image_rows(data, image_column=image_column, label_column=label_column, split=split)
     if kind == "speech":
-        from ranksure.tasks.speech import load_speech_rows
+        from ranksure.data.recordings import load_speech_rows
 
         return load_speech_rows(data, audio_column=audio_column, label_column=label_column, split=split)
-    from ranksure.tasks.rows import load_rows
+    from ranksure.data.texts import load_rows
 
     return load_rows(
         data,
@@ -122,7 +122,7 @@ def load_task(
 
     Args:
         kind: ``text``, ``prompt``, ``image`` or ``speech``.
-        model: folder, Hub id, a name of :data:`ranksure.tasks.named.MODELS`, or a model in memory.
+        model: folder, Hub id, a name of :data:`ranksure.bundled.names.MODELS`, or a model in memory.
         samples: the inputs; their classes give the number of logits.
         processor: tokenizer, image processor or feature extractor; needed with a model in memory.
         loss: ``cross-entropy``; for texts also ``logistic`` or ``squared-error``.
@@ -171,11 +171,11 @@ def load_task(
         own = {"template": template, "verbalizers": verbalizers, "calibrate": calibrate, "max_length": max_length}
         return load_prompt_task(model, loaded, tokenizer=processor, **own, **common)
     if kind == "image":
-        from ranksure.tasks.image_task import load_image_task
+        from ranksure.tasks.image import load_image_task
 
         return load_image_task(model, loaded, processor=processor, image_size=image_size, seed=seed, **common)
     if kind == "speech":
-        from ranksure.tasks.speech_task import load_speech_task
+        from ranksure.tasks.speech import load_speech_task
 
         return load_speech_task(model, loaded, processor=processor, max_seconds=max_seconds, seed=seed, **common)
     from ranksure.tasks.text import load_text_task

@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ranksure.data.texts import Rows
 from ranksure.errors import ModelError, SettingError
-from ranksure.network import predict
+from ranksure.network.checkpoints import check_checkpoint, device_named, load_tokenizer, settle_padding, token_limit
+from ranksure.network.logits import predict
 from ranksure.solvers.lbfgs import minimize
-from ranksure.tasks.checkpoints import check_checkpoint, device_named, load_tokenizer, settle_padding, token_limit
 from ranksure.tasks.collate import Collator, in_batches
-from ranksure.tasks.rows import Rows
+from ranksure.tasks.prompt_encoder import Architecture, PromptEncoder, Verbalizers, parse_template, parse_verbalizers
+from ranksure.tasks.prompt_model import Verbalized, architecture_of, check_same_as_full, load_language_model
 from ranksure.tasks.task import Task
-from ranksure.tasks.verbalized import Verbalized, architecture_of, check_same_as_full, load_language_model
-from ranksure.tasks.verbalizers import Architecture, PromptEncoder, Verbalizers, parse_template, parse_verbalizers
 
 CALIBRATION_ROWS = 1024
 """Rows that the classes' offsets are fitted on at most: a stratified sample of larger data."""
@@ -210,9 +210,9 @@ def load_prompt_task(
         rows: the training rows: their classes need a verbaliser each, and calibration looks at them.
         tokenizer: needed with a model in memory, else loaded beside the model.
         template: text around ``{text}`` (``{pair}``, ``{mask}``); as
-            :func:`~ranksure.tasks.verbalizers.parse_template` takes it.
+            :func:`~ranksure.tasks.prompt_encoder.parse_template` takes it.
         verbalizers: a word per class, as
-            :func:`~ranksure.tasks.verbalizers.parse_verbalizers` takes them.
+            :func:`~ranksure.tasks.prompt_encoder.parse_verbalizers` takes them.
         calibrate: fit an offset per class (one forward pass over ``rows``), leave them zero, or take these.
         max_length: tokens per prompt; by default the model's limit, at most 256.
         batch_size: prompts per batch.

@@ -1,271 +1,328 @@
-"""Labelled recordings: read, decoded, mixed to mono, resampled, checked and coded.
+"""Speech and audio classification as a task: any ``AutoModelForAudioClassification`` on labelled recordings.
 
-:func:`load_speech_rows` turns a folder of class folders, a table of paths, or a data set into :class:`SpeechRows`;
-whatever cannot be used is one clear :class:`~ranksure.errors.DataError`. Recordings are decoded with ``soundfile``
-(wav, flac, ogg, mp3); without it, wav files by SciPy.
+Whisper's encoder always reads a whole window, 30 s as released: 1,500 positions for a prompt of two seconds. A shorter
+window keeps its first positions and leaves every other weight as it is; see :func:`shorten_window`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-import math
-import warnings
-from collections.abc import Hashable, Sequence
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.io import wavfile
-from scipy.signal import resample_poly
+import torch
+from torch import Tensor, nn
+from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, PreTrainedModel
 
-from ranksure.errors import DataError, SettingError
-from ranksure.progress import Reporter
-from ranksure.tasks.media import Found, Seen, decode_inputs, find_inputs, inputs_in_memory
-from ranksure.tasks.samples import Samples
-from ranksure.tasks.sources import one_line, shown
+from ranksure.data.recordings import SpeechRows, Waveform, resampled
+from ranksure.errors import ModelError, SettingError, one_line
+from ranksure.network.checkpoints import device_named, quiet
+from ranksure.tasks.classifiers import Classifier, head_name, load_classifier, own_label_order
+from ranksure.tasks.task import Task
 
-if TYPE_CHECKING:
-    import datasets
-    import pandas as pd
+DEFAULT_SECONDS = 5.0
+"""Window of a task whose head is new; a trained head keeps the window that it was trained with."""
 
-Waveform = NDArray[np.float32]
-
-SAMPLING_RATE = 16_000
-"""In Hz: what nearly every pretrained speech encoder reads."""
-MAX_SECONDS = 120
-"""Longer recordings are cut there when they are read; a task cuts further, to its own window."""
-MAX_BYTES = 4 * 2**30
-"""Decoded recordings are held in memory; more than this is refused."""
-SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au"}
-SOUNDFILE_INSTALL = "pip install soundfile"
+_ATTENTION = (("q_proj", "v_proj"), ("query", "value"), ("linear_q", "linear_v"))
 
 
-@dataclass(frozen=True, kw_only=True)
-class SpeechRows(Samples):
-    """Labelled recordings.
+@dataclass(kw_only=True)
+class SpeechTask(Task[SpeechRows]):
+    """An audio classifier on recordings.
 
     Attributes:
-        waveforms: one float32 array ``(samples,)`` per row, mono, full scale 1; lengths differ.
-        sampling_rate: of all of them, in Hz.
+        max_seconds: of a recording that the model is given; the rest is cut.
+        window: positions of Whisper's encoder, all of which every row takes; None for a model whose rows take as many
+            positions as they are long.
     """
 
-    columns: ClassVar[tuple[str, ...]] = ("waveforms",)
-    noun: ClassVar[str] = "recording"
+    kind: ClassVar[str] = "speech"
 
-    waveforms: list[Waveform]
-    sampling_rate: int
-
-    def identities(self) -> list[Hashable]:
-        """A hash of each recording's samples."""
-        return [_digest(waveform) for waveform in self.waveforms]
+    max_seconds: float
+    window: int | None = None
 
     @property
-    def seconds(self) -> list[float]:
-        """The duration of each recording."""
-        return [len(waveform) / self.sampling_rate for waveform in self.waveforms]
+    def sampling_rate(self) -> int:
+        """What the model reads, in Hz."""
+        return int(self.processor.sampling_rate)
 
+    @property
+    def max_samples(self) -> int:
+        """Samples of a recording that the model is given."""
+        return round(self.max_seconds * self.sampling_rate)
 
-def load_speech_rows(
-    source: str | Path | pd.DataFrame | datasets.Dataset | datasets.DatasetDict,
-    *,
-    audio_column: str = "audio",
-    label_column: str = "label",
-    split: str | None = None,
-    sampling_rate: int = SAMPLING_RATE,
-    reporter: Reporter | None = None,
-) -> SpeechRows:
-    """Read labelled recordings.
+    def batches(self, samples: SpeechRows) -> list[dict[str, Tensor]]:
+        """Features in the order of the rows; padded to the longest of the batch under a mask, else to the window."""
+        waveforms, size = samples.waveforms, self.batch_size
+        return [
+            self._encoded([self._cut(waveform, samples.sampling_rate) for waveform in waveforms[low : low + size]])
+            for low in range(0, len(samples), size)
+        ]
 
-    Args:
-        source: a folder with one folder of recordings per class (or, one level up, a folder with such a folder for
-            each split); a ``.csv``, ``.tsv``, ``.jsonl``, ``.json`` or ``.parquet`` file with a column of paths
-            (relative to the file's folder) or of encoded recordings; a folder that ``datasets.save_to_disk`` wrote; a
-            Hub id (``owner/name``, or ``owner/name:configuration``); a data frame; a data set.
-        audio_column: the column of recordings: paths, encoded bytes, or dictionaries with ``array`` and
-            ``sampling_rate``.
-        label_column: the column of labels, as for :func:`ranksure.tasks.rows.load_rows`.
-        split: which split, where there are several; by default ``train``, or the only one.
-        sampling_rate: in Hz; recordings of another rate are resampled to it, which ``notes`` tell.
-        reporter: shown the decoding; silent by default.
+    def batches_by_length(self, samples: SpeechRows) -> tuple[list[dict[str, Tensor]], Tensor]:
+        """Batches of recordings of like length, and the way back: ``outputs[back]`` is in the order of the rows."""
+        order = torch.argsort(torch.tensor([len(waveform) for waveform in samples.waveforms]), stable=True)
+        return self.batches(samples.subset(order.tolist())), torch.argsort(order)
 
-    Returns:
-        The recordings in the source's order (folders and files by name). Several channels are averaged, and more than
-        two minutes cut; ``notes`` tell either.
+    def features(self, samples: SpeechRows) -> list[dict[str, Any]]:
+        labels = self.labels(samples).tolist()
+        out = []
+        for waveform, label in zip(samples.waveforms, labels, strict=True):
+            encoded = self._encoded([self._cut(waveform, samples.sampling_rate)])
+            out.append({**{key: value[0] for key, value in encoded.items()}, "labels": label})
+        return out
 
-    Raises:
-        DataError: the source cannot be read, or a recording or label cannot be used.
-        MemoryBudgetError: the decoded recordings would take more than 4 GiB.
-        SettingError: the arguments contradict each other.
-    """
-    found = find_inputs(
-        source,
-        column=audio_column,
-        label_column=label_column,
-        split=split,
-        noun="recording",
-        kind="audio",
-        is_input=is_audio_name,
-    )
-    return _rows(found, sampling_rate, reporter)
+    @property
+    def collator(self) -> Callable[[list[dict[str, Any]]], Mapping[str, Any]]:
+        def collate(rows: list[dict[str, Any]]) -> Mapping[str, Any]:
+            labels = torch.tensor([row["labels"] for row in rows])
+            inputs = [{key: value for key, value in row.items() if key != "labels"} for row in rows]
+            if self._padded_to_window:
+                return {**{key: torch.stack([row[key] for row in inputs]) for key in inputs[0]}, "labels": labels}
+            return {**self.processor.pad(inputs, padding=True, return_tensors="pt"), "labels": labels}
 
+        return collate
 
-def speech_rows(
-    waveforms: Sequence[NDArray[Any]],
-    labels: Sequence[Any],
-    sampling_rate: int,
-    *,
-    label_names: Sequence[str] | None = None,
-    source: str = "recordings in memory",
-) -> SpeechRows:
-    """Recordings in memory as rows, at their own sampling rate.
+    def remarks(self, samples: SpeechRows) -> list[str]:
+        out = []
+        if samples.sampling_rate != self.sampling_rate:
+            out.append(f"The recordings are resampled from {samples.sampling_rate} to {self.sampling_rate} Hz.")
+        cut = sum(seconds > self.max_seconds for seconds in samples.seconds)
+        if cut:
+            out.append(
+                f"{cut} of the {len(samples)} training recordings are longer than {self.max_seconds:g} s and are cut "
+                "there; raise --max-seconds to keep more."
+            )
+        return out
 
-    Args:
-        waveforms: float arrays ``(samples,)`` or ``(channels, samples)``, or int16 ones.
-        labels: one per recording: class ids where ``label_names`` are given, else labels as in a file.
-        sampling_rate: of all of them, in Hz.
-        label_names: the name of each class id.
-        source: what messages call them.
+    def tokens(self, batch: Mapping[str, Any]) -> int:
+        mask = batch.get("attention_mask")
+        lengths = getattr(self.adapted, "_get_feat_extract_output_lengths", None)
+        if self.window is None and isinstance(mask, Tensor) and "input_values" in batch and lengths is not None:
+            return int(lengths(mask.sum(-1)).sum())
+        return self.padded_tokens(batch)
 
-    Raises:
-        DataError: a recording or label cannot be used, or their numbers differ.
-    """
-    values = [{"array": waveform, "sampling_rate": sampling_rate} for waveform in waveforms]
-    return _rows(inputs_in_memory(values, labels, label_names, source, "recording"), sampling_rate, None)
+    def padded_tokens(self, batch: Mapping[str, Any]) -> int:
+        inputs: Tensor = batch["input_features"] if "input_features" in batch else batch["input_values"]
+        rows = len(inputs)
+        if self.window is not None:
+            return rows * self.window
+        lengths = getattr(self.adapted, "_get_feat_extract_output_lengths", None)
+        if inputs.ndim == 2 and lengths is not None:  # raw samples, through a front of convolutions
+            return rows * int(lengths(torch.tensor(inputs.shape[1])))
+        return rows * inputs.shape[1]  # frames; a model that pools them into patches has fewer positions
 
+    def default_targets(self) -> str | tuple[str, ...]:
+        """Queries and values of attention, the choice of the LoRA paper; all linear layers where none is found."""
+        present = {name.rsplit(".", 1)[-1] for name, _ in self.adapted.named_modules()}
+        return next((pair for pair in _ATTENTION if present.issuperset(pair)), "all-linear")
 
-def resampled(waveform: Waveform, rate: int, wanted: int) -> Waveform:
-    """A waveform at another rate, by a polyphase filter (``scipy.signal.resample_poly``, Kaiser window)."""
-    if rate == wanted:
-        return waveform
-    common = math.gcd(rate, wanted)
-    return resample_poly(waveform, wanted // common, rate // common).astype(np.float32)
+    def usage(self) -> str:
+        text = (
+            f"Recordings: mono, {self.sampling_rate} Hz, at most {self.max_seconds:g} s, through this model's feature "
+            "extractor"
+        )
+        if not self._padded_to_window:
+            return f"{text} with `padding=True`."
+        text += f" with `padding='max_length', max_length={self.max_samples}, truncation=True`."
+        if self.window is None:
+            return text
+        return (
+            f"{text} The encoder was cut to its first "
+            f"{self.window} positions ({self.max_seconds:g} s); on a model of the whole window do the same first: "
+            "`from ranksure.tasks.speech import shorten_window`, `shorten_window(model, "
+            f"{self.window})`."
+        )
 
+    def record(self) -> dict[str, Any]:
+        return {"kind": self.kind, "max_seconds": self.max_seconds}
 
-def is_audio_name(path: Path) -> bool:
-    """Whether a file is a recording by its name."""
-    return path.suffix.lower() in SUFFIXES
+    @property
+    def _padded_to_window(self) -> bool:
+        """Whether all rows are padded to the window: without a mask, a row's logits would depend on its batch."""
+        return self.window is not None or not getattr(self.processor, "return_attention_mask", False)
 
+    def _cut(self, waveform: Waveform, rate: int) -> Waveform:
+        """A recording at the model's rate, cut; the filter sees one second more than is kept."""
+        if rate != self.sampling_rate:
+            waveform = resampled(waveform[: int((self.max_seconds + 1) * rate)], rate, self.sampling_rate)
+        return waveform[: self.max_samples]
 
-# ---------------------------------------------------------------------------------------------------------------------
-# decoding
-
-
-def _rows(found: Found, sampling_rate: int, reporter: Reporter | None) -> SpeechRows:
-    if not 1000 <= sampling_rate <= 384_000:
-        raise SettingError(f"sampling rate {sampling_rate} Hz is out of range: use 1000 to 384000, as a rule 16000")
-    labels, names = found.labels, found.names
-
-    def decode(value: Any, place: str, base: Path, seen: Seen) -> Waveform:
-        return _waveform(value, place, base, sampling_rate, seen)
-
-    waveforms, notes = decode_inputs(
-        found, decode, noun="recording", smaller="shorter", most=MAX_BYTES, reporter=reporter
-    )
-    digest = hashlib.sha256(f"{sampling_rate}\n".encode())
-    for waveform, label in zip(waveforms, labels, strict=True):
-        digest.update(_digest(waveform) + names[label].encode() + b"\n")
-    return SpeechRows(
-        waveforms=waveforms,
-        sampling_rate=sampling_rate,
-        labels=labels,
-        label_names=names,
-        source=found.source,
-        sha256=digest.hexdigest(),
-        notes=notes,
-    )
-
-
-def _digest(waveform: Waveform) -> bytes:
-    return hashlib.sha256(np.ascontiguousarray(waveform).tobytes()).digest()
-
-
-def _waveform(value: Any, place: str, base: Path, sampling_rate: int, seen: Seen) -> Waveform:
-    """A path, encoded bytes or an array as mono float32 at the wanted rate."""
-    array, rate = _decoded(value, place, base)
-    if array.ndim == 2 and array.shape[1] > 1:
-        seen.converted[f"have {array.shape[1]} channels, which are averaged"] += 1
-    mono = array if array.ndim == 1 else array.mean(1)
-    if not len(mono):
-        raise DataError(f"{place}: the recording is empty (no samples); replace or remove it")
-    if not np.isfinite(mono).all():
-        raise DataError(f"{place}: the recording has samples that are not finite numbers; replace or remove it")
-    if len(mono) > MAX_SECONDS * rate:
-        seen.converted[f"are longer than {MAX_SECONDS} s and are cut there"] += 1
-        mono = mono[: MAX_SECONDS * rate]
-    if rate != sampling_rate:
-        seen.converted[f"have {rate} Hz and are resampled to {sampling_rate} Hz"] += 1
-    return np.ascontiguousarray(resampled(mono.astype(np.float32), rate, sampling_rate))
-
-
-def _decoded(value: Any, place: str, base: Path) -> tuple[NDArray[Any], int]:
-    """Samples ``(n,)`` or ``(n, channels)`` at full scale 1, and their rate in Hz."""
-    if isinstance(value, dict) and "array" in value:
-        return _array(value["array"], value.get("sampling_rate"), place)
-    if isinstance(value, dict) and set(value) >= {"bytes", "path"}:  # as datasets keeps a recording
-        value = value["bytes"] if value["bytes"] is not None else value["path"]
-    if value is None or (isinstance(value, (str, bytes)) and not value):
-        raise DataError(f"{place}: the recording is missing; remove the row or fill it in")
-    if isinstance(value, bytes):
-        raw = value
-    elif isinstance(value, (str, Path)):
-        file = base / Path(value).expanduser()
-        if not file.is_file():
-            relative = "" if Path(value).is_absolute() else f" (paths are relative to {base.resolve()})"
-            raise DataError(f"{place}: no such recording {file}{relative}")
+    def _encoded(self, waveforms: list[Waveform]) -> dict[str, Tensor]:
+        fixed = {"padding": "max_length", "max_length": self.max_samples, "truncation": True}
+        how = fixed if self._padded_to_window else {"padding": True}
         try:
-            raw = file.read_bytes()
-        except OSError as error:
-            raise DataError(f"{place}: {file} cannot be read: {error.strerror}") from None
+            encoded = self.processor(
+                [np.asarray(waveform) for waveform in waveforms],
+                sampling_rate=self.sampling_rate,
+                return_tensors="pt",
+                **how,
+            )
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ModelError(
+                f"the feature extractor of {self.name} ({type(self.processor).__name__}) cannot read these recordings: "
+                f"{one_line(error)}"
+            ) from None
+        return {key: value for key, value in encoded.items() if isinstance(value, Tensor)}
+
+
+def load_speech_task(
+    model: str | os.PathLike[str] | PreTrainedModel,
+    rows: SpeechRows,
+    *,
+    processor: Any = None,
+    max_seconds: float | None = None,
+    batch_size: int = 16,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    seed: int = 0,
+) -> SpeechTask:
+    """Load a checkpoint (or take a loaded model) for labelled recordings.
+
+    Args:
+        model: folder, Hub id, or an audio-classification model in memory. Of a speech recognition checkpoint (Whisper,
+            Wav2Vec2) the encoder is used, with a new projection and head.
+        rows: the data; its classes give the number of logits.
+        processor: feature extractor; needed with a model in memory, else loaded beside the model.
+        max_seconds: of each recording; the rest is cut. By default 5 where the head is new, else the model's window
+            (Whisper), else 30. For Whisper a whole number, whose window the encoder is cut to.
+        batch_size: recordings per batch.
+        revision: Hub revision.
+        dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
+        device: ``auto``, ``cpu``, ``cuda`` or another torch device.
+        trust_remote_code: allow the repository's own code to run.
+        seed: seed of whatever the checkpoint leaves to chance.
+
+    Raises:
+        ModelError: the model cannot be found, loaded or used for these labels.
+        SettingError: an option has no meaning here.
+    """
+    if rows.label_names is None:
+        raise SettingError("speech needs class labels")
+    n_outputs = len(rows.label_names)
+    if isinstance(model, PreTrainedModel):
+        if processor is None:
+            raise SettingError("a model in memory needs its feature extractor: pass processor=")
+        loaded = Classifier(model, head_name(model, n_outputs))
+        name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
     else:
-        raise DataError(
-            f"{place}: {shown(value)} is no recording but of type {type(value).__name__}; give a path, or a dictionary "
-            "with array and sampling_rate"
+        name = os.fspath(model)
+        loaded = load_classifier(
+            AutoModelForAudioClassification,
+            "an audio classifier",
+            name,
+            n_outputs,
+            revision=revision,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            seed=seed,
         )
-    if not raw:
-        raise DataError(f"{place}: the recording is empty (a file of 0 bytes); replace or remove it")
-    try:
-        import soundfile
-    except (ImportError, OSError):  # not installed, or without its library
-        return _wav(raw, place)
-    try:
-        return soundfile.read(io.BytesIO(raw), dtype="float32")
-    except Exception as error:  # whatever a damaged file makes the library raise
-        raise DataError(f"{place}: the recording does not decode ({_reason(error)}); replace or remove it") from None
+        processor = processor or _load_processor(name, revision, trust_remote_code)
+    if not isinstance(rate := getattr(processor, "sampling_rate", None), int):
+        raise ModelError(f"the feature extractor of {name} ({type(processor).__name__}) names no sampling rate")
+    loaded.model.to(device_named(device))  # pyright: ignore[reportArgumentType]
+    notes = list(loaded.notes)
+    seconds, window = _window(loaded, max_seconds, rate, int(getattr(processor, "hop_length", 0)), notes)
+    if window is not None:
+        processor = _shorter(processor, int(seconds))
+    task = SpeechTask(
+        model=loaded.model,
+        adapted=loaded.model,
+        processor=processor,
+        name=name,
+        revision=revision,
+        n_outputs=n_outputs,
+        label_names=rows.label_names,
+        head=loaded.head,
+        new_modules=loaded.new_modules,
+        head_is_new=loaded.head_is_new,
+        batch_size=batch_size,
+        notes=notes,
+        max_seconds=seconds,
+        window=window,
+    )
+    if not task.head_is_new:
+        task.label_names = own_label_order(loaded.model, rows, task.notes)
+    return task
 
 
-def _reason(error: Exception) -> str:
-    """Libsndfile's message without the name of the stream in memory."""
-    return one_line(error).rpartition(">: ")[2].rstrip(".") or type(error).__name__
+def shorten_window(model: PreTrainedModel, positions: int) -> None:
+    """Cut a Whisper encoder's window to its first positions, in place.
+
+    Whisper adds a fixed embedding per position (20 ms of 30 s) and otherwise treats all alike, so the first
+    positions are a model of the same architecture for shorter recordings. The configuration's
+    ``max_source_positions`` follows, so that a saved copy loads like any other Whisper. Outputs are not those of
+    the whole window: there, attention and the average also see the silence that pads a recording to 30 s.
+
+    Args:
+        model: ``WhisperForAudioClassification``, or another model with an ``encoder`` of Whisper.
+        positions: how many are kept, 50 per second.
+
+    Raises:
+        SettingError: more positions than there are, or none.
+        ModelError: not a Whisper encoder.
+    """
+    encoder = whisper_encoder(model)
+    if encoder is None:
+        raise ModelError(f"{type(model).__name__} has no Whisper encoder whose window could be shortened")
+    embedding = encoder.embed_positions
+    assert isinstance(embedding, nn.Embedding)
+    if not 1 <= positions <= embedding.num_embeddings:
+        raise SettingError(f"{positions} positions asked of a window of {embedding.num_embeddings}")
+    if positions < embedding.num_embeddings:
+        kept = embedding.weight.detach()[:positions].clone()
+        encoder.embed_positions = nn.Embedding.from_pretrained(kept, freeze=not embedding.weight.requires_grad)
+    encoder.max_source_positions = model.config.max_source_positions = positions
 
 
-def _wav(raw: bytes, place: str) -> tuple[NDArray[Any], int]:
-    if raw[:4] not in (b"RIFF", b"RIFX"):
-        raise DataError(f"{place}: the recording is no wav file; other formats need a library: {SOUNDFILE_INSTALL}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", wavfile.WavFileWarning)  # chunks of notes that it does not read
-            rate, samples = wavfile.read(io.BytesIO(raw))
-    except Exception as error:  # as above
-        raise DataError(f"{place}: the recording does not decode ({one_line(error)}); replace or remove it") from None
-    if samples.dtype.kind == "f":
-        return samples, rate
-    # PCM: 8 bits are unsigned, 24 come shifted into 32.
-    whole = samples.astype(np.float64) - (128 if samples.dtype == np.uint8 else 0)
-    return (whole / 2.0 ** (8 * samples.dtype.itemsize - 1)).astype(np.float32), rate
+def whisper_encoder(model: PreTrainedModel) -> Any:
+    """The Whisper encoder inside a model, or None."""
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+    return next((module for module in model.modules() if isinstance(module, WhisperEncoder)), None)
 
 
-def _array(array: Any, rate: Any, place: str) -> tuple[NDArray[Any], int]:
-    if not isinstance(rate, (int, np.integer)) or not 1000 <= rate <= 384_000:
-        raise DataError(f"{place}: a sampling rate of {shown(rate)}; give Hz as a whole number, such as 16000")
-    samples = np.asarray(array)
-    if samples.dtype == np.int16:
-        samples = samples / np.float32(2**15)
-    if samples.dtype.kind != "f" or samples.ndim not in (1, 2) or (samples.ndim == 2 and len(samples) > 32):
-        raise DataError(
-            f"{place}: an array of type {samples.dtype} and shape {samples.shape}; give floats at full scale 1 (or "
-            "int16), as (samples,) or (channels, samples)"
+def _window(loaded: Classifier, asked: float | None, rate: int, hop: int, notes: list[str]) -> tuple[float, int | None]:
+    """Seconds per recording; for Whisper also positions, to which the model is cut."""
+    if asked is not None and not 0.1 <= asked <= 120:
+        raise SettingError(f"max_seconds {asked:g} is out of range: use 0.1 to 120")
+    encoder = whisper_encoder(loaded.model)
+    if encoder is None:
+        return asked or (DEFAULT_SECONDS if loaded.head_is_new else 30.0), None
+    stride = encoder.conv1.stride[0] * encoder.conv2.stride[0]
+    whole = encoder.embed_positions.num_embeddings
+    limit = whole * stride * hop / rate
+    seconds = asked or (min(DEFAULT_SECONDS, limit) if loaded.head_is_new else limit)
+    if seconds > limit or seconds != int(seconds):
+        raise SettingError(
+            f"max_seconds {seconds:g}: Whisper's window is a whole number of seconds, for this model at most {limit:g}"
         )
-    return (samples.T if samples.ndim == 2 else samples), int(rate)
+    positions = round(seconds * rate / hop / stride)
+    if positions < whole:
+        shorten_window(loaded.model, positions)
+        notes.append(
+            f"Whisper's encoder is cut to its first {positions} of {whole} positions ({seconds:g} of {limit:g} s)."
+        )
+    return seconds, positions
+
+
+def _shorter(processor: Any, seconds: int) -> Any:
+    """A feature extractor that pads to the window by default; saved beside a merged model."""
+    if getattr(processor, "chunk_length", seconds) == seconds:
+        return processor
+    return type(processor)(**{**processor.to_dict(), "chunk_length": seconds})
+
+
+def _load_processor(name: str, revision: str | None, trust_remote_code: bool) -> Any:
+    try:
+        with quiet():
+            return AutoFeatureExtractor.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # as for the model
+        raise ModelError(
+            f"the feature extractor of {name} cannot be loaded: {one_line(error)} (save preprocessor_config.json "
+            "beside the model, or pass processor=)"
+        ) from None

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ranksure.tasks.checkpoints import peft_targets
-from ranksure.tasks.samples import Samples
+from ranksure.data.samples import Samples
+from ranksure.network.checkpoints import peft_targets
 
 TASK_FILE = "task.json"
 S = TypeVar("S", bound=Samples)

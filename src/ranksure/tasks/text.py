@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedModel
 
+from ranksure.data.texts import Rows
 from ranksure.errors import SettingError
-from ranksure.tasks.checkpoints import device_named, load_tokenizer, settle_padding, token_limit
+from ranksure.network.checkpoints import device_named, load_tokenizer, settle_padding, token_limit
 from ranksure.tasks.classifiers import Classifier, head_name, load_classifier, own_label_order
-from ranksure.tasks.rows import Rows
 from ranksure.tasks.task import Task
 
 Pooling = Literal["model", "mean"]

@@ -20,13 +20,12 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ranksure.certificate import nuclear_norms
 from ranksure.errors import SettingError
-from ranksure.operators.base import Factors, TangentOperator, ranks_of
+from ranksure.factors import Factors, nuclear_norms, ranks_of, thin_svd
+from ranksure.operators.base import TangentOperator
 from ranksure.operators.dense import DenseOperator
 from ranksure.operators.factored import FactoredOperator
 from ranksure.problem import Problem, uniform_penalty
-from ranksure.solvers.balancing import thin_svd
 from ranksure.theory.extreme_point import EPS, Face, Walk, walk_to_extreme_point
 
 _PROBES = 16

@@ -34,14 +34,13 @@ from torch import Tensor
 from ranksure.certificate import Certificate, certify
 from ranksure.curvature import Inertia, escape_direction, inertia
 from ranksure.errors import SettingError
-from ranksure.operators.base import Factors, ranks_of
+from ranksure.factors import Factors, ranks_of, truncated
 from ranksure.problem import Problem
-from ranksure.solvers.balancing import truncated
 from ranksure.solvers.burer_monteiro import solve
 from ranksure.solvers.descent import gradient_scale
 from ranksure.solvers.solution import Solution
-from ranksure.theory.point import Escape, Point, norm_of
-from ranksure.theory.strictness import radius_of, rotations
+from ranksure.theory.stationary_point import Escape, Point, norm_of
+from ranksure.theory.strict_minimum import radius_of, rotations
 
 Verdict = Literal["not-stationary", "saddle", "spurious-local-minimum", "global", "not-determined"]
 

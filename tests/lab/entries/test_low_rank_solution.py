@@ -12,12 +12,12 @@ import torch
 
 from ranksure.certificate import certify, lambda_max
 from ranksure.errors import SettingError
+from ranksure.factors import truncated
 from ranksure.lab.bundled import captured, first_samples
 from ranksure.lab.entries import low_rank_solution as lab
 from ranksure.lab.entry import Run
 from ranksure.lab.run import measure
 from ranksure.operators.factored import FactoredOperator
-from ranksure.solvers.balancing import truncated
 from ranksure.solvers.proximal import proximal_gradient
 from ranksure.theory.bounds import existence_rank
 from ranksure.theory.rank_reduction import reduce_rank
@@ -117,7 +117,8 @@ def test_without_a_certified_optimum_above_the_bound_nothing_is_claimed_of_one(f
 def test_bundled_problem_is_in_the_order_of_the_rows():
     from transformers import AutoTokenizer
 
-    from ranksure.tasks.bundled import minilm_path, rotten_tomatoes
+    from ranksure.bundled.minilm import minilm_path
+    from ranksure.bundled.rotten_tomatoes import rotten_tomatoes
 
     problem = captured(12, share=0.2)
     rows = rotten_tomatoes().shuffled(0).subset(list(range(12)))

@@ -8,13 +8,13 @@ from typing import Any
 from ranksure.report import charts
 from ranksure.report.blocks import Figure, Key, Section, Status, Table, Tile
 from ranksure.report.charts import Level
-from ranksure.report.heat import Grid, heat_map
-from ranksure.report.names import labels, layers, places
+from ranksure.report.heat_map import Grid, heat_map
+from ranksure.report.module_places import labels, layers, places
 from ranksure.report.records import Record
 from ranksure.report.sections.shared import reproduce
 from ranksure.report.spectrum import spectrum_figure
 from ranksure.report.svg import MARKERS, render
-from ranksure.report.text import NONE, after, counted, number, percent
+from ranksure.report.wording import NONE, after, counted, number, percent
 
 ANSWERS = {
     "first-order-optimal": ("The run is done.", "good"),

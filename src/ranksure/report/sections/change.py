@@ -5,13 +5,13 @@ from __future__ import annotations
 from ranksure.report import charts
 from ranksure.report.blocks import Figure, Section, Status, Table, Tile
 from ranksure.report.charts import Level
-from ranksure.report.heat import Grid, heat_map
+from ranksure.report.heat_map import Grid, heat_map
 from ranksure.report.records import Record
 from ranksure.report.sections.certify import figures
 from ranksure.report.sections.shared import reproduce
 from ranksure.report.spectrum import spectrum_figure
 from ranksure.report.svg import render
-from ranksure.report.text import counted, number, percent
+from ranksure.report.wording import counted, number, percent
 
 _LEVELS = {
     "lossless": "ranks that do nothing were removed; the update is the same",

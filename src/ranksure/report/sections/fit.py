@@ -11,7 +11,7 @@ from ranksure.report.records import Record, certificate_beside
 from ranksure.report.sections.certify import ANSWERS, figures, tiles
 from ranksure.report.sections.shared import reproduce, settings_text
 from ranksure.report.svg import DASHES, render
-from ranksure.report.text import NONE, after, counted, number, percent, short
+from ranksure.report.wording import NONE, after, counted, number, percent, short
 
 _MOST = 60  # rows of the table of a training curve
 

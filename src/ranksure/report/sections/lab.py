@@ -9,7 +9,7 @@ from typing import Any
 from ranksure.report.blocks import Picture, Prose, Section, Status, Table
 from ranksure.report.records import Record
 from ranksure.report.sections.shared import reproduce
-from ranksure.report.text import NONE, number
+from ranksure.report.wording import NONE, number
 
 LARGEST_PICTURE = 400 * 1024
 _MOST = 60  # rows of one table

@@ -6,14 +6,14 @@ from typing import Any
 
 from ranksure.report import charts
 from ranksure.report.blocks import Code, Figure, Key, Prose, Section, Status, Table, Tile
-from ranksure.report.config import pattern, source, written
-from ranksure.report.heat import Grid, heat_map
+from ranksure.report.heat_map import Grid, heat_map
+from ranksure.report.lora_source import pattern, source, written
 from ranksure.report.records import Record
 from ranksure.report.sections.plan_figures import growth, held_out, linearity, path
 from ranksure.report.sections.shared import reproduce
 from ranksure.report.spectrum import spectrum_figure
 from ranksure.report.svg import render
-from ranksure.report.text import NONE, after, counted, listed, number, percent, power, share, short
+from ranksure.report.wording import NONE, after, counted, listed, number, percent, power, share, short
 
 _FAR = 0.5  # relative difference from the linearisation above which a plan warns
 _VERDICTS = {

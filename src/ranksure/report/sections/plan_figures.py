@@ -7,7 +7,7 @@ from typing import Any
 from ranksure.report import charts
 from ranksure.report.blocks import Figure, Key, Status, Table
 from ranksure.report.svg import render
-from ranksure.report.text import NONE, number, percent
+from ranksure.report.wording import NONE, number, percent
 
 
 def path(data: dict[str, Any], i: str) -> Figure | None:

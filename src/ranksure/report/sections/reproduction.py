@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ranksure.report.blocks import Figure, Key, Prose, Section, Status, Table
-from ranksure.report.names import clean, shortened
+from ranksure.report.module_places import clean, shortened
 from ranksure.report.records import Record
 from ranksure.report.sections.lab import picture
 from ranksure.report.sections.shared import reproduce, settings_text
 from ranksure.report.svg import DASHES, INKS, Canvas, log_ticks, render, ticks
-from ranksure.report.text import NONE, counted, number, power
+from ranksure.report.wording import NONE, counted, number, power
 
 _POINTS = 6000  # drawn in one figure, over all curves
 _LISTED = 12  # points of a curve in a table

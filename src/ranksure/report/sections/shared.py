@@ -7,7 +7,7 @@ from typing import Any
 
 from ranksure.report.blocks import Code, Facts
 from ranksure.report.records import Record
-from ranksure.report.text import NONE
+from ranksure.report.wording import NONE
 
 
 def reproduce(section_id: str, record: Record, command: str | None, facts: list[tuple[str, Any]]) -> list[Any]:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ranksure.network import predict
-from ranksure.operators.base import Factors
-from ranksure.planner.prepare import accuracy
+from ranksure.factors import Factors
+from ranksure.losses import accuracy
+from ranksure.network.logits import predict
 from ranksure.reproduce.experiment import Check, Curve, Experiment, Finding, Run, nothing_to_run
 from ranksure.reproduce.figures import curve_panels
 from ranksure.reproduce.network import RealNetwork

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from ranksure.factors import singular_values
 from ranksure.reproduce.experiment import Check, Curve, Experiment, Finding, Run
 from ranksure.reproduce.figures import curve_panels
 from ranksure.reproduce.prepared import Prepared
 from ranksure.reproduce.settings import Setting
 from ranksure.reproduce.trainings import linear_full
-from ranksure.solvers.balancing import singular_values
 from ranksure.theory.bounds import existence_rank
 
 SHARES = (0.1, 0.01)  # lambda as shares of lambda_max

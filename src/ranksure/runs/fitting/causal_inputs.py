@@ -1,0 +1,109 @@
+"""A causal language model for a fit: supervised fine-tuning on prompts and completions, or conversations."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ranksure.errors import ModelError, SettingError, one_line
+from ranksure.network.checkpoints import (
+    check_checkpoint,
+    device_named,
+    load_tokenizer,
+    load_weights,
+    peft_targets,
+    settle_padding,
+)
+from ranksure.network.targets import block_shape, select_targets
+from ranksure.progress import Clock
+from ranksure.runs.fitting.inputs import Setup
+from ranksure.runs.fitting.settings import FitSettings
+from ranksure.runs.saved.data import DataSettings, RunData, is_causal, read_data
+
+_BATCH = 4
+
+
+def causal_setup(model: Any, data: Any, settings: FitSettings, tokenizer: Any, clock: Clock) -> Setup:
+    """Read model and rows.
+
+    Raises:
+        RanksureError: whatever in the input cannot be used, in one line.
+    """
+    if model is None or data is None:
+        raise SettingError("a causal language model needs --model and --data")
+    if settings.linear or settings.train_head or settings.pooling != "model":
+        raise SettingError("the linear optimum, a trained head and mean pooling are for classification only")
+    notes: list[str] = []
+    with clock.stage("load", "Reading data and model"):
+        if isinstance(model, PreTrainedModel):
+            loaded, name = model, str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+            if tokenizer is None:
+                raise SettingError("a model in memory needs its tokenizer: pass tokenizer=")
+            if not is_causal(loaded):
+                raise SettingError(f"{type(loaded).__name__} is no causal language model: leave the task out")
+        else:
+            name = os.fspath(model)
+            loaded = _load(name, settings, notes)
+            tokenizer = tokenizer or load_tokenizer(name, settings.revision, settings.trust_remote_code)
+        settle_padding(loaded, tokenizer, name)
+        loaded.to(device_named(settings.device))  # pyright: ignore[reportArgumentType]
+        rows = _read(loaded, tokenizer, data, settings, settings.samples, settings.split)
+        held = None
+        if settings.eval_data is not None:
+            held = _read(loaded, tokenizer, settings.eval_data, settings, settings.heldout or None, settings.eval_split)
+    wanted = peft_targets(loaded) if settings.target_modules is None else settings.target_modules
+    targets = select_targets(loaded, wanted, settings.layers_to_transform)
+    return Setup(
+        base=loaded,
+        adapted=loaded,
+        prefix="",
+        heads=[],
+        task_type="CAUSAL_LM",
+        kind="cross-entropy",
+        features=rows.features,
+        held=None if held is None else held.features,
+        collator=rows.collator,
+        shapes={name: block_shape(module) for name, module in targets.items()},
+        name=name,
+        revision=settings.revision,
+        pooling=None,
+        n_outputs=None,
+        label_names=None,
+        batch_size=settings.batch_size or _BATCH,
+        source=rows.source,
+        sha256=rows.sha256,
+        same_data=False,
+        notes=[*notes, *rows.notes, *(held.notes if held else [])],
+    )
+
+
+def _read(
+    model: PreTrainedModel, tokenizer: Any, data: Any, settings: FitSettings, samples: int | None, split: str | None
+) -> RunData:
+    options = DataSettings(
+        prompt_column=settings.prompt_column,
+        completion_column=settings.completion_column,
+        messages_column=settings.messages_column,
+        split=split,
+        max_length=settings.max_length,
+        batch_size=settings.batch_size or _BATCH,
+        samples=samples,
+        seed=settings.seed,
+        loss_on=settings.loss_on,  # pyright: ignore[reportArgumentType]  (checked there)
+        packing=settings.packing,
+    )
+    return read_data((model, tokenizer), data, options)
+
+
+def _load(name: str, settings: FitSettings, notes: list[str]) -> PreTrainedModel:
+    check_checkpoint(name, settings.dtype)
+    common: dict[str, Any] = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    try:
+        loaded, info = load_weights(AutoModelForCausalLM, name, notes, dtype=settings.dtype, **common)
+    except Exception as error:  # a damaged folder fails in ways of many libraries
+        raise ModelError(f"model {name} cannot be loaded as a causal language model: {one_line(error)}") from None
+    if lost := sorted(info["missing_keys"]):
+        raise ModelError(f"{name} does not hold {lost[0]}, so it is no trained causal language model")
+    return loaded

@@ -1,0 +1,102 @@
+"""What came of a fit: losses with and without the adapter, and the adapter's folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from ranksure.adapters.aliasing import alias_model
+from ranksure.adapters.export import export_adapter, export_mean_pooled
+from ranksure.adapters.loaded import read_adapter
+from ranksure.factors import Factors
+from ranksure.files import staged_folder
+from ranksure.losses import accuracy, get_loss
+from ranksure.network.gradient import Weighting, mean_loss
+from ranksure.network.logits import Batch, predict
+from ranksure.network.side_path import applied
+from ranksure.runs.fitting.inputs import Setup
+from ranksure.runs.fitting.result import FitResult
+from ranksure.tasks.text import MeanPooled
+
+
+def evaluate(
+    model: nn.Module, setup: Setup, batches: Sequence[Batch], weighting: Weighting
+) -> tuple[float, dict[str, Any] | None]:
+    """Training loss without the adapter; held-out loss and accuracy with it and without it.
+
+    Args:
+        model: the trained network.
+        setup: held-out rows.
+        batches: all training rows.
+        weighting: of a causal language model's tokens.
+    """
+    read = read_adapter(model)
+    removed: Factors = {name: (-u, v) for name, (u, v) in read.factors.items()}
+    with applied(read.modules, removed):
+        zero = mean_loss(model, batches, kind=setup.kind, weighting=weighting)
+    if not setup.held:
+        return zero, None
+    held = setup.batches(setup.held)
+    out: dict[str, Any] = {"rows": len(setup.held)}
+    for suffix, factors in (("", {}), ("_without_adapter", removed)):
+        with applied(read.modules, factors):
+            out[f"loss{suffix}"] = mean_loss(model, held, kind=setup.kind, weighting=weighting)
+            out[f"accuracy{suffix}"] = None if setup.n_outputs is None else _accuracy(model, held, setup.kind)
+    return zero, out
+
+
+def write_adapter(model: PeftModel, setup: Setup, result: FitResult) -> None:
+    """Write the adapter at scale 1, with the result beside it; whole or not at all.
+
+    Args:
+        model: the trained network; it stays as it is.
+        setup: names, and what is saved beside the factors.
+        result: its ``folder`` is written.
+
+    Raises:
+        AdapterError: as :func:`~ranksure.adapters.export.export_adapter`.
+    """
+    factors = read_adapter(model).factors
+    with staged_folder(result.folder, "adapter_config.json") as stage:
+        base = alias_model(model).unload()  # pyright: ignore[reportCallIssue]
+        common: dict[str, Any] = {
+            "base_model_name_or_path": setup.name,
+            "revision": setup.revision,
+            "shown_path": result.folder,
+            "extra_readme": "\n\n".join([*([setup.task.usage()] if setup.task else []), result.readme()]),
+        }
+        if setup.n_outputs is not None and (setup.task is None or setup.task.head is not None):
+            names = setup.label_names if setup.n_outputs > 1 else None
+            common["id2label"] = dict(enumerate(names)) if names else None
+        if isinstance(base, MeanPooled):
+            own = {name.removeprefix(setup.prefix): pair for name, pair in factors.items()}
+            export_mean_pooled(base.encoder, own, base.head.weight, base.head.bias, stage, **common)
+        else:
+            whole = not setup.prefix  # else the network is a frame around the model that is adapted
+            export_adapter(
+                base if whole else base.get_submodule(setup.prefix.rstrip(".")),
+                {name.removeprefix(setup.prefix): pair for name, pair in factors.items()},
+                stage,
+                head=setup.heads or None,
+                num_labels=setup.n_outputs if whole else None,
+                task_type=setup.task_type if setup.task is None else setup.task.peft_task_type,
+                **common,
+            )
+        if setup.task is not None:
+            setup.task.write_record(stage)
+        (stage / "certificate.json").write_text(_json(result.certificate.to_json()), encoding="utf-8")
+        (stage / "fit.json").write_text(_json(result.data), encoding="utf-8")
+
+
+def _accuracy(model: nn.Module, batches: Sequence[Batch], kind: str) -> float | None:
+    inputs = [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
+    return accuracy(predict(model, inputs), torch.cat([batch["labels"] for batch in batches]), get_loss(kind))
+
+
+def _json(content: Any) -> str:
+    return json.dumps(content, indent=1) + "\n"

@@ -1,0 +1,317 @@
+"""``ranksure.fit()``: train the real network at the planned rank, with the decay of the theory, and certify it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import TrainerCallback
+from transformers.utils import logging as transformers_logging
+
+from ranksure.errors import SettingError
+from ranksure.factors import Factors
+from ranksure.progress import Clock, Reporter, Silent
+from ranksure.quantities import parse_memory
+from ranksure.runs.certificate.callback import preserved_randomness
+from ranksure.runs.certificate.certify import certify
+from ranksure.runs.certificate.result import RunCertificate
+from ranksure.runs.fitting.causal_inputs import causal_setup
+from ranksure.runs.fitting.export import evaluate, write_adapter
+from ranksure.runs.fitting.folder import Workspace
+from ranksure.runs.fitting.inputs import Setup, place_factors
+from ranksure.runs.fitting.plan_folder import PlanFolder, read_plan
+from ranksure.runs.fitting.result import FitResult, summary
+from ranksure.runs.fitting.settings import FitSettings
+from ranksure.runs.fitting.stage import train_stage
+from ranksure.runs.fitting.task_inputs import SHARED, task_setup
+
+
+def fit(
+    model: Any = None,
+    data: Any = None,
+    *,
+    out: str | os.PathLike[str],
+    plan: str | os.PathLike[str] | None = None,
+    tokenizer: Any = None,
+    reporter: Reporter | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    restart: bool = False,
+    command: str | None = None,
+    **settings: Any,
+) -> FitResult:
+    """Train a LoRA adapter on the real network with true L2 decay, and certify the run.
+
+    An unfinished run of the same settings in ``out`` is gone on with, and ends with the same weights as if it had
+    not been interrupted (on one machine, with the same number of threads). ``transformers.Trainer`` trains.
+
+    Args:
+        model: model folder, Hub id, or a sequence-classification model in memory (it is wrapped in place); the
+            plan's by default.
+        data: the training rows, as for :func:`ranksure.plan`; for a plan on the bundled data, that.
+        out: the folder to write: ``adapter`` (a PEFT adapter with ``certificate.json`` and ``fit.json``) appears
+            whole, when all is done.
+        plan: folder of a plan: gives the model, head, ranks and lambda, and the prediction to compare with.
+        tokenizer: needed with a model in memory.
+        reporter: receives progress.
+        callbacks: further callbacks for the Trainer.
+        restart: throw an unfinished run in ``out`` away.
+        command: the command line that asks for this, for ``fit.json``.
+        **settings: see :class:`~ranksure.runs.fitting.settings.FitSettings`.
+
+    Returns:
+        The result: numbers, the certificate, sentences, and the trained model.
+
+    Raises:
+        RanksureError: whatever in the input cannot be used, in one line.
+    """
+    try:
+        options = FitSettings(**settings)
+    except TypeError as error:
+        raise SettingError(f"fit has no such setting: {str(error).rpartition('argument ')[2]}") from None
+    clock = Clock(reporter or Silent())
+    began = time.perf_counter()
+    work = Workspace(out)
+    with work.left_as_found(), preserved_randomness(), _quiet():
+        folder = _plan_folder(work, model, data, plan, tokenizer, options, clock)
+        if options.task == "CAUSAL_LM":
+            if folder is not None:
+                raise SettingError("a plan is for classification, not for CAUSAL_LM: leave --plan or --task out")
+            setup = causal_setup(model, data, options, tokenizer, clock)
+        else:
+            setup = task_setup(model, data, options, folder, tokenizer, clock)
+        run = _Run(setup, options, folder, work, clock, list(callbacks), command)
+        resumed = work.open(run.asked(), restart)
+        if work.finished:
+            work.tidy(options.keep_checkpoints)
+            return FitResult.read(work.adapter)
+        return run.go(resumed, began)
+
+
+class _Run:
+    """One fit: its stages, and the end of it."""
+
+    def __init__(
+        self,
+        setup: Setup,
+        options: FitSettings,
+        plan: PlanFolder | None,
+        work: Workspace,
+        clock: Clock,
+        callbacks: list[TrainerCallback],
+        command: str | None,
+    ) -> None:
+        self.command = command
+        self.setup, self.options, self.plan, self.work, self.clock = setup, options, plan, work, clock
+        self.callbacks = callbacks
+        self.scale = 1.0
+        if options.lora_alpha is not None:
+            if options.rank is None:
+                raise SettingError("--lora-alpha needs --rank: a plan's ranks have scale 1")
+            self.scale = options.lora_alpha / options.rank
+        self.start: Factors | None = plan.factors() if options.linear and plan is not None else None
+        self.ranks = self._ranks()
+        self.lam = self._lambda()
+        self.history: list[dict[str, Any]] = []
+
+    def asked(self) -> dict[str, Any]:
+        """All that the result depends on."""
+        setup = self.setup
+        return {
+            "model": setup.name,
+            "data": setup.sha256,
+            "rows": len(setup.features),
+            "ranks": self.ranks,
+            "lambda": self.lam,
+            **self.options.deciding(),
+        }
+
+    def go(self, resumed: bool, began: float) -> FitResult:
+        """Train stage after stage, certify, write."""
+        options, work = self.options, self.work
+        batches = self.setup.batches(self.setup.features)
+        while True:
+            stage = len(work.stages)
+            factors = work.factors() or self.start
+            ranks = self.ranks if factors is None else {name: u.shape[1] for name, (u, _) in factors.items()}
+            model = self._wrapped(ranks, factors)
+            steps = 0
+            if options.mode == "train":
+                self.history, steps = train_stage(
+                    model, self.setup, options, self.lam, work.checkpoints(stage), batches, self.callbacks, self.clock
+                )
+            self._check_finite(model)
+            with self.clock.stage("certify", "Certifying the run") as advance:
+                verdict = self._certify(model, batches, advance)
+            facts = {
+                "ranks": ranks,
+                "steps": steps,
+                "verdict": verdict.verdict,
+                "objective": verdict.objective,
+                "loss": verdict.loss,
+                "history": self.history,
+            }
+            if not options.grow or verdict.verdict != "rank-bound" or stage >= options.grow_stages:
+                break
+            self._grow(model, batches, verdict, facts)
+        return self._finish(model, batches, verdict, facts, resumed, began)
+
+    def _ranks(self) -> dict[str, int]:
+        if self.start is not None:
+            ranks = {name: u.shape[1] for name, (u, _) in self.start.items()}
+        elif self.options.rank is not None:
+            ranks = self.setup.ranks(self.options.rank)
+        elif self.plan is not None:
+            ranks = self.plan.pattern
+        else:
+            raise SettingError("say which rank to train at: --rank R, or --plan with a plan's folder")
+        for name in ranks:
+            if name not in self.setup.shapes:
+                raise SettingError(
+                    f"the plan's module {name} is no target in {self.setup.name}: is it the plan's model?"
+                )
+        return ranks
+
+    def _lambda(self) -> float:
+        if self.options.lam is not None:
+            return self.options.lam
+        if self.options.weight_decay is not None:
+            return self.options.weight_decay / self.scale
+        return 0.0 if self.plan is None else self.plan.lam
+
+    def _as_planned(self) -> bool:
+        """Whether what was trained is what the plan speaks of."""
+        if self.plan is None or not self.setup.same_data or self.work.stages or self.options.train_head:
+            return False
+        if self.options.rank is not None and set(self.ranks) != set(self.plan.data["target_modules"]):
+            return False
+        return math.isclose(self.lam, self.plan.lam, rel_tol=1e-9)
+
+    def _wrapped(self, ranks: dict[str, int], factors: Factors | None) -> PeftModel:
+        base = self.setup.base
+        if isinstance(base, PeftModel):  # a stage before this one
+            self.setup.base = base = base.unload()
+        model = self.setup.wrap(ranks, self.scale, self.options.lora_dropout, self.options.seed)
+        if factors is not None:
+            place_factors(model, factors, self.setup.prefix)
+        self.setup.base = model
+        for name, parameter in model.named_parameters():
+            adapted = "lora_" in name
+            parameter.requires_grad_(adapted or (self.options.train_head and ".modules_to_save." in name))
+        return model
+
+    def _certify(self, model: nn.Module, batches: list[Any], advance: Any) -> RunCertificate:
+        options = self.options
+        found = certify(
+            model,
+            batches,
+            lam=self.lam or None,
+            loss=self.setup.kind,
+            weighting=options.weighting,
+            tolerance=options.tolerance,
+            memory_bytes=parse_memory(options.memory),
+            progress=lambda done: advance(done, len(batches)),
+        )
+        # Of what is saved beside the factors, only what was trained is outside the certificate.
+        trained = (found.outside or ["the head"]) if options.train_head else []
+        return dataclasses.replace(found, outside=trained)
+
+    def _grow(self, model: PeftModel, batches: list[Any], verdict: RunCertificate, facts: dict[str, Any]) -> None:
+        """Add the missing directions, and record them as the next stage's start."""
+        from ranksure.runs.resizing.grow import grow
+
+        with self.clock.stage("grow", "Adding the missing directions"):
+            growth = grow(
+                model,
+                batches,
+                lam=self.lam or None,
+                loss=self.setup.kind,
+                weighting=self.options.weighting,
+                tolerance=self.options.tolerance,
+                memory_bytes=parse_memory(self.options.memory),
+                certificate=verdict,
+            )
+        prefix = self.setup.prefix
+        self.work.close_stage(facts, {name.removeprefix(prefix): pair for name, pair in growth.factors.items()})
+
+    def _check_finite(self, model: nn.Module) -> None:
+        for name, parameter in model.named_parameters():
+            if "lora_" in name and not bool(torch.isfinite(parameter).all()):
+                raise SettingError("training diverged: the factors are not finite; lower the learning rate")
+
+    def _finish(
+        self,
+        model: PeftModel,
+        batches: list[Any],
+        verdict: RunCertificate,
+        facts: dict[str, Any],
+        resumed: bool,
+        began: float,
+    ) -> FitResult:
+        setup, options = self.setup, self.options
+        with self.clock.stage("evaluate", "Evaluating"):
+            zero, held = evaluate(model, setup, batches, options.weighting)
+        predicted = None
+        if self.plan is not None and self._as_planned():
+            predicted = self.plan.prediction(options.rank, options.linear)
+        facts = {**facts, "objective_at_zero": zero, "heldout": held, "prediction": predicted}
+        content = summary(setup, options, verdict, facts, self.work.stages, self.lam, self.scale)
+        content |= {
+            "command": self.command,
+            "resumed": resumed,
+            "seconds": {**self.clock.seconds, "total": time.perf_counter() - began},
+        }
+        result = FitResult(content, verdict, self.work.adapter, model)
+        with self.clock.stage("export", "Writing and checking the adapter"):
+            write_adapter(model, setup, result)
+        self.work.tidy(options.keep_checkpoints)
+        return result
+
+
+def _plan_folder(
+    work: Workspace, model: Any, data: Any, plan: Any, tokenizer: Any, options: FitSettings, clock: Clock
+) -> PlanFolder | None:
+    """The plan given; made in the folder where the linear optimum is asked for without one."""
+    if plan is not None:
+        return read_plan(plan)
+    if not options.linear:
+        return None
+    own = work.out / "plan"
+    if not (own / "plan.json").is_file():
+        from ranksure.planner.run import plan as make_plan
+
+        if model is None or data is None:
+            raise SettingError("give --plan, or --model and --data to plan on")
+        if options.samples is None:
+            raise SettingError("the linear optimum needs --samples, the rows to solve on (or --plan)")
+        lam = options.lam if options.lam is not None else options.weight_decay
+        shared = {name: getattr(options, name) for name in (*SHARED, "samples", "seed", "memory", "device")}
+        shared["weight_decay"] = "auto" if lam is None else lam
+        make_plan(model, data, tokenizer=tokenizer, reporter=clock.reporter, **shared).save(own)
+    return read_plan(own)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No loading bars and warnings of transformers; what matters is told by the result."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of transformers, about itself
+            warnings.filterwarnings("ignore", message=".*base_model_name_or_path.*was renamed.*")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

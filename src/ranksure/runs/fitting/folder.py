@@ -1,0 +1,181 @@
+"""The folder of a fit while it runs: what was asked, checkpoints by stage, and the finished adapter.
+
+``run.json`` says what was asked and which stages are done; ``stage-K.safetensors`` holds the factors that stage
+K starts from, where they are not the plain initialisation; ``checkpoints/stage-K`` is the Trainer's;
+``runs/stage-K`` is TensorBoard's, where that is asked for, and stays; ``adapter`` appears in one rename when all is
+done. So a kill at any point leaves a folder to go on from.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ranksure.errors import RanksureError, SettingError
+from ranksure.factors import Factors
+
+ADAPTER, RUN = "adapter", "run.json"
+_OWN = {RUN, ADAPTER, "checkpoints", "plan", "runs", "report.html"}
+
+
+class Workspace:
+    """The folder of one fit.
+
+    Args:
+        out: the folder; made if it is missing.
+
+    Attributes:
+        stages: what is known of the finished stages, oldest first.
+
+    Raises:
+        SettingError: a file, a folder that holds something else, or one that cannot be written.
+    """
+
+    def __init__(self, out: str | os.PathLike[str]) -> None:
+        self.out = Path(out)
+        self._new = not self.out.exists()
+        self.stages: list[dict[str, Any]] = []
+        self._asked: dict[str, Any] = {}
+        if self.out.exists() and not self.out.is_dir():
+            raise SettingError(f"--out {self.out} is a file; name a folder")
+        foreign = sorted(path.name for path in self._entries() if not _own(path.name))
+        if foreign:
+            raise SettingError(
+                f"--out {self.out} is not empty and holds {foreign[0]}, which no fit wrote; name a new folder, or "
+                "empty this one"
+            )
+        if any(path.name == ADAPTER for path in self._entries()) and not (self.adapter / "fit.json").is_file():
+            raise SettingError(f"--out {self.out} holds an adapter that no fit wrote; name a new folder")
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            probe = self.out / f".{RUN}.tmp"
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise SettingError(f"--out {self.out} cannot be written: {error.strerror or error}") from None
+
+    @contextmanager
+    def left_as_found(self) -> Iterator[None]:
+        """After an error before anything was written, a folder that was made for the run goes again."""
+        try:
+            yield
+        except RanksureError:
+            if self._new and not any(self.out.iterdir()):
+                self.out.rmdir()
+            raise
+
+    @property
+    def adapter(self) -> Path:
+        """Where the finished adapter appears."""
+        return self.out / ADAPTER
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run is done."""
+        return self.adapter.is_dir()
+
+    def checkpoints(self, stage: int) -> Path:
+        """The Trainer's folder of a stage."""
+        return self.out / "checkpoints" / f"stage-{stage}"
+
+    def open(self, asked: Mapping[str, Any], restart: bool = False) -> bool:
+        """Start a run, or take up an unfinished (or finished) one of the same settings.
+
+        Args:
+            asked: all that the result depends on; compared by its JSON.
+            restart: throw an unfinished run away. One that has made no checkpoint yet is, where settings differ.
+
+        Returns:
+            Whether there was such a run.
+
+        Raises:
+            SettingError: the folder holds a run of other settings, or one that cannot be read.
+        """
+        self._asked = json.loads(json.dumps(dict(asked)))
+        path = self.out / RUN
+        if not path.exists():
+            if self.finished:
+                raise SettingError(f"--out {self.out} holds an adapter without its {RUN}; name a new folder")
+            self._write()
+            return False
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            known, self.stages = content["asked"], content["stages"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise SettingError(f"{path} cannot be read; name a new folder, or delete {self.out}") from None
+        if not self.finished and (restart or (known != self._asked and not self._begun())):
+            self.tidy(keep_checkpoints=False)
+            shutil.rmtree(self.out / "runs", ignore_errors=True)
+            self.stages = []
+            self._write()
+            return False
+        for key in [*self._asked, *known]:
+            if known.get(key) != self._asked.get(key):
+                state = "a finished" if self.finished else "an unfinished"
+                raise SettingError(
+                    f"--out {self.out} holds {state} run with another {key} ({known.get(key)!r}, now "
+                    f"{self._asked.get(key)!r}); repeat its settings to go on with it, or name a new folder"
+                    + ("" if self.finished else ", or use --restart")
+                )
+        return True
+
+    def close_stage(self, facts: Mapping[str, Any], factors: Factors) -> None:
+        """Record a finished stage, and the factors that the next one starts from."""
+        stage = len(self.stages) + 1
+        tensors = {}
+        for name, (u, v) in factors.items():
+            tensors |= {f"{name}.u": u.contiguous(), f"{name}.v": v.contiguous()}
+        path = self.out / f"stage-{stage}.safetensors"
+        aside = path.with_name(f".{path.name}.tmp")
+        save_file(tensors, aside)
+        os.replace(aside, path)
+        self.stages.append(json.loads(json.dumps(dict(facts))))
+        self._write()  # last: only now does the next stage count as begun
+
+    def factors(self) -> Factors | None:
+        """Factors that the current stage starts from; None where it is the first.
+
+        Raises:
+            SettingError: their file cannot be read.
+        """
+        if not self.stages:
+            return None
+        path = self.out / f"stage-{len(self.stages)}.safetensors"
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise SettingError(f"{path} cannot be read: {error}; start again in a new folder") from None
+        names = list(dict.fromkeys(key.removesuffix(".u") for key in tensors if key.endswith(".u")))
+        return {name: (tensors[f"{name}.u"], tensors[f"{name}.v"]) for name in names}
+
+    def tidy(self, keep_checkpoints: bool) -> None:
+        """Delete what a finished run needs no more."""
+        if not keep_checkpoints:
+            shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
+            for path in self.out.glob("stage-*.safetensors"):
+                path.unlink(missing_ok=True)
+
+    def _begun(self) -> bool:
+        return bool(self.stages) or any(self.out.glob("checkpoints/stage-*/checkpoint-*"))
+
+    def _entries(self) -> list[Path]:
+        return list(self.out.iterdir()) if self.out.is_dir() else []
+
+    def _write(self) -> None:
+        content = {"schema": 1, "asked": self._asked, "stages": self.stages}
+        aside = self.out / f".{RUN}.tmp"
+        aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(aside, self.out / RUN)
+
+
+def _own(name: str) -> bool:
+    stage = name.startswith("stage-") and name.endswith(".safetensors")
+    return name in _OWN or stage or (name.startswith(".") and name.endswith((".tmp", ".old")))

@@ -1,0 +1,178 @@
+"""A task (texts, prompts, images, speech) for a fit: rows and targets as a plan reads them, its head in place."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ranksure.bundled.rotten_tomatoes import REVIEWS_SHA256, rotten_tomatoes
+from ranksure.data.samples import Samples
+from ranksure.errors import AdapterError, SettingError
+from ranksure.losses import get_loss
+from ranksure.network.targets import block_shape
+from ranksure.planner.prepare import prepare, read_samples
+from ranksure.planner.settings import PlanSettings
+from ranksure.progress import Clock
+from ranksure.runs.fitting.inputs import Setup
+from ranksure.runs.fitting.plan_folder import PlanFolder
+from ranksure.runs.fitting.settings import FitSettings
+from ranksure.tasks.head import fit_head, head_features, install_head
+from ranksure.tasks.task import Task
+from ranksure.tasks.text import MeanPooled
+
+_BATCH = 32
+
+# Options that a plan and a fit share: the plan's value stands unless the fit is given another than its default.
+SHARED = (
+    "task",
+    "text_column",
+    "label_column",
+    "text_pair_column",
+    "image_column",
+    "audio_column",
+    "split",
+    "eval_data",
+    "eval_split",
+    "target_modules",
+    "layers_to_transform",
+    "heldout",
+    "loss",
+    "pooling",
+    "template",
+    "verbalizers",
+    "calibrate",
+    "image_size",
+    "max_seconds",
+    "max_length",
+    "dtype",
+    "revision",
+    "trust_remote_code",
+)
+
+
+def task_setup(
+    model: Any, data: Any, settings: FitSettings, plan: PlanFolder | None, tokenizer: Any, clock: Clock
+) -> Setup:
+    """Read model and rows, fit or load the head.
+
+    Raises:
+        RanksureError: whatever in the input cannot be used, in one line.
+    """
+    if model is None and plan is None:
+        raise SettingError("give --model, or --plan with a plan's folder")
+    model = plan.data["model"] if model is None and plan is not None else model
+    if data is None:
+        if plan is None or plan.data["data"]["sha256"] != REVIEWS_SHA256:
+            raise SettingError("give --data: the rows to train on")
+        data = rotten_tomatoes()
+    options = _plan_settings(settings, plan)
+    rows = read_samples(data, options, options.split)
+    same = plan is not None and rows.sha256 == plan.data["data"]["sha256"]
+    samples = settings.samples
+    if samples is None:
+        samples = int(plan.data["n_samples"]) if plan is not None and same else len(rows)
+    same = same and plan is not None and samples == plan.data["n_samples"]
+    prepared = prepare(model, rows, replace(options, samples=samples), tokenizer, clock)
+    task, notes = prepared.task, list(prepared.notes)
+    if plan is not None and not same:
+        notes.append("These are not the rows that the plan was made on, so its prediction is not compared.")
+    _head(task, prepared.split.train, settings, plan, clock)
+    heads = task.saved_modules or []
+    if settings.train_head and not heads:
+        if task.head is None:
+            raise SettingError(f"--train-head: the task {task.kind} has no head to train; leave it out")
+        heads = [task.head]
+    held = prepared.split.report
+    return Setup(
+        base=task.model,
+        adapted=task.adapted,
+        prefix=task.prefix,
+        heads=heads,
+        task_type=None if task.prefix else task.peft_task_type,
+        kind=options.loss,  # pyright: ignore[reportArgumentType]
+        features=task.features(prepared.split.train),
+        held=None if held is None else task.features(held),
+        collator=task.collator,
+        shapes={name: block_shape(module) for name, module in prepared.targets.items()},
+        name=task.name,
+        revision=task.revision,
+        pooling=task.pooling,
+        task=task,
+        n_outputs=task.n_outputs,
+        label_names=task.label_names,
+        batch_size=settings.batch_size or _BATCH,
+        source=prepared.split.train.source,
+        sha256=prepared.split.train.sha256,
+        same_data=same,
+        notes=notes,
+    )
+
+
+def _plan_settings(settings: FitSettings, plan: PlanFolder | None) -> PlanSettings:
+    """How a plan would read the same rows and model."""
+    values: dict[str, Any] = {"samples": 4, "seed": settings.seed}
+    defaults = FitSettings()
+    made = {} if plan is None else plan.data.get("settings", {})
+    offsets = None
+    if plan is not None:
+        values |= {"pooling": plan.data["pooling"], "loss": plan.data["loss"], "seed": plan.data["seed"]}
+        values["target_modules"] = plan.data["target_modules"]
+        offsets = plan.data.get("task", {}).get("offsets")
+    for name in SHARED:
+        if name in made and not isinstance(made[name], dict):  # not data that was in memory
+            values[name] = made[name]
+        if plan is None or getattr(settings, name) != getattr(defaults, name):
+            values[name] = getattr(settings, name)
+    if plan is not None and offsets is not None:
+        values["calibrate"] = tuple(offsets)  # other rows would give others
+    return PlanSettings(
+        **values,
+        weight_decay=1.0,  # any number: nothing is solved here
+        ranks=(settings.rank or 1,),
+        memory=settings.memory,
+        batch_size=settings.batch_size or _BATCH,
+        device=settings.device,
+    )
+
+
+def _head(task: Task[Any], rows: Samples, settings: FitSettings, plan: PlanFolder | None, clock: Clock) -> None:
+    """Install the plan's head, or fit one where the checkpoint has none; a trained one stays."""
+    if not task.head_is_new:
+        return
+    if plan is not None and plan.data["pooling"] == task.pooling:
+        _load_head(task, plan)
+        return
+    assert task.head is not None
+    loss = get_loss(plan.data["loss"] if plan is not None else settings.loss)
+    with clock.stage("head", "Fitting the new head") as advance:
+        batches, back = task.batches_by_length(rows)
+        features = head_features(task.model, task.head, batches, task.n_outputs, advance)[back]
+        layer = task.model.get_submodule(task.head)
+        bias = getattr(layer, "bias", None) is not None
+        install_head(task.model, task.head, fit_head(features, task.labels(rows), loss, task.n_outputs, bias=bias))
+
+
+def _load_head(task: Task[Any], plan: PlanFolder) -> None:
+    tensors = plan.head()
+    assert task.head is not None
+    if isinstance(task.model, MeanPooled):
+        tensors = {f"head.{key}": value for key, value in tensors.items()}
+    own: dict[str, Tensor] = dict(task.model.named_parameters()) | dict(task.model.named_buffers())
+    expected = {
+        f"{name}.{key}"
+        for name in ([task.head] if isinstance(task.model, MeanPooled) else task.new_modules)
+        for key in task.model.get_submodule(name).state_dict()
+    }
+    if set(tensors) != expected:
+        odd = sorted(set(tensors) ^ expected)[0]
+        raise AdapterError(f"the head in {plan.folder} does not fit the model: {odd} is only in one of the two")
+    with torch.no_grad():
+        for key, value in tensors.items():
+            if own[key].shape != value.shape:
+                raise AdapterError(
+                    f"{key} in {plan.folder} has shape {tuple(value.shape)}, not {tuple(own[key].shape)}"
+                )
+            own[key].copy_(value)

@@ -1,0 +1,197 @@
+"""What ``ranksure fit`` adds to ``transformers.Trainer``: the loss as an exact mean, checkpoints to be trusted."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ranksure.errors import DataError, SettingError
+from ranksure.loss_terms import IGNORED
+from ranksure.losses import Kind
+from ranksure.network.gradient import Weighting
+
+LossFunction = Callable[..., Tensor]
+
+
+def mean_loss_function(kind: Kind, weighting: Weighting = "token") -> LossFunction:
+    """A ``compute_loss_func`` for ``Trainer``: a mean over all terms of an optimizer step, however it is accumulated.
+
+    The terms are those of :func:`ranksure.certify`: labels of a classifier, tokens of a causal language model (or
+    its samples), outputs of the two others. Without it, ``Trainer`` 5.23 adds up a classifier's micro-batch means
+    instead of averaging them (its model takes the loss arguments, and ignores the number of items).
+
+    Args:
+        kind: which loss.
+        weighting: of a causal language model's tokens. ``sample`` needs the number of samples of the step as
+            ``num_items_in_batch``, which ``Trainer`` does not count by itself (``ranksure fit`` does).
+
+    Returns:
+        ``(outputs, labels, num_items_in_batch=None) -> loss``; without a number, that of the batch is taken.
+    """
+
+    def compute(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        logits = _logits(outputs)
+        labels = labels.to(logits.device)
+        total = _total_loss(kind, weighting, logits, labels)
+        count = count_terms(kind, weighting, labels) if num_items_in_batch is None else num_items_in_batch
+        return total / count
+
+    return compute
+
+
+def count_terms(kind: Kind, weighting: Weighting, labels: Tensor) -> int:
+    """Number of terms that a batch adds to the mean."""
+    if kind != "cross-entropy":
+        return labels.numel()
+    if labels.dim() < 2:
+        return int((labels != IGNORED).sum())
+    told = labels[:, 1:] != IGNORED
+    return int(told.any(1).sum() if weighting == "sample" else told.sum())
+
+
+def _total_loss(kind: Kind, weighting: Weighting, logits: Tensor, labels: Tensor) -> Tensor:
+    if kind != "cross-entropy" or logits.dim() == 2:
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if kind == "logistic":
+        return F.binary_cross_entropy_with_logits(logits, labels.to(logits).reshape(logits.shape), reduction="sum")
+    if kind == "squared-error":
+        return F.mse_loss(logits, labels.to(logits).reshape(logits.shape), reduction="sum")
+    if logits.dim() == 2:
+        return F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
+    told = labels[:, 1:] != IGNORED
+    rows, places = told.nonzero(as_tuple=True)  # a large vocabulary is wide: only where there is a loss
+    chosen = logits[rows, places]
+    chosen = chosen.to(torch.promote_types(chosen.dtype, torch.float32))
+    losses = F.cross_entropy(chosen, labels[rows, places + 1], reduction="none")
+    return losses.sum() if weighting == "token" else (losses / told.sum(1)[rows]).sum()
+
+
+def _logits(outputs: Any) -> Tensor:
+    logits = getattr(outputs, "logits", None)
+    if logits is None:
+        logits = outputs["logits"] if isinstance(outputs, dict) else outputs
+    if isinstance(logits, (tuple, list)):
+        logits = logits[0]
+    return logits[:, None] if logits.dim() == 1 else logits
+
+
+class FitTrainer(Trainer):
+    """``Trainer`` with the loss of :func:`mean_loss_function`, in one process.
+
+    Args:
+        *args: as ``Trainer``'s.
+        kind: which loss.
+        weighting: of a causal language model's tokens.
+        model_dropout: leave the network's own dropout on. Off, the loss that is trained is the one that is
+            certified; the adapter's dropout stays as configured.
+        **kwargs: as ``Trainer``'s.
+    """
+
+    def __init__(
+        self, *args: Any, kind: Kind, weighting: Weighting, model_dropout: bool = False, **kwargs: Any
+    ) -> None:
+        self._kind: Kind = kind
+        self._weighting: Weighting = weighting
+        self._model_dropout = model_dropout
+        super().__init__(*args, compute_loss_func=mean_loss_function(kind, weighting), **kwargs)
+
+    def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The loss, in evaluation mode but for the adapter's dropout (``Trainer`` has just set training mode)."""
+        if not self._model_dropout:
+            model.eval()
+            for module in model.modules():
+                if isinstance(module, LoraLayer):
+                    module.lora_dropout.train()
+        return super().compute_loss(model, *args, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """The batches of one optimizer step, and the number of terms in them."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        count = sum(count_terms(self._kind, self._weighting, batch["labels"]) for batch in batches)
+        if batches and not count:
+            raise DataError("a step of training holds no label: raise the batch size, or remove rows without labels")
+        return batches, torch.tensor(count, device=device)
+
+
+class Watch(TrainerCallback):
+    """Keeps frozen what is to stay frozen, reports progress, and stops a run that diverges.
+
+    Args:
+        frozen: parameters without gradients; loading a checkpoint makes PEFT thaw ``modules_to_save``.
+        advance: called with (steps done, steps in all).
+    """
+
+    def __init__(self, frozen: list[nn.Parameter], advance: Callable[[int, int], None]) -> None:
+        self._frozen, self._advance = frozen, advance
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Freeze again after a checkpoint was loaded."""
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Report."""
+        self._advance(state.global_step, state.max_steps)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Stop where the loss is no number any more."""
+        loss = (logs or {}).get("loss")
+        if loss is not None and not math.isfinite(float(loss)):
+            raise SettingError(
+                f"training diverged: the loss is {loss} at step {state.global_step}; lower the learning rate"
+            )
+
+
+def last_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest whole checkpoint of a folder, and its ``trainer_state.json``; damaged newer ones are deleted.
+
+    ``Trainer`` writes a checkpoint file by file, so a kill can leave half of one.
+    """
+    found = []
+    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        step = path.name.rpartition("-")[2]
+        if path.is_dir() and step.isdigit():
+            found.append((int(step), path))
+    for step, path in sorted(found, reverse=True):
+        state = _whole(path, step)
+        if state is not None:
+            return path, state
+        shutil.rmtree(path, ignore_errors=True)
+    return None
+
+
+def _whole(path: Path, step: int) -> dict[str, Any] | None:
+    try:
+        state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        with safe_open(path / "adapter_model.safetensors", framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118  (a safetensors file is no mapping)
+                file.get_tensor(key)
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            with zipfile.ZipFile(path / name) as file:
+                if file.testzip() is not None:
+                    return None
+    except (OSError, ValueError, SafetensorError, zipfile.BadZipFile):
+        return None
+    return state if isinstance(state, dict) and state.get("global_step") == step else None

@@ -1,0 +1,302 @@
+"""``ranksure.grow()``: new directions for the modules whose rank is the limit, the function unchanged.
+
+A new column is ``u = 0``, ``v = sqrt(t) q`` with ``(p, q)`` a top singular pair of the gradient outside the present
+factors' spaces, as LoRA starts its own columns: the update is the same, but the gradient of ``u``
+is ``sqrt(t) sigma p``, so the first step goes along ``-p``. (With ``v = 0`` as well it would be a saddle that no
+training leaves.) ``t`` is a tenth of the update's mean singular value: on the scale of the present columns, so that the
+new one has not far to grow, and small enough to add little to the trained penalty. Derived in
+docs/grow-and-compress.md.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ranksure.adapters.loaded import Adapter, read_adapter
+from ranksure.adapters.rewrite import Rewritten, rewrite_adapter
+from ranksure.errors import AdapterError, SettingError
+from ranksure.factors import Factors, thin_svd
+from ranksure.losses import Kind
+from ranksure.network.batch_losses import Weighting
+from ranksure.network.gradient import Progress, gradient_pass
+from ranksure.network.logits import Batch
+from ranksure.relinearised import USED
+from ranksure.runs.certificate.certify import TOLERANCE, certify
+from ranksure.runs.certificate.result import RunCertificate
+from ranksure.spectral import top_pairs
+
+MOST_NEW = 8
+"""Most directions added to a module."""
+
+START = 0.1
+"""Squared size of the steepest new column, as a share of the mean singular value of the update."""
+
+
+@dataclass(frozen=True)
+class Growth:
+    """New directions for an adapter; nothing is written yet, and the model is as it was.
+
+    Attributes:
+        certificate: why.
+        factors: ``u`` (m, r) and ``v`` (n, r) of every module, float64: the present columns, then the new ones.
+        added: new columns by module that has any.
+        slopes: decrease of the objective per unit of each new direction, by module, largest first.
+        sizes: ``t``, the squared norm of each new column of ``v``, by module.
+        forced: grown although the verdict was not rank-bound.
+    """
+
+    certificate: RunCertificate
+    factors: Factors
+    added: dict[str, int]
+    slopes: dict[str, list[float]]
+    sizes: dict[str, list[float]]
+    forced: bool
+
+    @property
+    def penalty_added(self) -> float:
+        """What the new columns add to the trained penalty ``sum_j (lambda_j / 2)(||u||^2 + ||v||^2)``."""
+        lams = {name: state.lam or 0.0 for name, state in self.certificate.modules.items()}
+        return sum(0.5 * lams[name] * sum(sizes) for name, sizes in self.sizes.items())
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``grow.json`` holds."""
+        ranks = {name: u.shape[1] for name, (u, _) in self.factors.items()}
+        data = {
+            "schema": 1,
+            "verdict": self.certificate.verdict,
+            "forced": self.forced,
+            "modules": {
+                name: {
+                    "rank_before": rank - self.added.get(name, 0),
+                    "rank_after": rank,
+                    "slopes": self.slopes.get(name, []),
+                    "sizes": self.sizes.get(name, []),
+                }
+                for name, rank in ranks.items()
+            },
+            "rank_before": sum(ranks.values()) - sum(self.added.values()),
+            "rank_after": sum(ranks.values()),
+            "penalty_added": self.penalty_added,
+            "certificate": self.certificate.to_json(),
+        }
+        return json.loads(json.dumps(data), parse_constant=lambda text: None)
+
+    def save(
+        self,
+        model: nn.Module,
+        out_dir: str | os.PathLike[str],
+        *,
+        source: str | os.PathLike[str] | None = None,
+        prefix: str = "",
+        extra: Mapping[str, Any] | None = None,
+    ) -> Rewritten:
+        """Write the grown adapter and ``grow.json``, whole or not at all.
+
+        Args:
+            model: the model that was grown, the adapter as it was.
+            out_dir: the folder to create, or an earlier adapter's to replace.
+            source: the folder that the adapter came from; see :func:`~ranksure.adapters.rewrite.rewrite_adapter`.
+            prefix: of the names here, where ``model`` is inside the network that was grown.
+            extra: more entries for ``grow.json`` (where the data came from).
+
+        Raises:
+            AdapterError: as ``rewrite_adapter``.
+        """
+
+        def write(stage: Path) -> None:
+            (stage / "grow.json").write_text(json.dumps({**self.to_json(), **(extra or {})}, indent=1) + "\n")
+
+        text = (
+            "Columns were added where the rank was the limit. They do not change a prediction: train on to use them, "
+            "with a new optimizer (the state of the old one does not fit)."
+        )
+        name = self.certificate.adapter
+        return rewrite_adapter(
+            model,
+            self.factors,
+            out_dir,
+            adapter=name,
+            source=source,
+            prefix=prefix,
+            title="Grown",
+            text=text,
+            write_more=write,
+        )
+
+
+def grow(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    weight_decay: float | None = None,
+    lam: float | None = None,
+    adapter: str | None = None,
+    loss: Kind | None = None,
+    weighting: Weighting = "token",
+    tolerance: float = TOLERANCE,
+    memory_bytes: float = math.inf,
+    most_new: int = MOST_NEW,
+    force: bool = False,
+    certificate: RunCertificate | None = None,
+    progress: Progress | None = None,
+) -> Growth:
+    """Find the directions that a rank-bound LoRA run is missing.
+
+    Certifies the run (one gradient pass, and the probes), then takes the gradients of the rank-bound modules again,
+    one more pass: a certificate keeps the best direction of each module only.
+
+    Args:
+        model: the trained network with its adapter active; it stays as it is.
+        batches: all the training data, with ``labels``.
+        weight_decay: see :func:`~ranksure.runs.certificate.certify.certify`, as for all up to ``memory_bytes``.
+        lam: likewise.
+        adapter: likewise.
+        loss: likewise.
+        weighting: likewise.
+        tolerance: likewise.
+        memory_bytes: likewise.
+        most_new: most directions for one module; all whose gain is above the tolerance by default, up to 8.
+        force: grow whatever the verdict is, where any new direction lowers the objective.
+        certificate: the run's certificate at these very weights and settings, if there is one already.
+        progress: called after every batch.
+
+    Returns:
+        The growth; :meth:`Growth.save` writes it.
+
+    Raises:
+        SettingError: a verdict other than rank-bound (the message is the advice), or ``most_new`` below 1.
+        AdapterError: nothing to add even with ``force``, or an adapter that cannot be certified.
+    """
+    if most_new < 1:
+        raise SettingError(f"the most new directions per module must be at least 1, not {most_new}")
+    read = read_adapter(model, adapter)
+    if certificate is None:
+        settings: dict[str, Any] = {"weight_decay": weight_decay, "lam": lam, "loss": loss, "weighting": weighting}
+        certificate = certify(
+            model,
+            batches,
+            adapter=read.name,
+            tolerance=tolerance,
+            memory_bytes=memory_bytes,
+            progress=progress,
+            **settings,
+        )
+    _check_verdict(certificate, force)
+    names = _modules_to_grow(certificate, force)
+    missing = Missing(read.factors, most_new)
+    pairs: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    gradient_pass(
+        model,
+        batches,
+        {name: read.modules[name] for name in names},
+        kind=loss,
+        weighting=weighting,
+        memory_bytes=memory_bytes,
+        consume=lambda name, gradient: pairs.update({name: missing(name, gradient)}),
+        progress=progress,
+    )
+    threshold = {name: 0.0 if force else _threshold(certificate, name) for name in names}
+    return _grown(read, pairs, certificate, threshold)
+
+
+def _check_verdict(certificate: RunCertificate, force: bool) -> None:
+    verdict = certificate.verdict
+    if verdict == "not-checked":
+        raise AdapterError(f"the run cannot be certified, so nothing says where to grow: {certificate.reasons[0]}")
+    if verdict != "rank-bound" and not force:
+        raise SettingError(
+            f"the verdict is {verdict}, not rank-bound. {certificate.advice()[0]} (--force grows anyway)"
+        )
+
+
+def _modules_to_grow(certificate: RunCertificate, force: bool) -> list[str]:
+    names = certificate.rank_bound_modules
+    if force or not names:
+        names = [name for name, state in certificate.modules.items() if state.slope > 0]
+    if not names:
+        raise AdapterError("no new direction lowers the objective in any module, to first order: there is none to add")
+    return names
+
+
+def _threshold(certificate: RunCertificate, name: str) -> float:
+    """Gradient norm from which a new direction can gain more than the certificate's tolerance."""
+    state = certificate.modules[name]
+    if state.lam is not None:
+        return state.lam / (1 - certificate.tolerance)
+    # The ball's gap is inner + radius max ||g||, and inner + radius sigma above tolerance * objective counts.
+    radius, bound = certificate.radius or 0.0, certificate.rank_gain_bound or 0.0
+    inner = bound - radius * max(state.gradient_norm for state in certificate.modules.values())
+    return max(certificate.tolerance * (certificate.objective or 0.0) - inner, 0.0) / radius if radius > 0 else 0.0
+
+
+def _grown(
+    read: Adapter,
+    pairs: Mapping[str, tuple[Tensor, Tensor, Tensor]],
+    certificate: RunCertificate,
+    threshold: Mapping[str, float],
+) -> Growth:
+    slopes: dict[str, list[float]] = {}
+    columns: dict[str, Tensor] = {}
+    for name, (_, sigma, q) in pairs.items():
+        lam = certificate.modules[name].lam or 0.0
+        keep = (sigma > max(threshold[name], lam)) & (sigma > 1e-12 * certificate.modules[name].gradient_norm)
+        if bool(keep.any()):
+            slopes[name] = [float(value) - lam for value in sigma[keep]]
+            columns[name] = q[:, keep]
+    if not columns:
+        raise AdapterError("no new direction gains more than the tolerance in any module: there is none to add")
+    steepest = max(values[0] for values in slopes.values())
+    column = _mean_singular_value(certificate)
+    sizes = {name: [START * column * value / steepest for value in values] for name, values in slopes.items()}
+    factors: Factors = {}
+    for name, (u, v) in read.factors.items():
+        if name in columns:
+            roots = torch.tensor(sizes[name], dtype=torch.float64).sqrt()
+            u = torch.cat([u, u.new_zeros(u.shape[0], len(roots))], 1)
+            v = torch.cat([v, columns[name] * roots], 1)
+        factors[name] = (u, v)
+    added = {name: len(values) for name, values in slopes.items()}
+    return Growth(certificate, factors, added, slopes, sizes, certificate.verdict != "rank-bound")
+
+
+class Missing:
+    """Top singular pairs of ``(I - UU^T) g (I - VV^T)``: the directions that the used factors cannot follow.
+
+    Args:
+        factors: all of the adapter's (the largest singular value decides what counts as used).
+        most: pairs per module.
+    """
+
+    def __init__(self, factors: Factors, most: int) -> None:
+        self.most = most
+        self.parts = {name: thin_svd(u.double(), v.double()) for name, (u, v) in factors.items()}
+        self.threshold = USED * max((float(s[0]) for _, s, _ in self.parts.values() if len(s)), default=0.0)
+
+    def __call__(self, name: str, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of one module's gradient of the loss, ``(m, n)``.
+
+        Returns:
+            ``p`` (m, k), ``sigma`` (k,) descending, ``q`` (n, k), float64, on the CPU: adding ``-t p_l q_l^T`` lowers
+            the loss by ``sigma_l`` per unit of ``t``; the directions are orthogonal to each other and to the used.
+        """
+        g = gradient.cpu().double() if gradient.device.type == "mps" else gradient.double()
+        p, s, q = (part.to(g.device) for part in self.parts[name])
+        left, right = p[:, s > self.threshold], q[:, s > self.threshold]
+        outside = g - left @ (left.T @ g)
+        a, sigma, b = top_pairs(outside - (outside @ right) @ right.T, self.most)
+        return a.cpu(), sigma.cpu(), b.cpu()
+
+
+def _mean_singular_value(certificate: RunCertificate) -> float:
+    """Mean of the update's used singular values, over all modules; one where the update is zero."""
+    norm = sum(state.nuclear_norm for state in certificate.modules.values())
+    return norm / sum(state.rank_used for state in certificate.modules.values()) if norm > 0 else 1.0

@@ -1,0 +1,85 @@
+"""What a change of ranks changed, measured on the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from ranksure.adapters.loaded import Adapter
+from ranksure.loss_terms import is_shifted, token_places
+from ranksure.network.logits import Batch, device_of, frozen, to_device
+from ranksure.network.targets import base_layer
+
+
+def largest_changes(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    reference: Callable[[], AbstractContextManager[None]],
+    variants: Mapping[str, Callable[[], AbstractContextManager[None]]],
+) -> tuple[dict[str, float], float]:
+    """Largest absolute change of a logit under each variant, against the reference, and the largest logit itself.
+
+    Of a network with logits for every token the positions that predict a labelled one count.
+
+    Args:
+        model: the network.
+        batches: batches, with labels or without.
+        reference: makes the context of the reference.
+        variants: by name, makes the variant's context.
+    """
+    out, size = dict.fromkeys(variants, 0.0), 0.0
+    with torch.no_grad():
+        for batch in batches:
+            inputs = to_device({key: value for key, value in batch.items() if key != "labels"}, device_of(model))
+            with reference(), frozen(model):
+                truth = _shown(model, model(**inputs), batch)
+            size = max(size, float(truth.abs().max()) if truth.numel() else 0.0)
+            for name, make in variants.items():
+                with make(), frozen(model):
+                    change = (_shown(model, model(**inputs), batch) - truth).abs()
+                out[name] = max(out[name], float(change.max()) if change.numel() else 0.0)
+    return out, size
+
+
+def _shown(model: nn.Module, output: Any, batch: Batch) -> Tensor:
+    found = getattr(output, "logits", output[0] if isinstance(output, (tuple, list)) else output)
+    labels = batch.get("labels")
+    if found.dim() == 3 and isinstance(labels, Tensor):
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        shifted = is_shifted(base)
+        rows, places, _ = token_places(found.shape, labels.to(found.device), shifted)
+        found = found[rows, places]
+    return found.double()
+
+
+def tied_modules(model: nn.Module, read: Adapter) -> list[str]:
+    """Adapted modules whose weight another module uses too: merging would change that one as well."""
+    owners: dict[int, set[int]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), set()).add(id(module))
+    return [n for n, block in read.blocks.items() if len(owners.get(id(base_layer(block.module).weight), ())) > 1]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The network on the rows given, at one point.
+
+    Attributes:
+        loss: mean loss.
+        penalty: ``sum_j lambda_j ||delta_j||_*``; 0 without a penalty.
+    """
+
+    loss: float
+    penalty: float
+
+    @property
+    def objective(self) -> float:
+        """Loss and penalty."""
+        return self.loss + self.penalty

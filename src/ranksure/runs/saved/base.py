@@ -1,0 +1,142 @@
+"""A finished LoRA run, loaded: base model, adapter, tokenizer, each checked against the others."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+
+from ranksure.adapters.saved import AdapterFiles, check_fit
+from ranksure.errors import AdapterError, ModelError, one_line, shown
+from ranksure.network.checkpoints import (
+    load_weights,
+    looks_local,
+    quiet,
+)
+
+TaskType = Literal["SEQ_CLS", "CAUSAL_LM"]
+_HEADS = ("score", "classifier", "classifier.out_proj", "classification_head.out_proj")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "tokenizer.model", "vocab.json")
+PEFT_PREFIX = "base_model.model."
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# which base model, which task
+
+
+def base_name(files: AdapterFiles, base: str | os.PathLike[str] | None) -> str:
+    """The base model: the one given, else the one that the adapter records.
+
+    Raises:
+        AdapterError: none is recorded.
+        ModelError: the recorded folder is not there.
+    """
+    if base is not None:
+        return os.fspath(base)
+    recorded = files.config.base_model_name_or_path
+    if not recorded:
+        raise AdapterError(f"{files.folder} does not record its base model: name it with --base")
+    if looks_local(recorded) and not Path(recorded).expanduser().is_dir():
+        raise ModelError(
+            f"the base model that the adapter records, {recorded}, is not there: give its place with --base"
+        )
+    return recorded
+
+
+def saved_outputs(files: AdapterFiles) -> int | None:
+    """Number of outputs of the head that was saved with the adapter, if any."""
+    for name, tensor in files.head.items():
+        module = name.removeprefix(PEFT_PREFIX).rpartition(".")[0]
+        if name.endswith(".weight") and tensor.dim() == 2 and module in _HEADS:
+            return int(tensor.shape[0])
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# loading
+
+
+def base_config(name: str, common: dict[str, Any], **more: Any) -> Any:
+    """The base model's configuration.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(name, **common, **more)
+    except Exception as error:
+        raise ModelError(f"the configuration of base model {name} cannot be read: {one_line(error)}") from None
+
+
+def _load_base(
+    name: str, task: TaskType, files: AdapterFiles, dtype: str, common: dict[str, Any], notes: list[str]
+) -> tuple[PreTrainedModel, set[str]]:
+    """The base model, and the names of parameters that its checkpoint does not hold."""
+    more: dict[str, Any] = {}
+    if task == "SEQ_CLS" and (outputs := saved_outputs(files)) is not None:
+        more["num_labels"] = outputs
+    config = base_config(name, common, **more)
+    auto: Any = AutoModelForSequenceClassification if task == "SEQ_CLS" else AutoModelForCausalLM
+    arguments = {**common, "config": config, "dtype": dtype, "ignore_mismatched_sizes": task == "SEQ_CLS"}
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            loaded, info = load_weights(auto, name, notes, **arguments)
+    except Exception as error:  # a damaged folder fails in ways of many libraries
+        what = "a sequence classifier" if task == "SEQ_CLS" else "a causal language model"
+        raise ModelError(f"base model {name} cannot be loaded as {what}: {one_line(error)}") from None
+    lacking = [entry[0] if isinstance(entry, (tuple, list)) else entry for entry in info["mismatched_keys"]]
+    _fit_embeddings(loaded, files)
+    return loaded, {*info["missing_keys"], *lacking}
+
+
+def _fit_embeddings(network: PreTrainedModel, files: AdapterFiles) -> None:
+    """Resize the embeddings where the run did (added tokens), which PEFT then saves with the adapter."""
+    embedding: Any = network.get_input_embeddings()
+    place = next((name for name, module in network.named_modules() if module is embedding), None)
+    saved = files.tensors.get(f"{PEFT_PREFIX}{place}.weight")
+    if saved is not None and saved.dim() == 2 and saved.shape[0] != embedding.weight.shape[0]:
+        with quiet():
+            network.resize_token_embeddings(saved.shape[0], mean_resizing=False)
+
+
+def with_adapter(network: PreTrainedModel, files: AdapterFiles, base: str, trainable: bool) -> PeftModel:
+    """The base model under the adapter: what ``PeftModel.from_pretrained`` does, with nothing left as initialised."""
+    files.config.inference_mode = not trainable
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # each thing that PEFT would warn of here is checked below
+        try:
+            model = get_peft_model(network, files.config)
+        except Exception as error:  # target modules that are not there, ranks that are not numbers, ...
+            targets = shown(files.config.target_modules, 80)
+            raise AdapterError(
+                f"the adapter {files.folder} (target_modules {targets}) does not fit {base}: {one_line(error)}"
+            ) from None
+        assert isinstance(model, PeftModel)
+        if files.config.target_parameters is None:  # else PEFT renames tensors; such runs are never certified
+            expected = _saved_by_peft(model, False)
+            check_fit(files, expected, {**expected, **_saved_by_peft(model, True)}, base)
+        try:
+            result = set_peft_model_state_dict(model, files.tensors)
+        except Exception as error:
+            raise AdapterError(f"the weights in {files.folder} do not fit {base}: {one_line(error)}") from None
+    if unexpected := list(result.unexpected_keys):
+        raise AdapterError(f"{files.folder}: {unexpected[0]} has no place in {base} under its configuration")
+    return model
+
+
+def _saved_by_peft(model: PeftModel, embeddings: bool) -> Mapping[str, Tensor]:
+    return get_peft_model_state_dict(model, save_embedding_layers=embeddings)

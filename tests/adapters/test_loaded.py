@@ -1,0 +1,216 @@
+"""Reading adapters: factors against merged weights, and what is refused, untested or outside."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig, get_peft_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ranksure.adapters.loaded import read_adapter
+from ranksure.errors import AdapterError
+from ranksure.runs import lora
+from ranksure.runs.certificate.certify import certify
+from tests.runs.networks import Small, merged_copy, randomise, small_run
+
+
+class Kinds(nn.Module):
+    """Every kind of module that can be adapted."""
+
+    def __init__(self, **convolution) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(11, 6, padding_idx=0)
+        self.lin = nn.Linear(6, 5)
+        self.conv1d = Conv1D(7, 5)
+        self.conv = nn.Conv2d(1, 4, (3, 2), **(convolution or {"stride": (2, 1), "padding": (1, 2)}))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, ids):
+        x = torch.tanh(self.conv1d(torch.tanh(self.lin(self.emb(ids)))))
+        return self.head(self.conv(x.unsqueeze(1)).mean((2, 3)))
+
+
+TARGETS = ["emb", "lin", "conv1d", "conv"]
+
+
+def kinds(**config):
+    torch.manual_seed(0)
+    settings = {"r": 2, "lora_alpha": 3, "target_modules": TARGETS, **config}
+    model = get_peft_model(Kinds().double(), LoraConfig(**settings), autocast_adapter_dtype=False)
+    randomise(model)
+    return model
+
+
+CONFIGS = {
+    "alpha over r": {},
+    "rsLoRA": {"use_rslora": True, "r": 4},
+    "patterns": {"rank_pattern": {"lin": 4, "conv": 1}, "alpha_pattern": {"emb": 1, "conv": 7}},
+    "rsLoRA and patterns": {"use_rslora": True, "rank_pattern": {"lin": 4}, "alpha_pattern": {"emb": 1}},
+    "biases": {"bias": "lora_only"},
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_factors_give_the_merged_weights(name):
+    """``u v^T`` is what PEFT itself adds to the weights, and the L2 penalties agree."""
+    model = kinds(**CONFIGS[name])
+    read = read_adapter(model)
+    assert set(read.blocks) == set(TARGETS) and not read.untested
+    base, weights = merged_copy(model)
+    model.merge_adapter()
+    for name_, layer in read.modules.items():
+        peft_weight = layer.base_layer.weight  # pyright: ignore
+        assert torch.allclose(weights[name_].double(), peft_weight.double(), atol=1e-12)
+        assert base.get_submodule(name_).weight.shape == peft_weight.shape
+    model.unmerge_adapter()
+    penalties = read.penalties(0.02)
+    for name_, block in read.blocks.items():
+        u, v = block.factors
+        layer = block.module
+        if name_ == "emb":
+            a, b = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]  # pyright: ignore
+        else:
+            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight  # pyright: ignore
+        own = 0.5 * 0.02 * float(a.detach().square().sum() + b.detach().square().sum())
+        assert 0.5 * penalties[name_] * float(u.square().sum() + v.square().sum()) == pytest.approx(own, rel=1e-12)
+        assert block.rank == u.shape[1] == b.shape[1]
+
+
+def test_without_the_adapter_is_exact_and_put_back():
+    model = kinds()
+    ids = torch.randint(11, (3, 5))
+    model.eval()
+    with_it = model(ids)
+    with model.disable_adapter():
+        plain = model(ids)
+    read = read_adapter(model)
+    with pytest.raises(ZeroDivisionError), read.without():
+        assert torch.equal(model(ids), plain)
+        raise ZeroDivisionError
+    assert torch.equal(model(ids), with_it) and not torch.equal(with_it, plain)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"use_dora": True}, "use_dora=True is not a tested configuration .its update is not a product"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' may change the base weights"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"target_modules": [], "target_parameters": ["first.weight"]}, "target_parameters"),
+    ],
+)
+def test_untested_configurations_are_named(config, reason):
+    model, batches, _ = small_run(dtype=torch.float32, **config)
+    found = certify(model, batches, lam=0.01)
+    assert found.verdict == "not-checked" and not found.modules
+    assert any(__import__("re").search(reason, text) for text in found.reasons)
+    assert "Nothing was checked" in found.advice()[0]
+
+
+@pytest.mark.parametrize(
+    "config", [{"init_lora_weights": False}, {"init_lora_weights": "gaussian"}, {"lora_dropout": 0.2}]
+)
+def test_tested_values(config):
+    assert read_adapter(small_run(**config)[0]).untested == []
+
+
+def test_every_field_of_a_lora_config_is_either_tested_or_refused():
+    """A field that PEFT adds later is refused at any value but its default."""
+    fields = {field.name for field in dataclasses.fields(LoraConfig)}
+    assert fields >= lora._TESTED
+    for name in fields - lora._TESTED - {"init_lora_weights"}:
+        config = LoraConfig()
+        setattr(config, name, "something else")
+        assert any(name in reason for reason in lora._untested_fields(config)), name
+
+
+class Quantised(nn.Linear):
+    """As bitsandbytes makes them: a subclass of Linear from elsewhere."""
+
+
+def test_quantised_bases_are_not_checked():
+    net = Small()
+    net.first = Quantised(5, 7)
+    model = get_peft_model(net, LoraConfig(r=1, target_modules=["first", "second"]))
+    found = certify(model, small_run(dtype=torch.float32)[1], lam=0.1)
+    assert found.verdict == "not-checked" and "Quantised (quantised?)" in found.reasons[0]
+
+    class Packed(torch.Tensor):  # as torchao's: a plain Linear with a subclass of Tensor for a weight
+        pass
+
+    model, _, _ = small_run()
+    layer = model.base_model.model.second.base_layer
+    weight = layer.weight.detach().as_subclass(Packed)
+    del layer.weight
+    layer.weight = weight
+    assert any("second" in reason and "quantised?" in reason for reason in read_adapter(model).untested)
+
+
+def test_kinds_of_networks_and_modules_that_were_not_tested():
+    model, batches, _ = small_run()
+    model.base_model.model.config = type("Config", (), {"is_encoder_decoder": True})()
+    assert not certify(model, batches, lam=1.0).reasons  # such as a classifier on Whisper's encoder
+    model.base_model.model.decoder = nn.Identity()
+    assert "encoder-decoder" in certify(model, batches, lam=1.0).reasons[0]
+    dilated = get_peft_model(Kinds(dilation=(1, 2)), LoraConfig(r=1, target_modules=["conv"]))
+    assert "dilated" in read_adapter(dilated).untested[0]
+    grouped = nn.Sequential(nn.Conv1d(4, 4, 1))
+    model = get_peft_model(grouped, LoraConfig(r=1, target_modules=["0"]))
+    assert "Conv1d, which is not a tested kind" in read_adapter(model).untested[0]
+
+
+def test_what_was_trained_beside_the_adapter():
+    assert read_adapter(small_run()[0]).outside == []
+    model, _, _ = small_run(bias="lora_only", modules_to_save=["head"])
+    assert read_adapter(model).outside == ["biases trained with bias='lora_only'", "modules_to_save (head)"]
+    model, batches, _ = small_run()
+    model.base_model.model.head.weight.requires_grad_(True)
+    found = certify(model, batches, lam=0.01)
+    assert found.outside == ["parameters that require gradients (base_model.model.head.weight)"]
+    assert "as if they were fixed" in " ".join(found.advice())
+
+
+def test_several_adapters():
+    model, batches, _ = small_run()
+    model.add_adapter("second", LoraConfig(r=1, lora_alpha=1, target_modules=["first"]))
+    assert set(certify(model, batches, lam=0.01).modules) == {"first", "second"}
+    with pytest.raises(AdapterError, match="not active"):
+        certify(model, batches, adapter="second")
+    model.set_adapter("second")
+    found = certify(model, batches, lam=0.01)
+    assert found.adapter == "second" and set(found.modules) == {"first"}
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(AdapterError, match="several adapters are active"):
+        certify(model, batches, lam=0.01)
+    both = certify(model, batches, lam=0.01, adapter="default")
+    assert both.adapter == "default" and both.objective != found.objective
+    assert any("other active adapters (second)" in text for text in both.outside)
+
+
+def test_what_is_refused():
+    model, batches, _ = small_run()
+    with pytest.raises(AdapterError, match="no adapter 'other'"):
+        certify(model, batches, adapter="other")
+    with pytest.raises(AdapterError, match="no PEFT adapter"):
+        certify(Small(), batches)
+    with pytest.raises(AdapterError, match="IA3 adapter"):
+        certify(get_peft_model(Small(), IA3Config(target_modules=["first"], feedforward_modules=[])), batches)
+    with model.disable_adapter(), pytest.raises(AdapterError, match="disabled"):
+        certify(model, batches, lam=0.1)
+    model.merge_adapter()
+    with pytest.raises(AdapterError, match="merged"):
+        certify(model, batches)
+    model.unmerge_adapter()
+    first = model.base_model.model.first
+    first.scaling["default"] = 0.0
+    with pytest.raises(AdapterError, match="scale for first is 0"):
+        certify(model, batches)
+    first.scaling["default"] = 1.0
+    with torch.no_grad():
+        first.lora_A["default"].weight[0, 0] = torch.nan
+    with pytest.raises(AdapterError, match="first hold a value that is not finite"):
+        certify(model, batches)
