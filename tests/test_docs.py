@@ -20,7 +20,7 @@ import ranksure
 from ranksure.cli import app
 from ranksure.planner.settings import PlanSettings
 from scripts.docs.examples import BLOCK, RUN, run
-from tests.runs.test_callback import Net, rows
+from tests.runs.certificate.test_callback import Net, rows
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from ranksure import loss_terms
 from ranksure.errors import DataError, SettingError
 from ranksure.loss_terms import Terms, batch_terms, is_shifted, kind_of
 from ranksure.losses import get_loss
-from ranksure.runs import terms
 
 
 def line_by_conjugate(kind: str, z: torch.Tensor, y: torch.Tensor, c: float) -> float:
@@ -153,7 +153,7 @@ def test_a_wide_vocabulary_is_taken_in_parts(monkeypatch):
     torch.manual_seed(0)
     z, y = torch.randn(3, 6, 50), torch.randint(50, (3, 6))
     whole = batch_terms("cross-entropy", z, y)
-    monkeypatch.setattr(terms, "CHUNK_VALUES", 120)
+    monkeypatch.setattr(loss_terms, "CHUNK_VALUES", 120)
     parts = batch_terms("cross-entropy", z, y)
     assert torch.equal(whole.losses, parts.losses) and torch.equal(whole.gradient, parts.gradient)
 

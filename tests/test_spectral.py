@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ranksure.runs import spectral
+from ranksure import spectral
 from ranksure.spectral import norm_bound, norms, top_pair, top_pairs
 
 

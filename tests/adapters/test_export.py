@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
-from ranksure.adapters import peft_export, staging
+from ranksure.adapters import export
 from ranksure.adapters.export import export_adapter, export_mean_pooled, export_merged
 from ranksure.errors import AdapterError
 from tests.adapters.networks import (
@@ -225,9 +225,9 @@ def test_a_failure_leaves_nothing_and_keeps_the_old_adapter(tmp_path, monkeypatc
                 raise error
             rename(a, b)
 
-        monkeypatch.setattr(staging.os, "rename", fail_second)
+        monkeypatch.setattr("os.rename", fail_second)
     else:
-        monkeypatch.setattr(peft_export, step, fail)
+        monkeypatch.setattr(export, step, fail)
     expected = AdapterError if isinstance(error, OSError) else type(error)
     with pytest.raises(expected):
         export_adapter(model, factors, out, head="classifier")
@@ -256,12 +256,12 @@ def test_a_folder_with_other_files_is_not_replaced(tmp_path):
 
 def test_corruption_is_found_when_loading_back(tmp_path, monkeypatch):
     model = bert(tmp_path)
-    save = peft_export.save_file
+    save = export.save_file
 
     def corrupt(tensors, path, **settings):
         save({key: value * 1.001 for key, value in tensors.items()}, path, **settings)
 
-    monkeypatch.setattr(peft_export, "save_file", corrupt)
+    monkeypatch.setattr(export, "save_file", corrupt)
     with pytest.raises(AdapterError, match=r"does not load back as written: tensor .* has other values"):
         export_adapter(model, random_factors(model, {QUERY: 2}), tmp_path / "a", head="classifier")
     assert names_in(tmp_path) == ["base"]

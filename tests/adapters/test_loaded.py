@@ -10,9 +10,9 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ranksure.adapters import loaded
 from ranksure.adapters.loaded import read_adapter
 from ranksure.errors import AdapterError
-from ranksure.runs import lora
 from ranksure.runs.certificate.certify import certify
 from tests.runs.networks import Small, merged_copy, randomise, small_run
 
@@ -121,11 +121,11 @@ def test_tested_values(config):
 def test_every_field_of_a_lora_config_is_either_tested_or_refused():
     """A field that PEFT adds later is refused at any value but its default."""
     fields = {field.name for field in dataclasses.fields(LoraConfig)}
-    assert fields >= lora._TESTED
-    for name in fields - lora._TESTED - {"init_lora_weights"}:
+    assert fields >= loaded._TESTED
+    for name in fields - loaded._TESTED - {"init_lora_weights"}:
         config = LoraConfig()
         setattr(config, name, "something else")
-        assert any(name in reason for reason in lora._untested_fields(config)), name
+        assert any(name in reason for reason in loaded._untested_fields(config)), name
 
 
 class Quantised(nn.Linear):

@@ -9,10 +9,10 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ranksure.adapters import merging
 from ranksure.adapters.loaded import read_adapter
 from ranksure.adapters.merging import merged
 from ranksure.network.gradient import gradient_pass
-from ranksure.runs import merging
 
 
 class Network(nn.Module):

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from scipy.signal import correlate, resample_poly
 
+from ranksure.bundled import asterisk
 from ranksure.bundled.packages import PACKAGES, package_path
 from ranksure.data.recordings import SpeechRows
 from ranksure.errors import DataError, SettingError
-from ranksure.tasks import asterisk
 
 
 def folder(language: str) -> Path:

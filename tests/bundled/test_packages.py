@@ -15,8 +15,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from ranksure.bundled import packages
 from ranksure.errors import DataError
-from ranksure.tasks import packages
 
 CONTENT = {"./usr/share/data/one.txt": b"one\n", "./usr/share/data/two.bin": bytes(range(256)) * 1000}
 

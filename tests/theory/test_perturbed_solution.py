@@ -101,7 +101,7 @@ def test_an_infeasible_dual_point_is_seen_on_the_lifted_matrices(monkeypatch):
     assert state.certificate.spectral_ratio > 1
     from dataclasses import replace
 
-    from ranksure.theory import perturbation as module
+    from ranksure.theory import perturbed_solution as module
 
     doubled = replace(state, certificate=replace(state.certificate, dual_step=2 * state.certificate.dual_step + 1))
     monkeypatch.setattr(module.Perturbation, "certify", lambda self, factors: doubled)

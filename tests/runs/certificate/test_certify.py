@@ -19,7 +19,7 @@ from ranksure.adapters.loaded import read_adapter
 from ranksure.certificate import certify as certify_point
 from ranksure.errors import DataError, SettingError
 from ranksure.network.gradient import mean_loss
-from ranksure.runs import certify as certify_module
+from ranksure.runs.certificate import certify as certify_module
 from ranksure.runs.certificate.certify import certify
 from ranksure.runs.certificate.verdict import Network, Point, rank_or_saddle
 from ranksure.solvers.burer_monteiro import solve

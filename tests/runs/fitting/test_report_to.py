@@ -10,7 +10,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from ranksure.runs.certificate.callback import CertificateCallback
-from tests.runs.test_callback import trained
+from tests.runs.certificate.test_callback import trained
 from tests.runs.tiny_fits import fitted, same
 
 pytestmark = pytest.mark.usefixtures("quick_collections")

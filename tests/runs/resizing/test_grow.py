@@ -180,7 +180,7 @@ def test_missing_directions_against_dense_linear_algebra(seed, k):
 
 
 def test_top_pairs_of_a_large_matrix(monkeypatch):
-    from ranksure.runs import spectral
+    from ranksure import spectral
 
     w = torch.randn(60, 3, dtype=torch.float64) @ torch.randn(3, 50, dtype=torch.float64)
     w += 1e-3 * torch.randn(60, 50, dtype=torch.float64)
