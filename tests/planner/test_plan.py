@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import msgspec
 import pandas as pd
 import pytest
 import torch
@@ -85,10 +86,11 @@ def test_schema(name, request):
 
 
 def test_infinite_numbers_become_null(auto):
-    added = {"a": [math.inf, {"b": math.nan}], "c": 1.5}
-    written = strict_json(PlanResult({**auto.data, **added}, auto.factors, auto._prepared).to_json())
-    assert written["a"] == [None, {"b": None}]
-    assert written["c"] == 1.5
+    settings = {"a": [math.inf, {"b": math.nan}], "c": 1.5}
+    record = msgspec.structs.replace(auto.record, settings=settings, lambda_max=math.inf)
+    written = strict_json(PlanResult(record, auto.factors, auto._prepared).to_json())
+    assert written["settings"] == {"a": [None, {"b": None}], "c": 1.5}
+    assert written["lambda_max"] is None
     assert written["sentences"] == auto.sentences()
     assert written["warnings"] == auto.warnings
 

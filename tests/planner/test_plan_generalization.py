@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 import ranksure
 from ranksure.planner.render import show
-from ranksure.planner.result import PlanResult, generalization_json
+from ranksure.planner.result import PlanResult, generalization_record
 from ranksure.theory.generalization import FORMS, NOT_LIPSCHITZ, ROWS_NORM, generalization_bound
 from tests.helpers import random_problem
 from tests.tiny_text import frame, loaded
@@ -95,4 +95,4 @@ def test_regression_is_heuristic_for_its_loss(bert):
 
 def test_no_gradient_no_ratio():
     bound = generalization_bound(random_problem(seed=0), draws=2)
-    assert generalization_json(bound, 0.1, 0.0)["prescribed_over_lambda_max"] == math.inf
+    assert generalization_record(bound, 0.1, 0.0).prescribed_over_lambda_max is None

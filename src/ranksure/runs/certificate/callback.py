@@ -21,8 +21,8 @@ from ranksure.errors import DataError, SettingError
 from ranksure.losses import Kind
 from ranksure.network.gradient import Weighting
 from ranksure.network.logits import Batch
+from ranksure.records.certificate import RunCertificate, Verdict
 from ranksure.runs.certificate.certify import TOLERANCE, certify
-from ranksure.runs.certificate.result import RunCertificate, Verdict
 
 STOPPED = "ranksure/stopped"
 """Key that is logged, with the value 1, in the step at which the callback stops the run."""

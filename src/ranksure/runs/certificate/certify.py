@@ -18,8 +18,8 @@ from ranksure.losses import Kind
 from ranksure.network.batch_losses import Weighting
 from ranksure.network.gradient import Progress, gradient_pass
 from ranksure.network.logits import Batch
+from ranksure.records.certificate import Probe, RunCertificate, Verdict
 from ranksure.relinearised import Examiner, ModuleState, ball_gaps, penalised_gaps
-from ranksure.runs.certificate.result import Probe, RunCertificate, Verdict
 from ranksure.runs.certificate.verdict import WORSE, Network, Point, rank_or_saddle
 
 TOLERANCE = 0.05
@@ -76,12 +76,12 @@ def certify(
     _check_settings(weight_decay, lam, tolerance)
     read = read_adapter(model, adapter)
     if read.untested:
-        return RunCertificate.not_checked(read, read.untested, tolerance)
+        return RunCertificate.not_checked(read.name, read.outside, read.untested, tolerance)
     penalty = _penalty(read, weight_decay, lam)
     examine = Examiner(read.factors, penalty)
     if penalty is None and not examine.threshold:
         reason = "the adapter's update is zero (untrained?), and without a penalty its ball is a point: train first"
-        return RunCertificate.not_checked(read, [reason], tolerance)
+        return RunCertificate.not_checked(read.name, read.outside, [reason], tolerance)
     if iter(batches) is batches:
         batches = list(batches)
     states: dict[str, ModuleState] = {}

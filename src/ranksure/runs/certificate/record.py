@@ -7,12 +7,13 @@ import tempfile
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ranksure.adapters.loaded import read_adapter
 from ranksure.errors import SettingError
 from ranksure.files import write_file
-from ranksure.runs.certificate.result import RunCertificate
+from ranksure.records.certificate import RunCertificate
+from ranksure.records.record import encoded
 
 if TYPE_CHECKING:
     from ranksure.runs.saved.data import RunData
@@ -31,30 +32,20 @@ def sampled(found: RunCertificate, seen: int, total: int) -> RunCertificate:
     return replace(found, verdict="not-checked", modules=modules, reasons=[*found.reasons, reason])
 
 
-def full_record(found: RunCertificate, run: LoadedRun, data: RunData) -> dict[str, Any]:
-    """The content of ``certificate.json``: the certificate, and what it is a certificate of."""
-    record = found.to_json()
+def full_record(found: RunCertificate, run: LoadedRun, data: RunData, command: str | None = None) -> RunCertificate:
+    """The certificate with what it is a certificate of."""
+    modules = dict(found.modules)
     for name, block in read_adapter(run.model, found.adapter).blocks.items():
-        if name in record["modules"]:
-            record["modules"][name]["parameters"] = sum(part.numel() for part in block.factors)
-    record["run"] = {
-        "adapter": str(run.folder),
-        "adapter_sha256": run.adapter_sha256,
-        "base": run.base,
-        "task_type": run.task_type,
-        "dtype": str(run.dtype).removeprefix("torch."),
-    }
-    record["data"] = {
-        "source": data.source,
-        "sha256": data.sha256,
-        "form": data.form,
-        "rows": data.n_rows,
-        "rows_in_source": data.total_rows,
-        "max_length": data.max_length,
-        "notes": data.notes,
-    }
-    record["ranksure_version"] = version("ranksure")
-    return record
+        if name in modules:
+            modules[name] = replace(modules[name], parameters=sum(part.numel() for part in block.factors))
+    return replace(
+        found,
+        modules=modules,
+        run=run.source,
+        data=data.described,
+        command=command,
+        ranksure_version=version("ranksure"),
+    )
 
 
 def check_place(folder: Path, *, create: bool) -> None:
@@ -85,16 +76,15 @@ def check_place(folder: Path, *, create: bool) -> None:
         ) from None
 
 
-def write_record(folder: Path, record: dict[str, Any]) -> Path:
+def write_record(folder: Path, found: RunCertificate) -> Path:
     """Write ``certificate.json`` into ``folder``, replacing an earlier one.
 
     Raises:
         SettingError: it cannot be written; an earlier one is then left as it was.
     """
     path = folder / NAME
-    text = json.dumps(record, indent=1, allow_nan=False) + "\n"
     try:
-        write_file(path, text.encode())
+        write_file(path, encoded(found.to_json()))
     except OSError as error:
         raise SettingError(f"{path} cannot be written: {error.strerror or error}") from None
     return path

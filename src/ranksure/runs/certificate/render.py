@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
-from ranksure.runs.certificate.result import ModuleVerdict, RunCertificate
+from ranksure.records.certificate import ModuleVerdict, RunCertificate
 
 _WIDE = 110  # columns that the full table needs
 _COLOURS = {

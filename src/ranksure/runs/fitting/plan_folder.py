@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -15,6 +12,9 @@ from torch import Tensor
 
 from ranksure.errors import AdapterError, SettingError
 from ranksure.factors import Factors
+from ranksure.records.fit import Prediction
+from ranksure.records.plan import Plan
+from ranksure.records.record import read
 
 _PREFIX = "base_model.model."
 
@@ -25,16 +25,11 @@ class PlanFolder:
 
     Attributes:
         folder: where.
-        data: content of ``plan.json``.
+        record: content of ``plan.json``.
     """
 
     folder: Path
-    data: dict[str, Any]
-
-    @property
-    def lam(self) -> float:
-        """The penalty that was solved for."""
-        return float(self.data["weight_decay"])
+    record: Plan
 
     @property
     def pattern(self) -> dict[str, int]:
@@ -43,7 +38,7 @@ class PlanFolder:
         Raises:
             SettingError: the plan's optimum is no update at all.
         """
-        ranks = {name: int(rank) for name, rank in self.data["recommended"]["rank_pattern"].items()}
+        ranks = self.record.recommended.rank_pattern
         if not ranks:
             raise SettingError(
                 f"the plan in {self.folder} needs no adapter: at its weight decay the optimum is no update at all, "
@@ -70,7 +65,7 @@ class PlanFolder:
         """
         tensors = self.tensors()
         out: Factors = {}
-        for name in self.data["target_modules"]:
+        for name in self.record.target_modules:
             linear, embedding = f"{name}.lora_A.weight", f"{name}.lora_embedding_A"
             key = linear if linear in tensors else embedding
             if key in tensors:
@@ -86,73 +81,58 @@ class PlanFolder:
         Raises:
             AdapterError: as :meth:`tensors`.
         """
-        if self.data["pooling"] == "mean":
+        if self.record.pooling == "mean":
             return _read(self.folder / "adapter" / "head.safetensors")
         return {key: value for key, value in self.tensors().items() if ".lora_" not in key}
 
-    def prediction(self, rank: int | None, linear: bool) -> dict[str, Any] | None:
-        """The linearised problem's figures for what is trained.
+    def prediction(self, rank: int | None, linear: bool) -> Prediction | None:
+        """The linearised problem's figures for what is trained; None where the plan says nothing of this rank.
 
         Args:
             rank: a uniform rank on every target, or None for the recommended ranks.
             linear: the optimum's own ranks instead.
-
-        Returns:
-            ``of``, ``objective``, ``objective_at_zero``, ``optimum``, ``captured``, ``heldout_loss``,
-            ``heldout_accuracy`` and ``linearity``; None where the plan says nothing of this rank.
         """
-        optimum, rows = self.data["optimum"], self.data["ranks"]
-        zero, dual = optimum["objective_at_zero"], optimum["dual"]
-        largest = max(optimum["ranks"].values(), default=0)
-        held: dict[str, Any] | None = None
+        record, optimum = self.record, self.record.optimum
+        zero, dual = optimum.objective_at_zero, optimum.dual
+        wanted = record.recommended.r if rank is None else rank
+        row = next((row for row in record.ranks if row.rank == wanted), None)
+        loss = accuracy = None
         if linear:
-            of, objective = "the optimum", optimum["objective"]
-            held = {
-                "heldout_loss": self.data["linearity"].get("heldout_linear_loss"),
-                "heldout_accuracy": None,
-            }
-        elif rank is None:
-            captured = self.data["recommended"]["captured_uniform"]
-            of, objective = "the recommended rank", zero - captured * (zero - dual)
-            held = next((row for row in rows if row["rank"] == self.data["recommended"]["r"]), None)
+            of, objective = "the optimum", optimum.objective
+            loss = record.linearity.heldout_linear_loss
         else:
-            held = next((row for row in rows if row["rank"] == rank), None)
-            if held is None and rank < largest:
+            if rank is None:
+                captured = record.recommended.captured_uniform or 0.0
+                of, objective = "the recommended rank", zero - captured * (zero - dual)
+            elif row is None and rank < optimum.largest_rank:
                 return None
-            of, objective = f"rank {rank}", optimum["objective"] if held is None else held["objective"]
-        held = held or {}
-        return {
-            "of": of,
-            "objective": objective,
-            "objective_at_zero": zero,
-            "optimum": optimum["objective"],
-            "captured": (zero - objective) / (zero - dual) if zero > dual else 1.0,
-            "heldout_loss": held.get("heldout_loss"),
-            "heldout_accuracy": held.get("heldout_accuracy"),
-            "linearity": self.data["linearity"].get("train"),
-        }
+            else:
+                of, objective = f"rank {rank}", optimum.objective if row is None else row.objective
+            if row is not None:
+                loss, accuracy = row.heldout_loss, row.heldout_accuracy
+        return Prediction(
+            of=of,
+            objective=objective,
+            objective_at_zero=zero,
+            optimum=optimum.objective,
+            captured=(zero - objective) / (zero - dual) if zero > dual else 1.0,
+            heldout_loss=loss,
+            heldout_accuracy=accuracy,
+            linearity=record.linearity.train,
+        )
 
 
 def read_plan(folder: str | os.PathLike[str]) -> PlanFolder:
     """Read a plan's folder.
 
     Raises:
-        SettingError: it holds no plan, or one that this version cannot read.
+        SettingError: it holds no plan.
+        DataError: it holds one that this version cannot read.
     """
     path = Path(folder)
-    try:
-        data = json.loads((path / "plan.json").read_text(encoding="utf-8"))
-        known = data["schema"] == 1
-        for key in ("recommended", "optimum", "ranks", "weight_decay", "target_modules", "pooling", "loss", "data"):
-            data[key]
-        sound = math.isfinite(float(data["weight_decay"])) and isinstance(data["recommended"]["rank_pattern"], dict)
-    except FileNotFoundError:
-        raise SettingError(f"{path} holds no plan.json: `ranksure plan ... --out {path}` writes one") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SettingError(f"{path / 'plan.json'} is no readable plan: {type(error).__name__} {error}") from None
-    if not known or not sound:
-        raise SettingError(f"{path / 'plan.json'} was written by another version of ranksure: plan again")
-    return PlanFolder(path, data)
+    if not (path / "plan.json").is_file():
+        raise SettingError(f"{path} holds no plan.json: `ranksure plan ... --out {path}` writes one")
+    return PlanFolder(path, read(path / "plan.json", Plan))
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -31,12 +31,12 @@ def install_planned_head(model: nn.Module, plan: str | os.PathLike[str]) -> list
             or does not fit.
     """
     found = read_plan(plan)
-    if found.data["pooling"] == "mean":
+    if found.record.pooling == "mean":
         raise AdapterError(
             f"the plan in {found.folder} has a head on averaged states, which is no part of this model: it lies in "
             "adapter/head.safetensors"
         )
-    if not found.data["head"]["new"]:
+    if not found.record.head.new:
         return []
     unwrap = getattr(model, "get_base_model", None)
     base = unwrap() if callable(unwrap) else model

@@ -29,6 +29,7 @@ from ranksure.network.batch_losses import Weighting
 from ranksure.network.gradient import mean_loss
 from ranksure.network.logits import Batch, batch_rows, predict
 from ranksure.network.targets import base_layer
+from ranksure.records.change import Measured
 from ranksure.runs.resizing.compress_result import Compression, Level
 from ranksure.runs.resizing.directions import (
     Direction,
@@ -38,7 +39,7 @@ from ranksure.runs.resizing.directions import (
     ranked_directions,
     without,
 )
-from ranksure.runs.resizing.measured import Measured, largest_changes, tied_modules
+from ranksure.runs.resizing.measured import largest_changes, tied_modules
 from ranksure.theory.rank_reduction import reduce_factors
 
 _WORK = 4  # float64 copies of what is captured, while it is reduced
@@ -132,7 +133,8 @@ class _Run:
         with nullcontext() if factors is None else placed(self.read, factors, self.dtype):
             value = mean_loss(self.model, self.rows, kind=self.kind, weighting=self.weighting)
         norms = nuclear_norms(self.read.factors if factors is None else factors)
-        return Measured(value, sum(self.penalty[n] * norm for n, norm in norms.items()) if self.penalty else 0.0)
+        penalty = sum(self.penalty[n] * norm for n, norm in norms.items()) if self.penalty else 0.0
+        return Measured(loss=value, penalty=penalty, objective=value + penalty)
 
 
 def _data_exact(run: _Run, memory_bytes: float, seed: int) -> tuple[Factors, dict[str, Any]]:

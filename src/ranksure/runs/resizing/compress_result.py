@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +13,8 @@ from torch import nn
 
 from ranksure.adapters.rewrite import Rewritten, rewrite_adapter
 from ranksure.factors import Factors
-from ranksure.runs.resizing.measured import Measured
+from ranksure.records.change import CompressRecord, Measured
+from ranksure.records.record import encoded, finite, plain
 
 Level = Literal["lossless", "data-exact", "budget"]
 
@@ -71,14 +71,11 @@ class Compression:
         gain = self.at_zero.objective - self.before.objective
         return (self.at_zero.objective - self.after.objective) / gain if gain > 0 else None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self, **more: Any) -> dict[str, Any]:
         """What ``compress.json`` holds."""
-        data = {key: value for key, value in vars(self).items() if key != "factors"}
-        for name in ("before", "after", "at_zero"):
-            point: Measured | None = data[name]
-            data[name] = None if point is None else {**asdict(point), "objective": point.objective}
-        data |= {"dtype": str(self.dtype).removeprefix("torch."), "captured": self.captured}
-        return json.loads(json.dumps({"schema": 1, **data}), parse_constant=lambda text: None)
+        own = {name: getattr(self, name) for name in CompressRecord.__struct_fields__ if hasattr(self, name)}
+        own["dtype"] = str(self.dtype).removeprefix("torch.")
+        return finite(plain(CompressRecord(**own | more)))
 
     def save(
         self,
@@ -96,14 +93,14 @@ class Compression:
             out_dir: the folder to create, or an earlier adapter's to replace.
             source: the folder that the adapter came from; see :func:`~ranksure.adapters.rewrite.rewrite_adapter`.
             prefix: of the names here, where ``model`` is inside the network that was compressed.
-            extra: more entries for ``compress.json`` (where the data came from).
+            extra: more fields of ``compress.json`` (where the data came from).
 
         Raises:
             AdapterError: as ``rewrite_adapter``.
         """
 
         def write(stage: Path) -> None:
-            (stage / "compress.json").write_text(json.dumps({**self.to_json(), **(extra or {})}, indent=1) + "\n")
+            (stage / "compress.json").write_bytes(encoded(self.to_json(**(extra or {}))))
 
         text = f"Compressed ({self.level}): {self.parameters_before} numbers became {self.parameters_after}."
         if self.before is not None and self.after is not None:

@@ -10,7 +10,6 @@ docs/grow-and-compress.md.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -24,14 +23,16 @@ from torch import Tensor, nn
 from ranksure.adapters.loaded import Adapter, read_adapter
 from ranksure.adapters.rewrite import Rewritten, rewrite_adapter
 from ranksure.errors import AdapterError, SettingError
-from ranksure.factors import Factors, thin_svd
+from ranksure.factors import Factors, ranks_of, thin_svd
 from ranksure.losses import Kind
 from ranksure.network.batch_losses import Weighting
 from ranksure.network.gradient import Progress, gradient_pass
 from ranksure.network.logits import Batch
+from ranksure.records.certificate import RunCertificate
+from ranksure.records.change import GrownModule, GrowRecord
+from ranksure.records.record import encoded, finite, plain
 from ranksure.relinearised import USED
 from ranksure.runs.certificate.certify import TOLERANCE, certify
-from ranksure.runs.certificate.result import RunCertificate
 from ranksure.spectral import top_pairs
 
 MOST_NEW = 8
@@ -67,28 +68,28 @@ class Growth:
         lams = {name: state.lam or 0.0 for name, state in self.certificate.modules.items()}
         return sum(0.5 * lams[name] * sum(sizes) for name, sizes in self.sizes.items())
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self, **more: Any) -> dict[str, Any]:
         """What ``grow.json`` holds."""
-        ranks = {name: u.shape[1] for name, (u, _) in self.factors.items()}
-        data = {
-            "schema": 1,
-            "verdict": self.certificate.verdict,
-            "forced": self.forced,
-            "modules": {
-                name: {
-                    "rank_before": rank - self.added.get(name, 0),
-                    "rank_after": rank,
-                    "slopes": self.slopes.get(name, []),
-                    "sizes": self.sizes.get(name, []),
-                }
+        ranks = ranks_of(self.factors)
+        record = GrowRecord(
+            verdict=self.certificate.verdict,
+            forced=self.forced,
+            modules={
+                name: GrownModule(
+                    rank_before=rank - self.added.get(name, 0),
+                    rank_after=rank,
+                    slopes=self.slopes.get(name, []),
+                    sizes=self.sizes.get(name, []),
+                )
                 for name, rank in ranks.items()
             },
-            "rank_before": sum(ranks.values()) - sum(self.added.values()),
-            "rank_after": sum(ranks.values()),
-            "penalty_added": self.penalty_added,
-            "certificate": self.certificate.to_json(),
-        }
-        return json.loads(json.dumps(data), parse_constant=lambda text: None)
+            rank_before=sum(ranks.values()) - sum(self.added.values()),
+            rank_after=sum(ranks.values()),
+            penalty_added=self.penalty_added,
+            certificate=self.certificate,
+            **more,
+        )
+        return finite({**plain(record), "certificate": self.certificate.to_json()})
 
     def save(
         self,
@@ -106,14 +107,14 @@ class Growth:
             out_dir: the folder to create, or an earlier adapter's to replace.
             source: the folder that the adapter came from; see :func:`~ranksure.adapters.rewrite.rewrite_adapter`.
             prefix: of the names here, where ``model`` is inside the network that was grown.
-            extra: more entries for ``grow.json`` (where the data came from).
+            extra: more fields of ``grow.json`` (where the data came from).
 
         Raises:
             AdapterError: as ``rewrite_adapter``.
         """
 
         def write(stage: Path) -> None:
-            (stage / "grow.json").write_text(json.dumps({**self.to_json(), **(extra or {})}, indent=1) + "\n")
+            (stage / "grow.json").write_bytes(encoded(self.to_json(**(extra or {}))))
 
         text = (
             "Columns were added where the rank was the limit. They do not change a prediction: train on to use them, "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -65,21 +64,3 @@ def tied_modules(model: nn.Module, read: Adapter) -> list[str]:
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), set()).add(id(module))
     return [n for n, block in read.blocks.items() if len(owners.get(id(base_layer(block.module).weight), ())) > 1]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """The network on the rows given, at one point.
-
-    Attributes:
-        loss: mean loss.
-        penalty: ``sum_j lambda_j ||delta_j||_*``; 0 without a penalty.
-    """
-
-    loss: float
-    penalty: float
-
-    @property
-    def objective(self) -> float:
-        """Loss and penalty."""
-        return self.loss + self.penalty

@@ -14,6 +14,7 @@ from ranksure.data.texts import Rows, load_rows
 from ranksure.errors import DataError, SettingError
 from ranksure.losses import Kind
 from ranksure.network.checkpoints import token_limit
+from ranksure.records.record import DataSource
 from ranksure.tasks.classifiers import own_label_order
 from ranksure.tasks.collate import Collator, PackedCollator, check_packing, in_batches, packed
 
@@ -111,6 +112,19 @@ class RunData:
     max_length: int | None
     label_names: list[str] | None = None
     kind_is_known: bool = False
+
+    @property
+    def described(self) -> DataSource:
+        """What a record says of it."""
+        return DataSource(
+            source=self.source,
+            sha256=self.sha256,
+            form=self.form,
+            rows=self.n_rows,
+            rows_in_source=self.total_rows,
+            max_length=self.max_length,
+            notes=self.notes,
+        )
 
 
 def read_data(run: LoadedRun | tuple[nn.Module, Any], data: Any, settings: DataSettings | None = None) -> RunData:

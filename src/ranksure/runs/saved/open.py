@@ -22,6 +22,7 @@ from torch import nn
 from ranksure.adapters.saved import AdapterFiles, read_files
 from ranksure.errors import AdapterError, ModelError, SettingError
 from ranksure.network.checkpoints import check_checkpoint, device_named, load_tokenizer, settle_padding
+from ranksure.records.record import RunSource
 from ranksure.runs.saved.base import (
     _TOKENIZER_FILES,
     PEFT_PREFIX,
@@ -258,6 +259,17 @@ class LoadedRun:
     def rewritten(self) -> dict[str, Any]:
         """What ``save`` of a growth or compression has to know of the run."""
         return {"model": self.adapted or self.model, "prefix": self.prefix, "source": self.folder}
+
+    @property
+    def source(self) -> RunSource:
+        """What a record says of it."""
+        return RunSource(
+            adapter=str(self.folder),
+            adapter_sha256=self.adapter_sha256,
+            base=self.base,
+            task_type=self.task_type,
+            dtype=str(self.dtype).removeprefix("torch."),
+        )
 
     @property
     def dtype(self) -> torch.dtype:
