@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 from rich.console import Console
 from transformers import AutoTokenizer
 
@@ -74,11 +75,11 @@ def test_the_line(answer):
     assert f"set lambda to {bound['prescribed_weight_decay']:.4g} (heuristic: R is the largest" in line
     assert f"{bound['prescribed_over_used']:.3g} times what was used" in line
     assert ("no adapter is trained" in line) == (bound["prescribed_over_lambda_max"] >= 1)
-    sure = {**bound, "heuristic": [], "prescribed_over_lambda_max": 0.5}
-    data: dict[str, Any] = {**answer.data, "generalization": sure}
+    sure = replace(answer.record.generalization, heuristic=[], prescribed_over_lambda_max=0.5)
+    record = replace(answer.record, generalization=sure)
     line = next(
         line
-        for line in text_of(PlanResult(data, answer.factors, answer._prepared)).splitlines()
+        for line in text_of(PlanResult(record, answer.factors, answer._prepared)).splitlines()
         if "Theorem 5.1" in line
     )
     assert "heuristic" not in line and "no adapter" not in line

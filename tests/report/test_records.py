@@ -68,7 +68,8 @@ def replaced(record: dict[str, Any], value: Any, *path: Any) -> dict[str, Any]:
             replaced(records.plan(), [0.1], "ranks", 0, "captured"),
             "ranks[0].captured: expected `array` of length 2",
         ),
-        ("plan.json", replaced(records.plan(), math.nan, "lambda_max"), "lambda_max: expected `float`"),
+        ("plan.json", replaced(records.plan(), math.nan, "lambda_max"), "is damaged, no JSON"),
+        ("plan.json", replaced(records.plan(), None, "lambda_max"), "lambda_max: expected `float`, got `null`"),
         ("plan.json", replaced(records.plan(), [], "optimum"), "optimum: expected `object`, got `array`"),
         ("plan.json", replaced(records.plan(), 1, "schema"), "has schema 1"),
         ("plan.json", without(records.plan(), "schema"), "has no schema"),
@@ -81,7 +82,7 @@ def replaced(record: dict[str, Any], value: Any, *path: Any) -> dict[str, Any]:
         (
             "x.json",
             replaced(records.reproduce(), [None], "curves", 2, "x"),
-            "curves[2].x[0]: expected `float`, got `null`",
+            "curves[2].x[0]: expected `float`",
         ),
         ("x.json", replaced(records.reproduce(), 3, "schema"), "has schema 3"),
     ],
@@ -144,7 +145,7 @@ def test_every_optional_part_may_be_missing_or_null(tmp_path: Path, monkeypatch:
         "claim.json": records.lab(),
         "curves.json": records.reproduce(),
     }
-    tried = 0
+    tried = {"missing": 0, "null": 0}
     for name, record in whole.items():
         for key in record:
             for change in ("missing", "null"):
@@ -157,8 +158,8 @@ def test_every_optional_part_may_be_missing_or_null(tmp_path: Path, monkeypatch:
                     continue
                 for one in find(folder).records:
                     _builder(one.kind)(one, "s1", None, True)
-                tried += 1
-    assert tried > 60
+                tried[change] += 1
+    assert tried["missing"] > 40 and tried["null"] > 15, tried
 
 
 def test_json_is_read_as_it_was_written(tmp_path: Path) -> None:

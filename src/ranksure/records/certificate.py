@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from ranksure.records.record import SCHEMA, DataSource, RunSource, finite, plain
+from ranksure.records.record import SCHEMA, DataSource, RunSource, plain
 
 Verdict = Literal["first-order-optimal", "rank-bound", "not-converged", "failed-loudly", "not-checked"]
 
@@ -140,7 +140,7 @@ class RunCertificate:
 
     def to_json(self) -> dict[str, Any]:
         """What ``certificate.json`` holds: plain numbers, no NaN."""
-        return finite({**plain(self), "objective": self.objective, "advice": self.advice()})
+        return {**plain(self), **plain({"objective": self.objective, "advice": self.advice()})}
 
     def advice(self) -> list[str]:
         """Two or three sentences in plain language."""
@@ -197,9 +197,13 @@ class RunCertificate:
             "tolerance": f"{self.tolerance:.0%}",
             "used": str(used),
             "given": str(given),
-            "objective": f"{self.objective:.4g}",
-            "zero": "unknown" if self.objective_at_zero is None else f"{self.objective_at_zero:.4g}",
+            "objective": _known(self.objective),
+            "zero": _known(self.objective_at_zero),
         }
+
+
+def _known(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4g}"
 
 
 def _list(names: list[str], most: int = 4) -> str:

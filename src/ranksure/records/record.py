@@ -68,13 +68,8 @@ class DataSource(msgspec.Struct, kw_only=True, frozen=True):
 
 
 def plain(record: Any) -> Any:
-    """The content as dicts, lists and numbers."""
-    return msgspec.to_builtins(record)
-
-
-def finite(content: Any) -> Any:
-    """Plain content with null for what is not finite, as JSON has no word for it."""
-    return msgspec.json.decode(msgspec.json.encode(content))
+    """The content as JSON has it: dicts, lists, numbers, and null for what is not finite."""
+    return msgspec.json.decode(msgspec.json.encode(record))
 
 
 def encoded(record: Any, indent: int = 1) -> bytes:

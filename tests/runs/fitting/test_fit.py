@@ -87,7 +87,7 @@ def test_what_is_written(tiny, done):
     ]
     data = strict_json((done.folder / "fit.json").read_text())
     found = strict_json((done.folder / "certificate.json").read_text())
-    assert data["schema"] == 1 and found["verdict"] == data["verdict"] == "first-order-optimal"
+    assert data["schema"] == 2 and found["verdict"] == data["verdict"] == "first-order-optimal"
     assert data["steps"] == 100 and data["gradient_clipping"] == 0 and data["head_trained"] is False
     assert [entry["step"] for entry in data["history"]] == list(range(5, 101, 5))
     assert sorted(path.name for path in done.folder.parent.iterdir()) == ["adapter", "run.json"]

@@ -126,7 +126,7 @@ def test_growing_a_stuck_run_reaches_the_optimum_of_every_rank(stuck, tmp_path):
     assert after.verdict == "first-order-optimal"
     assert after.objective < before - 0.9 * (before - best)
     record = json.loads((tmp_path / "grown" / "grow.json").read_text())
-    assert record["schema"] == 1 and record["verdict"] == "rank-bound"
+    assert record["schema"] == 2 and record["verdict"] == "rank-bound"
     assert record["modules"]["layer"]["rank_after"] == done.ranks["layer"]
     assert record["penalty_added"] == pytest.approx(0.5 * lam * sum(found.sizes["layer"]))
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from ranksure.records.certificate import RunCertificate
 from ranksure.records.fit import Final, Fit, FitData, Stage
-from ranksure.records.record import finite, plain, read
+from ranksure.records.record import plain, read
 from ranksure.runs.fitting.inputs import Setup
 from ranksure.runs.fitting.settings import FitSettings
 
@@ -152,7 +152,7 @@ def fit_record(
         steps=last.steps,
         history=last.history,
         verdict=verdict.verdict,
-        final=Final(**finite({name: getattr(verdict, name) for name in Final.__struct_fields__})),
+        final=Final(**plain({name: getattr(verdict, name) for name in Final.__struct_fields__})),
         stages=stages,
         settings=options.to_json(),
         notes=setup.notes,

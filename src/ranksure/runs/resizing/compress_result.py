@@ -14,7 +14,7 @@ from torch import nn
 from ranksure.adapters.rewrite import Rewritten, rewrite_adapter
 from ranksure.factors import Factors
 from ranksure.records.change import CompressRecord, Measured
-from ranksure.records.record import encoded, finite, plain
+from ranksure.records.record import encoded, plain
 
 Level = Literal["lossless", "data-exact", "budget"]
 
@@ -75,7 +75,7 @@ class Compression:
         """What ``compress.json`` holds."""
         own = {name: getattr(self, name) for name in CompressRecord.__struct_fields__ if hasattr(self, name)}
         own["dtype"] = str(self.dtype).removeprefix("torch.")
-        return finite(plain(CompressRecord(**own | more)))
+        return plain(CompressRecord(**own | more))
 
     def save(
         self,

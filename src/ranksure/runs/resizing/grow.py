@@ -30,7 +30,7 @@ from ranksure.network.gradient import Progress, gradient_pass
 from ranksure.network.logits import Batch
 from ranksure.records.certificate import RunCertificate
 from ranksure.records.change import GrownModule, GrowRecord
-from ranksure.records.record import encoded, finite, plain
+from ranksure.records.record import encoded, plain
 from ranksure.relinearised import USED
 from ranksure.runs.certificate.certify import TOLERANCE, certify
 from ranksure.spectral import top_pairs
@@ -89,7 +89,7 @@ class Growth:
             certificate=self.certificate,
             **more,
         )
-        return finite({**plain(record), "certificate": self.certificate.to_json()})
+        return {**plain(record), "certificate": self.certificate.to_json()}
 
     def save(
         self,
