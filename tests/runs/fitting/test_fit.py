@@ -287,7 +287,7 @@ def test_a_damaged_plan_is_one_line(tiny, tmp_path):
     with pytest.raises(RanksureError, match="cannot be read"):
         fit(data=str(tiny / "two.csv"), out=tmp_path / "out", plan=folder)
     (folder / "plan.json").write_text("{")
-    with pytest.raises(SettingError, match="no readable plan"):
+    with pytest.raises(RanksureError, match=r"plan\.json is damaged, no JSON"):
         fit(data=str(tiny / "two.csv"), out=tmp_path / "out", plan=folder)
 
 
