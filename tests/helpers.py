@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import cvxpy as cp
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ranksure.certificate import lambda_max
 from ranksure.factors import Delta, Factors
@@ -20,6 +20,19 @@ from ranksure.problem import Problem
 
 LOSS_NAMES = ("cross-entropy", "logistic", "squared-error")
 SHAPES = {"a.query": (3, 4), "a.value": (4, 2)}
+
+
+def rounding(model: nn.Module) -> float:
+    """The unit roundoff of a forward pass: half the spacing of numbers at 1, in its least precise step.
+
+    transformers computes RMS norms, rotary angles and the softmax of eager attention beside them (Llama's, Gemma's)
+    in float32, whatever the weights are in. Their last bits change with the shape of a batch and the processor, and
+    stay in a float64 result. A network without such modules is computed in the precision of its weights.
+    """
+    single = any(type(module).__name__.endswith(("RMSNorm", "RotaryEmbedding")) for module in model.modules())
+    weights = next(model.parameters()).dtype
+    dtype = torch.float32 if single and weights == torch.float64 else weights
+    return torch.finfo(dtype).eps / 2
 
 
 def generator_of(seed: int) -> torch.Generator:

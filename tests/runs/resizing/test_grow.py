@@ -5,10 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -31,6 +29,7 @@ from ranksure.runs.saved.open import load_run
 from ranksure.solvers.burer_monteiro import solve
 from ranksure.solvers.fixed_rank import solve_fixed_rank
 from ranksure.spectral import top_pairs
+from tests.processes import ended_at, script
 from tests.runs.networks import Linear, Small, largest_lambda, linear_run, place, small_run
 from tests.runs.tiny_runs import PAIRS, classifier, language_model, save_llama, save_pairs
 from tests.tiny_text import save_bert, save_csv, strict_json
@@ -339,15 +338,15 @@ def test_mistakes_of_the_command(here, monkeypatch, capfd, options, parts):
     assert sorted(here.rglob("*")) == before
 
 
-SLOW = """
-import time
+HALFWAY = """
+import sys
 import ranksure.adapters.rewrite as rewrite
 real = rewrite.save_file
-def slow(tensors, path, metadata):
+def half(tensors, path, metadata):
     real(tensors, path, metadata=metadata)
     print("half", flush=True)
-    time.sleep(60)
-rewrite.save_file = slow
+    sys.stdin.read()
+rewrite.save_file = half
 from ranksure.cli import main
 main()
 """
@@ -357,18 +356,8 @@ def test_killed_while_growing_in_place(here, monkeypatch, capfd):
     """Kill -9 in the middle of the write: the old adapter is whole, and the same command again grows it."""
     before = {path.name: path.read_bytes() for path in (here / "texts").iterdir()}
     arguments = ["grow", "texts", "--data", "data.csv", "--lambda", "1e-3", "--force", "--out", "texts"]
-    source = str(Path(__file__).parents[2] / "src")
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env={**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "half\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait(timeout=30)
+    status, _, errors = ended_at("half", signal.SIGKILL, script(HALFWAY, *arguments))
+    assert status == -signal.SIGKILL, errors
     assert {path.name: path.read_bytes() for path in (here / "texts").iterdir()} == before
     assert call(monkeypatch, *arguments) == 0
     assert (here / "texts" / "grow.json").is_file()
