@@ -1,4 +1,4 @@
-"""What version 0.1.0 wrote is still read, with its numbers (``tests/data/written-by-0.1.0``; its README: how made)."""
+"""What version 0.1.0 wrote is still read, with its numbers (``tests/written_by_0_1_0``; its README: how made)."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 import ranksure
 from ranksure.cli import main
 from ranksure.report.records import find
-from ranksure.runs.planned import read_plan
+from ranksure.runs.fitting.plan_folder import read_plan
 from tests.tiny_text import QUERY, VALUE, loaded
 
-WRITTEN = Path(__file__).parent / "data" / "written-by-0.1.0"
+WRITTEN = Path(__file__).parent / "written_by_0_1_0"
 LAM = 0.12049431599046152
 OBJECTIVE = 0.21366107753118269  # of the fit
 
@@ -50,23 +50,23 @@ def read(path: Path) -> dict[str, Any]:
 
 def test_a_plan():
     plan = read_plan(WRITTEN / "plan")
-    assert plan.lam == LAM and plan.pattern == {QUERY: 2, VALUE: 2}
+    assert plan.record.weight_decay == LAM and plan.pattern == {QUERY: 2, VALUE: 2}
     factors = plan.factors()
     assert {name: u.shape[1] for name, (u, _) in factors.items()} == {QUERY: 1, VALUE: 2}
     # The objective less the loss.
     penalty = LAM * sum(float(torch.linalg.svdvals(u @ v.T).sum()) for u, v in factors.values())
     assert penalty == pytest.approx(0.22004255651102944 - 0.1382797252160256, rel=1e-5)
     predicted = plan.prediction(None, False)
-    assert predicted is not None and predicted["heldout_loss"] == 1.7467740174204247
-    assert predicted["objective"] == pytest.approx(0.22004255651102944, rel=1e-12)
-    assert predicted["optimum"] == 0.22004255651102944 and predicted["objective_at_zero"] == 0.2737270351246086
+    assert predicted is not None and predicted.heldout_loss == 1.7467740174204247
+    assert predicted.objective == pytest.approx(0.22004255651102944, rel=1e-12)
+    assert predicted.optimum == 0.22004255651102944 and predicted.objective_at_zero == 0.2737270351246086
     one = plan.prediction(1, False)
-    assert one is not None and one["objective"] == 0.22116628914777106
+    assert one is not None and one.objective == 0.22116628914777106
 
 
 def test_a_plan_with_a_mean_pooled_head():
     plan = read_plan(WRITTEN / "mean")
-    assert plan.lam == 0.16639597790611105 and set(plan.head()) == {"weight", "bias"}
+    assert plan.record.weight_decay == 0.16639597790611105 and set(plan.head()) == {"weight", "bias"}
     (name,) = plan.factors()
     assert name == VALUE.removeprefix("bert.")
 
@@ -147,10 +147,10 @@ def test_every_record_is_found_and_drawn(tmp_path):
         ("lab", "lab"),
     ]
     by_kind = {record.kind: record.data for record in found.records}
-    assert by_kind["certificate"]["objective"] == 1.1609465241777877
-    assert by_kind["compress"]["captured"] == 1.000000076989049
-    assert by_kind["lab"]["verdict"] == "reproduced" and by_kind["reproduce"]["verdict"] == "agreed"
-    assert by_kind["reproduce"]["curves"][0]["y"] == [0, 1, 3, 3]
+    assert by_kind["certificate"].objective == 1.1609465241777877
+    assert by_kind["compress"].captured == 1.000000076989049
+    assert by_kind["lab"].verdict == "reproduced" and by_kind["reproduce"].verdict == "agreed"
+    assert by_kind["reproduce"].curves[0].y == [0, 1, 3, 3]
     page = ranksure.write_report(WRITTEN, tmp_path / "report.html").read_text(encoding="utf-8")
     for shown in ("Low-rank solutions of full fine-tuning", "Weight decay, rank and test loss", "not-converged"):
         assert shown in page

@@ -71,7 +71,7 @@ def replaced(record: dict[str, Any], value: Any, *path: Any) -> dict[str, Any]:
         ("plan.json", replaced(records.plan(), math.nan, "lambda_max"), "is damaged, no JSON"),
         ("plan.json", replaced(records.plan(), None, "lambda_max"), "lambda_max: expected `float`, got `null`"),
         ("plan.json", replaced(records.plan(), [], "optimum"), "optimum: expected `object`, got `array`"),
-        ("plan.json", replaced(records.plan(), 1, "schema"), "has schema 1"),
+        ("plan.json", replaced(records.plan(), 0, "schema"), "has schema 0"),
         ("plan.json", without(records.plan(), "schema"), "has no schema"),
         ("certificate.json", replaced(records.certificate(), True, "schema"), "has schema True"),
         ("certificate.json", replaced(records.certificate(), "x", "modules"), "modules: expected `object`, got `str`"),

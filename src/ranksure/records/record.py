@@ -23,7 +23,9 @@ Ranks = dict[str, Count]
 
 SCHEMA = 2
 """Of records about plans and runs. Since 2, squared error and logistic loss are means over outputs too, as in
-transformers."""
+transformers; records of 1 with another loss mean the same, and are read."""
+
+_RESCALED = ("squared-error", "logistic")
 
 LARGEST = 64 * 2**20
 """Bytes of a record, at most."""
@@ -105,6 +107,8 @@ def checked(content: Any, kind: type[T], path: Path) -> T:
         DataError: another schema, or a value that is missing or not what it should be, with its place.
     """
     stated, schema = content.get("schema") if isinstance(content, dict) else None, kind.SCHEMA
+    if type(stated) is int and stated == 1 and schema == 2 and _loss_of(content) not in _RESCALED:
+        stated, content = schema, {**content, "schema": schema}
     if stated != schema or isinstance(stated, bool):
         found = "no schema" if stated is None else f"schema {stated!r}"
         raise DataError(
@@ -114,6 +118,14 @@ def checked(content: Any, kind: type[T], path: Path) -> T:
         return msgspec.convert(content, kind)
     except msgspec.ValidationError as error:
         raise DataError(f"{path} is damaged: {_fault(str(error))}; make it again, or move it away") from None
+
+
+def _loss_of(content: dict[str, Any]) -> str | None:
+    """Which loss a record of schema 1 is about."""
+    certificate = content.get("certificate")
+    places = [content, certificate if isinstance(certificate, dict) else {}]
+    found = [place.get(key) for place in places for key in ("loss_kind", "loss")]
+    return next((name for name in found if isinstance(name, str)), None)
 
 
 def read(path: Path, kind: type[T]) -> T:
