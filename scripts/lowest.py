@@ -1,6 +1,6 @@
-"""The lowest allowed version of every dependency, as constraints: ``python -m scripts.lowest > lowest.txt``.
+"""The lowest allowed version of what ``ranksure`` depends on, as constraints: ``python -m scripts.lowest``.
 
-``make test-lowest`` installs them and runs the tests.
+The tools of development keep their versions of ``constraints.txt``. ``make test-lowest`` installs both and runs the tests.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import re
 import tomllib
 from pathlib import Path
 
-PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def lowest(requirement: str) -> str | None:
@@ -20,9 +20,17 @@ def lowest(requirement: str) -> str | None:
 
 def main() -> None:
     """Print one line for each dependency, those of the extras included."""
-    project = tomllib.loads(PYPROJECT.read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    tools = {name(line) for group in ("dev", "docs") for line in project["optional-dependencies"][group]}
     groups = [project["dependencies"], *project["optional-dependencies"].values()]
-    print(*sorted({line for group in groups for line in map(lowest, group) if line}), sep="\n")
+    own = {line for group in groups for line in map(lowest, group) if line and name(line) not in tools}
+    pinned = {line for line in (ROOT / "constraints.txt").read_text().splitlines() if name(line) in tools}
+    print(*sorted(own | pinned), sep="\n")
+
+
+def name(requirement: str) -> str:
+    """Of a requirement or a constraint."""
+    return re.split(r"[\[<>=! ]", requirement, maxsplit=1)[0].lower()
 
 
 if __name__ == "__main__":
