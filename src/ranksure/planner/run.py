@@ -127,6 +127,7 @@ def run_plan(prepared: Prepared, clock: Clock) -> PlanResult:
         "n_samples": n,
         "n_outputs": prepared.task.n_outputs,
         "loss": loss.name,
+        "mean_per": loss.term,
         "pooling": prepared.task.pooling,
         "task": prepared.task.record(),
         "weight_decay": lam,

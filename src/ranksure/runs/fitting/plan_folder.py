@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ranksure.errors import AdapterError, SettingError
 from ranksure.factors import Factors
+from ranksure.losses import get_loss
 
 _PREFIX = "base_model.model."
 
@@ -142,7 +143,8 @@ def read_plan(folder: str | os.PathLike[str]) -> PlanFolder:
     path = Path(folder)
     try:
         data = json.loads((path / "plan.json").read_text(encoding="utf-8"))
-        known = data["schema"] == 1
+        # Under squared error a plan without "mean_per" has a lambda of another scale.
+        known = data["schema"] == 1 and ("mean_per" in data or get_loss(data["loss"]).term == "sample")
         for key in ("recommended", "optimum", "ranks", "weight_decay", "target_modules", "pooling", "loss", "data"):
             data[key]
         sound = math.isfinite(float(data["weight_decay"])) and isinstance(data["recommended"]["rank_pattern"], dict)

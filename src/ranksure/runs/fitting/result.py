@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from ranksure.errors import SettingError
+from ranksure.losses import get_loss
 from ranksure.runs.certificate.result import ModuleVerdict, Probe, RunCertificate
 from ranksure.runs.fitting.inputs import Setup
 from ranksure.runs.fitting.settings import FitSettings
@@ -143,7 +144,7 @@ def summary(
     scale: float,
 ) -> dict[str, Any]:
     """The content of ``fit.json``."""
-    per = "sample" if setup.kind == "cross-entropy" else "output"
+    per = get_loss(setup.kind).term
     if setup.n_outputs is None:
         per = options.weighting
     final = {
