@@ -255,9 +255,10 @@ def _wide(logits: Tensor) -> Tensor:
 
 
 def _logits(outputs: Any) -> Tensor:
-    logits = getattr(outputs, "logits", None)
+    logits: Any = getattr(outputs, "logits", None)
     if logits is None:
-        logits = outputs["logits"] if isinstance(outputs, dict) else outputs
-    if isinstance(logits, (tuple, list)):
+        logits = outputs["logits"] if hasattr(outputs, "keys") else outputs
+    if not isinstance(logits, Tensor):  # a tuple
         logits = logits[0]
+    assert isinstance(logits, Tensor)
     return logits[:, None] if logits.dim() == 1 else logits

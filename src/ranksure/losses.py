@@ -473,4 +473,4 @@ def _negative_entropy(p: Tensor) -> Tensor:
     """``p log p`` with 0 at 0; infinite below zero, but for rounding."""
     outside = p < -_domain_tolerance(p)
     p = p.clamp(min=0)
-    return torch.where(outside, math.inf, torch.special.xlogy(p, p))
+    return torch.where(outside, math.inf, torch.xlogy(p, p))
