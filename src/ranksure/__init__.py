@@ -91,7 +91,7 @@ _WHERE = {
     "install_planned_head": "runs.fitting.planned_head:install_planned_head",
     "l2_optimizer": "runs.fitting.optimizer:l2_optimizer",
     "lambda_max": "certificate:lambda_max",
-    "mean_loss_function": "runs.fitting.trainer:mean_loss_function",
+    "mean_loss_function": "loss_terms:mean_loss_function",
     "parameter_groups": "runs.fitting.optimizer:parameter_groups",
     "plan": "planner.run:plan",
     "reduce_rank": "theory.rank_reduction:reduce_rank",

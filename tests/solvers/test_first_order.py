@@ -214,7 +214,7 @@ def ridge(problem: Problem, v: Factors) -> Factors:
         grads = problem.operator.adjoint(unit.view(n, c))
         rows.append(torch.cat([(grads[name] @ v[name][1]).reshape(-1) for name in v]))
     j = torch.stack(rows)
-    weights = problem.weights.repeat_interleave(c)
+    weights = 2 / problem.n_logits * problem.weights.repeat_interleave(c)  # a mean of squares, no half
     target = (problem.labels - problem.base_logits).reshape(-1)
     decay = torch.cat(
         [torch.full((u.numel(),), problem.penalty[name], dtype=torch.float64) for name, (u, _) in v.items()]

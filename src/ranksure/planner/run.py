@@ -108,6 +108,7 @@ def run_plan(prepared: Prepared, clock: Clock) -> PlanResult:
         n_samples=problem.operator.n_samples,
         n_outputs=task.n_outputs,
         loss=prepared.loss.name,
+        mean_per=prepared.loss.term,
         pooling=task.pooling,
         task=task.record(),
         weight_decay=lam,

@@ -227,6 +227,7 @@ class Plan(Record, kw_only=True):
     """The content of ``plan.json``.
 
     Attributes:
+        mean_per: what the loss is averaged over: ``sample`` or ``output``.
         weight_decay: lambda, an L2 decay of LoRA factors at scale one.
         weight_decay_chosen_by: the user, or held-out loss on the path.
         lambda_max: at or above it the optimum is no update.
@@ -257,6 +258,7 @@ class Plan(Record, kw_only=True):
     captured_target: float
     seed: int
     revision: str | None = None
+    mean_per: str | None = None
     pooling: str = "model"
     task: dict[str, Any] = {}
     path: list[PathStep] = []

@@ -7,14 +7,14 @@ from typing import Any
 
 from ranksure.records.certificate import RunCertificate
 from ranksure.report import charts
-from ranksure.report.blocks import Figure, Key, Section, Status, Table, Tile
+from ranksure.report.blocks import Figure, Key, Section, Status, Table, Tile, drawn
 from ranksure.report.charts import Level
 from ranksure.report.heat_map import Grid, heat_map
 from ranksure.report.module_places import labels, layers, places
 from ranksure.report.records import Record
 from ranksure.report.sections.shared import of_data, of_run, reproduce
 from ranksure.report.spectrum import spectrum_figure
-from ranksure.report.svg import MARKERS, render
+from ranksure.report.svg import MARKERS
 from ranksure.report.wording import NONE, after, counted, number, percent
 
 ANSWERS = {
@@ -92,7 +92,6 @@ def _gains(data: RunCertificate, i: str) -> Figure | None:
     for text, gain, colour, marker in low:
         value = objective - gain
         rows.append(Level(f"{text}, at best", value, objective, colour, marker, number(value, ".5g")))
-    wide, narrow = render(f"{i}-gains", lambda canvas: charts.levels(canvas, rows, "objective", objective))
     shares = [percent(gain / objective) if objective else NONE for gain in (training, rank)]
     summary = (
         f"Training on at this rank can lower the objective by at most {training:.3g} to first order "
@@ -102,14 +101,13 @@ def _gains(data: RunCertificate, i: str) -> Figure | None:
     table = Table(
         "The objective, and bounds on what it could become", ["point", "objective"], [[r.text, r.shown] for r in rows]
     )
-    return Figure(
+    return drawn(
         f"{i}-gains",
+        lambda canvas: charts.levels(canvas, rows, "objective", objective),
         "What could still be gained?",
         worth(data),
         summary,
-        f"A dot for each point on one scale, a bar down to each bound. {summary}",
-        wide,
-        narrow,
+        "A dot for each point on one scale, a bar down to each bound.",
         table,
         note="Bounds on the network re-linearised at the trained weights: no more than this. The true gain may be "
         "smaller, and far from here the network may differ.",
@@ -157,7 +155,6 @@ def _ratios(data: RunCertificate, i: str) -> Figure | None:
     series: dict[str, list[tuple[int, float]]] = {}
     for name, (layer, kind) in where.items():
         series.setdefault(kind, []).append((stops.index(kind if one else layer), found[name]))
-    wide, narrow = render(f"{i}-ratios", lambda canvas: charts.ratios(canvas, stops, series, 1.0))
     worst = max(found, key=lambda name: found[name])
     above = sum(1 for value in found.values() if value > 1 + 1e-6)
     summary = (
@@ -167,14 +164,13 @@ def _ratios(data: RunCertificate, i: str) -> Figure | None:
     )
     rows = [[name, number(value, ".4f"), data.modules[name].verdict] for name, value in found.items()]
     legend = [Key(kind, f"c{n % 8}", MARKERS[n % 8]) for n, kind in enumerate(series)] if not one else []
-    return Figure(
+    return drawn(
         f"{i}-ratios",
+        lambda canvas: charts.ratios(canvas, stops, series, 1.0),
         "In which layer would a new direction help?",
         worth(data),
         summary,
-        f"A dot per module, and a line at 1. {summary}",
-        wide,
-        narrow,
+        "A dot per module, and a line at 1.",
         Table("Spectral ratio of every module", ["module", "largest gradient / λ", "verdict"], rows, frozenset({2})),
         [*legend, Key("1: as steep as the penalty", "muted", line="dashed")],
         note="The ratio is ‖gradient‖ / λ, an upper bound. At a stationary point, above 1 means that a direction "

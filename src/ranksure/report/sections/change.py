@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from ranksure.records.change import CompressRecord, GrowRecord
 from ranksure.report import charts
-from ranksure.report.blocks import Figure, Section, Status, Table, Tile
+from ranksure.report.blocks import Figure, Section, Status, Table, Tile, drawn
 from ranksure.report.charts import Level
 from ranksure.report.heat_map import Grid, heat_map
 from ranksure.report.records import Record
 from ranksure.report.sections.certify import figures
 from ranksure.report.sections.shared import of_data, of_run, reproduce
 from ranksure.report.spectrum import spectrum_figure
-from ranksure.report.svg import render
 from ranksure.report.wording import counted, number, percent
 
 _LEVELS = {
@@ -109,17 +108,15 @@ def _points(record: Record, i: str) -> Figure | None:
     ]
     if len(rows) < 2:
         return None
-    wide, narrow = render(f"{i}-points", lambda canvas: charts.levels(canvas, rows, "objective (lower is better)"))
     summary = f"From top to bottom: {'; '.join(f'{row.text}, {row.shown}' for row in rows)}."
     table = Table("Objective on the rows given", ["what", "objective"], [[row.text, row.shown] for row in rows])
-    return Figure(
+    return drawn(
         f"{i}-points",
+        lambda canvas: charts.levels(canvas, rows, "objective (lower is better)"),
         "What did it cost?",
         Status.ESTIMATED,
         summary,
-        f"A dot for each on one scale. {summary}",
-        wide,
-        narrow,
+        "A dot for each on one scale.",
         table,
     )
 

@@ -6,12 +6,12 @@ from typing import Any
 
 from ranksure.records.fit import Fit
 from ranksure.report import charts
-from ranksure.report.blocks import Figure, Key, Prose, Section, Status, Table, Tile
+from ranksure.report.blocks import Figure, Key, Prose, Section, Status, Table, Tile, drawn
 from ranksure.report.charts import Curve, Level
 from ranksure.report.records import Record, certificate_beside
 from ranksure.report.sections.certify import ANSWERS, figures, tiles
 from ranksure.report.sections.shared import reproduce, settings_text
-from ranksure.report.svg import DASHES, render
+from ranksure.report.svg import DASHES
 from ranksure.report.wording import NONE, after, counted, number, percent, short
 
 _MOST = 60  # rows of the table of a training curve
@@ -81,64 +81,54 @@ def _tiles(data: Fit) -> list[Tile]:
 
 
 def _curve(data: Fit, i: str) -> Figure | None:
-    logs, full = _logged(data, "loss"), _logged(data, "ranksure/objective")
-    final, found = data.final, data.prediction
-    if len(logs) + len(full) < 2:
+    logs, points = _logged(data, "loss"), _logged(data, "ranksure/objective")
+    if len(logs) + len(points) < 2:
         return None
-    points = list(full)
-    if final.objective is not None and (not points or points[-1][0] != data.steps):
-        points.append((data.steps, final.objective))
-    if data.objective_at_zero is not None:
-        points.insert(0, (0, data.objective_at_zero))
-    lines = []
+    final, zero = data.final.objective, data.objective_at_zero
+    optimum = data.prediction.optimum if data.prediction else None
+    if final is not None and (not points or points[-1][0] != data.steps):
+        points.append((data.steps, final))
+    if zero is not None:
+        points.insert(0, (0, zero))
+    lines, across, legend = [], [], []
     if logs:
         lines.append(Curve("loss", *_thinned(logs), "c0"))
+        legend.append(Key("training loss as logged, without the penalty", "c0", line="solid"))
     if points:
         lines.append(Curve("objective", *_split(points), "c1", DASHES[2], "D"))
-    across = []
-    optimum = found.optimum if found else None
+        legend.append(Key("objective (loss and penalty), on all rows", "c1", "D", "dotted"))
     if optimum is not None:
         across.append(Curve("optimum", [], [optimum], "good", DASHES[1]))
-    if data.objective_at_zero is not None:
-        across.append(Curve("zero", [], [data.objective_at_zero], "muted", DASHES[2]))
-    wide, narrow = render(
-        f"{i}-curve", lambda canvas: charts.curves(canvas, lines, "optimizer step", "loss and objective", across)
-    )
+        legend.append(Key("certified optimum, linearised network", "good", line="dashed"))
+    if zero is not None:
+        across.append(Curve("zero", [], [zero], "muted", DASHES[2]))
+        legend.append(Key("without an adapter", "muted", line="dotted"))
     summary = f"The loss went from {logs[0][1]:.5g} to {logs[-1][1]:.5g} in {data.steps:,} steps." if logs else ""
-    if optimum is not None and final.objective is not None:
-        above = final.objective - optimum
+    if optimum is not None and final is not None:
         summary += (
-            f" The objective, loss and penalty, ended at {final.objective:.5g}, {abs(above):.3g} "
-            f"{'above' if above >= 0 else 'below'} the certified optimum of the linearised network."
+            f" The objective, loss and penalty, ended at {final:.5g}, {abs(final - optimum):.3g} "
+            f"{'above' if final >= optimum else 'below'} the certified optimum of the linearised network."
         )
-    legend = [
-        Key("training loss as logged, without the penalty", "c0", line="solid"),
-        Key("objective (loss and penalty), on all rows", "c1", "D", "dotted"),
-        Key("certified optimum, linearised network", "good", line="dashed"),
-        Key("without an adapter", "muted", line="dotted"),
-    ]
-    shown = [bool(logs), bool(points), optimum is not None, data.objective_at_zero is not None]
+    return drawn(
+        f"{i}-curve",
+        lambda canvas: charts.curves(canvas, lines, "optimizer step", "loss and objective", across),
+        "How did training go, against the certified optimum?",
+        Status.ESTIMATED,
+        summary.strip(),
+        "A line over steps.",
+        _steps(logs, points),
+        legend,
+        note="The optimum is certified for the linearised network only: the real one may end above it or below.",
+    )
+
+
+def _steps(logs: list[tuple[float, float]], points: list[tuple[float, float]]) -> Table:
     thin = logs[:: max(1, -(-len(logs) // _MOST))]
     rows = [[f"{step:g}", number(loss, ".6g"), NONE] for step, loss in thin]
     rows += [[f"{step:g}", NONE, number(value, ".6g")] for step, value in points]
     rows.sort(key=lambda row: float(row[0]))
-    return Figure(
-        f"{i}-curve",
-        "How did training go, against the certified optimum?",
-        Status.ESTIMATED,
-        summary.strip(),
-        f"A line over steps. {summary}",
-        wide,
-        narrow,
-        Table(
-            "Training",
-            ["step", "training loss", "objective"],
-            rows,
-            more="Some steps are left out." if thin != logs else "",
-        ),
-        [key for key, keep in zip(legend, shown, strict=True) if keep],
-        note="The optimum is certified for the linearised network only: the real one may end above it or below.",
-    )
+    more = "Some steps are left out." if thin != logs else ""
+    return Table("Training", ["step", "training loss", "objective"], rows, more=more)
 
 
 def _logged(data: Fit, key: str) -> list[tuple[float, float]]:
@@ -168,18 +158,14 @@ def _objective(data: Fit, i: str) -> Figure | None:
     ]
     if found.optimum is not None:
         rows.append(Level("certified optimum, any rank", found.optimum, None, "good", "^", f"{found.optimum:.5g}"))
-    wide, narrow = render(
-        f"{i}-objective", lambda canvas: charts.levels(canvas, rows, "training objective (lower is better)")
-    )
     summary = _prediction(data)[0]
-    return Figure(
+    return drawn(
         f"{i}-objective",
+        lambda canvas: charts.levels(canvas, rows, "training objective (lower is better)"),
         "Did it reach what was predicted?",
         Status.ESTIMATED,
         summary,
-        f"A dot for each on one scale. {summary}",
-        wide,
-        narrow,
+        "A dot for each on one scale.",
         Table("Objectives", ["what", "objective"], [[row.text, row.shown] for row in rows]),
         note="The first two are measured on the real network; the others are of its linearisation.",
     )
@@ -194,7 +180,6 @@ def _held_out(data: Fit, i: str) -> Figure | None:
         triples.append(("predicted, linearised", found.heldout_loss, found.heldout_accuracy, "c0", "o"))
     triples.append(("trained, the real network", held.loss, held.accuracy, "c1", "D"))
     rows = [Level(t, loss, None, colour, marker, f"{loss:.4f}") for t, loss, _, colour, marker in triples]
-    wide, narrow = render(f"{i}-heldout", lambda canvas: charts.levels(canvas, rows, "held-out loss (lower is better)"))
     accuracy = "" if held.accuracy is None else f" and accuracy {percent(held.accuracy)}"
     before = "" if held.accuracy_without_adapter is None else f" and {percent(held.accuracy_without_adapter)}"
     summary = (
@@ -206,14 +191,13 @@ def _held_out(data: Fit, i: str) -> Figure | None:
         ["what", "loss", "accuracy"],
         [[t, f"{loss:.4f}", percent(a)] for t, loss, a, _, _ in triples],
     )
-    return Figure(
+    return drawn(
         f"{i}-heldout",
+        lambda canvas: charts.levels(canvas, rows, "held-out loss (lower is better)"),
         "Does it hold on rows that it has not seen?",
         Status.ESTIMATED,
         summary,
-        f"A dot for each on one scale. {summary}",
-        wide,
-        narrow,
+        "A dot for each on one scale.",
         table,
     )
 

@@ -6,14 +6,13 @@ from typing import Any
 
 from ranksure.records.plan import Plan
 from ranksure.report import charts
-from ranksure.report.blocks import Code, Figure, Key, Prose, Section, Status, Table, Tile
+from ranksure.report.blocks import Code, Figure, Key, Prose, Section, Status, Table, Tile, drawn
 from ranksure.report.heat_map import Grid, heat_map
 from ranksure.report.lora_source import pattern, source, written
 from ranksure.report.records import Record
 from ranksure.report.sections.plan_figures import growth, held_out, linearity, path
 from ranksure.report.sections.shared import reproduce
 from ranksure.report.spectrum import spectrum_figure
-from ranksure.report.svg import render
 from ranksure.report.wording import NONE, after, counted, listed, number, percent, power, share, short
 
 _FAR = 0.5  # relative difference from the linearisation above which a plan warns
@@ -115,14 +114,37 @@ def _tiles(data: Plan, zero: bool) -> list[Tile]:
 
 
 def _captured(data: Plan, i: str) -> Figure:
-    optimum, target, rows = data.optimum, data.captured_target, data.ranks
+    target, rows = data.captured_target, data.ranks
     ranks = [0, *(row.rank for row in rows)]
     intervals = [(0.0, 0.0), *((row.captured[0], row.captured[1]) for row in rows)]
     missing = [None, *(max(1 - row.captured[0], 0.0) for row in rows)]
     verdicts = ["", *(row.verdict for row in rows)]
-    wide, narrow = render(
-        f"{i}-captured", lambda canvas: charts.captured(canvas, ranks, intervals, missing, verdicts, target)
+    present: list[str] = list(dict.fromkeys(row.verdict for row in rows))
+    legend = [
+        Key(_VERDICTS.get(verdict, verdict), charts.VERDICT_MARK.get(verdict, ("o", "muted"))[1], marker)
+        for verdict in present
+        for marker in [charts.VERDICT_MARK.get(verdict, ("o", "muted"))[0]]
+    ]
+    legend.append(Key(f"asked for: {percent(target, 2)}", "muted", line="dashed"))
+    legend.append(Key("counts as optimal: 10⁻⁴ missing", "good", line="dotted"))
+    return drawn(
+        f"{i}-captured",
+        lambda canvas: charts.captured(canvas, ranks, intervals, missing, verdicts, target),
+        "How much of the possible gain does each rank capture?",
+        Status.CERTIFIED,
+        _reached(data),
+        "Two charts over rank: the share captured, and on a logarithmic scale the most that is missing.",
+        _rank_table(data),
+        legend,
+        note="The gain is what any rank could take off the training objective of the linearised network, against no "
+        "adapter. The duality gap bounds it: the bar at each mark is the interval that holds its true share. Whether "
+        "another point of the same rank is better than one that is rank-bound is not checked.",
     )
+
+
+def _reached(data: Plan) -> str:
+    """What each rank reaches, in words."""
+    target, rows = data.captured_target, data.ranks
     enough = [row.rank for row in rows if row.captured[0] >= target]
     bound = [row.rank for row in rows if row.verdict == "rank-bound"]
     optimal = [row.rank for row in rows if row.verdict == "optimal"]
@@ -139,7 +161,12 @@ def _captured(data: Plan, i: str) -> Figure:
     if bound:
         which = f"Rank {bound[0]} is" if len(bound) == 1 else f"Ranks {listed(bound)} are"
         parts.append(f"{which} stuck below the optimum (rank-bound).")
-    table = Table(
+    return " ".join(parts)
+
+
+def _rank_table(data: Plan) -> Table:
+    optimum = data.optimum
+    return Table(
         "What each rank reaches; the certified optimum is "
         f"F = {optimum.objective:.6f}, relative gap {optimum.relative_gap:.1e}",
         ["rank", "objective", "gap, at most", "captured", "parameters", "spectral ratio", "verdict"],
@@ -155,33 +182,10 @@ def _captured(data: Plan, i: str) -> Figure:
                     number(row.spectral_ratio, ".3f"),
                     row.verdict,
                 ]
-                for row in rows
+                for row in data.ranks
             ),
         ],
         frozenset({6}),
-    )
-    present: list[str] = list(dict.fromkeys(row.verdict for row in rows))
-    legend = [
-        Key(_VERDICTS.get(verdict, verdict), charts.VERDICT_MARK.get(verdict, ("o", "muted"))[1], marker)
-        for verdict in present
-        for marker in [charts.VERDICT_MARK.get(verdict, ("o", "muted"))[0]]
-    ]
-    legend.append(Key(f"asked for: {percent(target, 2)}", "muted", line="dashed"))
-    legend.append(Key("counts as optimal: 10⁻⁴ missing", "good", line="dotted"))
-    summary = " ".join(parts)
-    return Figure(
-        f"{i}-captured",
-        "How much of the possible gain does each rank capture?",
-        Status.CERTIFIED,
-        summary,
-        f"Two charts over rank: the share captured, and on a logarithmic scale the most that is missing. {summary}",
-        wide,
-        narrow,
-        table,
-        legend,
-        note="The gain is what any rank could take off the training objective of the linearised network, against no "
-        "adapter. The duality gap bounds it: the bar at each mark is the interval that holds its true share. Whether "
-        "another point of the same rank is better than one that is rank-bound is not checked.",
     )
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from ranksure.records.plan import Plan
 from ranksure.report import charts
-from ranksure.report.blocks import Figure, Key, Status, Table
-from ranksure.report.svg import render
+from ranksure.report.blocks import Figure, Key, Status, Table, drawn
 from ranksure.report.wording import NONE, number, percent
 
 
@@ -18,10 +17,9 @@ def path(data: Plan, i: str) -> Figure | None:
     lams = [point.weight_decay for point in points]
     largest = [max(p.ranks.values(), default=0) for p in points]
     sums = [sum(p.ranks.values()) for p in points]
-    drawn = sums if max(sums) <= 6 * max(*largest, 1) else []  # far above, they would flatten the others
+    totals = sums if max(sums) <= 6 * max(*largest, 1) else []  # far above, they would flatten the others
     chosen = data.weight_decay
     best = min(range(len(points)), key=lambda index: losses[index])
-    wide, narrow = render(f"{i}-path", lambda canvas: charts.decay_path(canvas, lams, losses, largest, drawn, chosen))
     summary = (
         f"λ = {chosen:.4g} was used, chosen by {data.weight_decay_chosen_by}. The lowest loss on the rows "
         f"that choose is {losses[best]:.4f}, at λ = {lams[best]:.4g}; from λ = {data.lambda_max:.4g} up the optimum "
@@ -40,17 +38,16 @@ def path(data: Plan, i: str) -> Figure | None:
     )
     legend = [
         Key("held-out loss; largest rank", "c0", "o", "solid"),
-        *([Key("sum of ranks", "c2", "s", "solid")] if drawn else []),
+        *([Key("sum of ranks", "c2", "s", "solid")] if totals else []),
         Key("chosen", "c1", "o", "dashed"),
     ]
-    return Figure(
+    return drawn(
         f"{i}-path",
+        lambda canvas: charts.decay_path(canvas, lams, losses, largest, totals, chosen),
         "How was the weight decay chosen?",
         Status.ESTIMATED,
         summary,
-        f"Two charts over the weight decay: held-out loss, and rank. {summary}",
-        wide,
-        narrow,
+        "Two charts over the weight decay: held-out loss, and rank.",
         table,
         legend,
         note="These rows choose λ and are used for nothing else; with few of them the choice is uncertain. Each point "
@@ -68,7 +65,6 @@ def held_out(data: Plan, i: str) -> Figure | None:
     losses = [held.loss_without_adapter, *(row.heldout_loss for row in rows)]
     accuracies = [held.accuracy_without_adapter, *(row.heldout_accuracy for row in rows)]
     best = held.best_rank
-    wide, narrow = render(f"{i}-heldout", lambda canvas: charts.by_rank(canvas, ranks, losses, accuracies, best))
     lowest = min(range(len(ranks)), key=lambda index: losses[index])
     gain = losses[0] - losses[lowest]
     summary = (
@@ -89,14 +85,13 @@ def held_out(data: Plan, i: str) -> Figure | None:
         Key("lowest loss", "c1", "o"),
     ]
     keep = [key for key in legend if key.text != "accuracy" or all(a is not None for a in accuracies)]
-    return Figure(
+    return drawn(
         f"{i}-heldout",
+        lambda canvas: charts.by_rank(canvas, ranks, losses, accuracies, best),
         "Does it hold on rows that it has not seen?",
         Status.ESTIMATED,
         summary,
-        f"Charts over rank. {summary}",
-        wide,
-        narrow,
+        "Charts over rank.",
         table,
         keep if best in ranks else [key for key in keep if key.text != "lowest loss"],
         note="Of the linearised network, with the solution of each rank.",
@@ -117,10 +112,6 @@ def linearity(data: Plan, i: str) -> Figure | None:
     if not rows:
         return None
     worst = max(row.value for row in rows)
-    wide, narrow = render(
-        f"{i}-linearity",
-        lambda canvas: charts.levels(canvas, rows, "difference, in % of the change of the outputs", 50, zero=True),
-    )
     summary = (
         f"With the solved update in place, the real network's outputs differ from what its linearisation predicts by "
         f"{rows[-1].shown} of the change on {rows[-1].text}. "
@@ -144,14 +135,13 @@ def linearity(data: Plan, i: str) -> Figure | None:
         ["what", "training rows", "held-out rows"],
         [[name, form(train), form(held)] for name, train, held, form in pairs],
     )
-    return Figure(
+    return drawn(
         f"{i}-linearity",
+        lambda canvas: charts.levels(canvas, rows, "difference, in % of the change of the outputs", 50, zero=True),
         "How far is the real network from the linearised one?",
         Status.ESTIMATED,
         summary,
-        f"A bar for each set of rows, with a mark at 50%. {summary}",
-        wide,
-        narrow,
+        "A bar for each set of rows, with a mark at 50%.",
         table,
         [Key("a plan warns from here: 50%", "muted", line="dashed")],
         note="All that is certified is about the linearised network; this is how far it is from the one you train.",
@@ -167,7 +157,6 @@ def growth(data: Plan, i: str) -> Figure | None:
     sizes = [row.n_samples for row in subsets]
     largest, fit = [row.largest_rank for row in subsets], data.extrapolation
     ahead = None if not fit else (fit.n_samples, fit.rank_needed, fit.exponent)
-    wide, narrow = render(f"{i}-growth", lambda canvas: charts.growth(canvas, sizes, needed, largest, ahead))
     summary = (
         f"From {sizes[0]:,} to {sizes[-1]:,} rows the rank needed for {percent(data.captured_target, 2)} goes from "
         f"{needed[0]} to {needed[-1]}."
@@ -187,14 +176,13 @@ def growth(data: Plan, i: str) -> Figure | None:
         rows,
         frozenset({4}),
     )
-    return Figure(
+    return drawn(
         f"{i}-growth",
+        lambda canvas: charts.growth(canvas, sizes, needed, largest, ahead),
         "How does the answer move with more data?",
         Status.ESTIMATED,
         summary,
-        f"A chart over the number of rows. {summary}",
-        wide,
-        narrow,
+        "A chart over the number of rows.",
         table,
         legend,
         note="Each subset is solved to the gap in the table; what holds for more rows is an extrapolation.",

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ranksure.records.claims import Columns, ReproductionRecord
-from ranksure.report.blocks import Figure, Key, Prose, Section, Status, Table
+from ranksure.report.blocks import Figure, Key, Prose, Section, Status, Table, drawn
 from ranksure.report.module_places import clean, shortened
 from ranksure.report.records import Record
 from ranksure.report.sections.lab import picture
 from ranksure.report.sections.shared import reproduce, settings_text
-from ranksure.report.svg import DASHES, INKS, Canvas, log_ticks, render, ticks
+from ranksure.report.svg import DASHES, INKS, Canvas, log_ticks, ticks
 from ranksure.report.wording import NONE, counted, number, power
 
 _POINTS = 6000  # drawn in one figure, over all curves
@@ -103,7 +103,6 @@ def _names(panels: Sequence[_Panel]) -> list[str]:
 
 def _objective(data: ReproductionRecord, panels: Sequence[_Panel], figure_id: str, detail: bool) -> Figure:
     names, reference = _names(panels), data.reference
-    wide, narrow = render(figure_id, lambda canvas: _draw(canvas, panels, names, _axis(data, "x"), log=False))
     summary = f"{counted(len(names), 'curve')} in {counted(len(panels), 'setting')}."
     if reference and any(panel.level is not None for panel in panels):
         summary += f" The level line is the {reference.label} of the linearised network."
@@ -121,14 +120,13 @@ def _objective(data: ReproductionRecord, panels: Sequence[_Panel], figure_id: st
             rows += [[panel.title or NONE, line.text, f"{line.x[k]:g}", number(line.y[k], ".6g")] for k in kept]
     columns = ["setting", "curve", _axis(data, "x"), _axis(data, "y")]
     table = Table("Points of the curves", columns, rows, frozenset({1}), "Some are left out.")
-    return Figure(
+    return drawn(
         figure_id,
+        lambda canvas: _draw(canvas, panels, names, _axis(data, "x"), log=False),
         f"{_axis(data, 'y')[:1].upper()}{_axis(data, 'y')[1:]}, by {_axis(data, 'x')}",
         Status.ESTIMATED,
         summary,
-        f"Lines over {columns[2]}, a panel for each setting: {', '.join(panel.title for panel in panels)}. {summary}",
-        wide,
-        narrow,
+        f"Lines over {columns[2]}, a panel for each setting: {', '.join(panel.title for panel in panels)}.",
         table,
         legend,
     )
@@ -136,9 +134,8 @@ def _objective(data: ReproductionRecord, panels: Sequence[_Panel], figure_id: st
 
 def _distance(data: ReproductionRecord, whole: Sequence[_Panel], figure_id: str) -> Figure:
     panels = [panel.above() for panel in whole if panel.level is not None]
-    names, drawn = _names(whole), _names(panels)  # colours as in the figure before
-    legend = [key for name, key in zip(names, _legend(names), strict=True) if name in drawn]
-    wide, narrow = render(figure_id, lambda canvas: _draw(canvas, panels, names, _axis(data, "x"), log=True))
+    names, present = _names(whole), _names(panels)  # colours as in the figure before
+    legend = [key for name, key in zip(names, _legend(names), strict=True) if name in present]
     shown = data.reference.label if data.reference else "reference"
     ends = [
         (line.y[0] - panel.level, line.y[-1] - panel.level, panel.title, line.text)
@@ -155,14 +152,13 @@ def _distance(data: ReproductionRecord, whole: Sequence[_Panel], figure_id: str)
             f"{len(above)} of {counted(len(ends), 'curve')} end above the {shown}, the nearest by {power(low[0], 1)} "
             f"({low[2]}{_at(low[1])}), the farthest by {power(high[0], 1)} ({high[2]}{_at(high[1])})."
         )
-    return Figure(
+    return drawn(
         figure_id,
+        lambda canvas: _draw(canvas, panels, names, _axis(data, "x"), log=True),
         f"How far above the {shown}?",
         Status.ESTIMATED,
         summary,
-        f"The same on a logarithmic scale, less the {shown}. {summary}",
-        wide,
-        narrow,
+        f"The same on a logarithmic scale, less the {shown}.",
         Table(f"Distance to the {shown}", ["setting", "curve", "first", "last"], rows, frozenset({1})),
         legend,
         note="Points at it or below cannot be drawn on this scale; the table has them. The reference is certified, the "

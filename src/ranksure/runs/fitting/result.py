@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ranksure.losses import get_loss
 from ranksure.records.certificate import RunCertificate
 from ranksure.records.fit import Final, Fit, FitData, Stage
 from ranksure.records.record import plain, read
@@ -130,7 +131,6 @@ def fit_record(
     **more: Any,
 ) -> Fit:
     """The content of ``fit.json``; ``more`` are further fields of it."""
-    per = "sample" if setup.kind == "cross-entropy" else "output"
     return Fit(
         model=setup.name,
         revision=setup.revision,
@@ -138,7 +138,7 @@ def fit_record(
         n_samples=len(setup.features),
         n_outputs=setup.n_outputs,
         loss=setup.kind,
-        mean_per=options.weighting if setup.n_outputs is None else per,
+        mean_per=options.weighting if setup.n_outputs is None else get_loss(setup.kind).term,
         pooling=setup.pooling,
         mode=options.mode,
         init=options.init,

@@ -92,7 +92,7 @@ def task_setup(
         prefix=task.prefix,
         heads=heads,
         task_type=None if task.prefix else task.peft_task_type,
-        kind=options.loss,  # pyright: ignore[reportArgumentType]
+        kind=options.loss,
         features=task.features(prepared.split.train),
         held=None if held is None else task.features(held),
         collator=task.collator,

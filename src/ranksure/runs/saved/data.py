@@ -12,7 +12,7 @@ from torch import nn
 from ranksure.data.conversations import LossOn, encode, load_examples
 from ranksure.data.texts import Rows, load_rows
 from ranksure.errors import DataError, SettingError
-from ranksure.losses import Kind
+from ranksure.losses import CrossEntropy, Kind, Loss, loss_meant
 from ranksure.network.checkpoints import token_limit
 from ranksure.records.record import DataSource
 from ranksure.tasks.classifiers import own_label_order
@@ -198,7 +198,7 @@ def _causal(base: PreTrainedModel, model: nn.Module, tokenizer: Any, data: Any, 
         batches=[collator(part) for part in in_batches(features, settings.batch_size or 4, settings.by_length)],
         features=features,
         collator=collator,
-        kind="cross-entropy",
+        kind=CrossEntropy.name,
         form=examples.form,
         source=examples.source,
         sha256=examples.sha256,
@@ -216,17 +216,17 @@ def _causal(base: PreTrainedModel, model: nn.Module, tokenizer: Any, data: Any, 
 def _texts(base: PreTrainedModel, tokenizer: Any, data: Any, settings: DataSettings) -> RunData:
     if settings.packing or settings.loss_on != "completion":
         raise SettingError("packing and loss_on are for causal language models; this one classifies texts")
-    kind = _kind(base)
+    loss = _loss(base)
     rows = load_rows(
         data,
         text_column=settings.text_column,
         label_column=settings.label_column,
         text_pair_column=settings.text_pair_column,
         split=settings.split,
-        regression=kind == "squared-error",
+        regression=not loss.of_classes,
     )
     notes = list(rows.notes)
-    if kind != "squared-error":
+    if loss.of_classes:
         rows = rows.with_label_names(_class_names(base, rows, notes))
     total = len(rows)
     if settings.samples is not None and settings.samples < total:
@@ -238,14 +238,15 @@ def _texts(base: PreTrainedModel, tokenizer: Any, data: Any, settings: DataSetti
     if cut := sum(len(ids) > max_length for ids in long):
         notes.append(f"{cut} of {len(rows)} texts were cut at {max_length} tokens.")
     keys = [key for key in ("input_ids", "token_type_ids", "attention_mask") if key in encoded]
-    labels = [[float(label)] for label in rows.labels] if kind == "logistic" else rows.labels
+    targets = loss.targets(rows.labels)
+    labels = targets.tolist()
     features = [{**{key: list(encoded[key][i]) for key in keys}, "labels": labels[i]} for i in range(len(rows))]
-    collator = Collator(tokenizer.pad_token_id, torch.long if kind == "cross-entropy" else torch.float32)
+    collator = Collator(tokenizer.pad_token_id, torch.float32 if targets.is_floating_point() else torch.long)
     return RunData(
         batches=[collator(part) for part in in_batches(features, settings.batch_size or 32, settings.by_length)],
         features=features,
         collator=collator,
-        kind=kind,
+        kind=loss.name,
         form="labelled texts",
         source=rows.source,
         sha256=rows.sha256,
@@ -257,16 +258,13 @@ def _texts(base: PreTrainedModel, tokenizer: Any, data: Any, settings: DataSetti
     )
 
 
-def _kind(base: PreTrainedModel) -> Kind:
+def _loss(base: PreTrainedModel) -> Loss:
     """The loss of a sequence classifier, by transformers' rules."""
-    stated, outputs = getattr(base.config, "problem_type", None), _outputs(base)
-    if stated == "multi_label_classification" and outputs == 1:
-        return "logistic"
-    if stated == "multi_label_classification":
-        raise SettingError("several labels per text (multi_label_classification) are not read: pass your own batches")
-    if stated == "regression" and outputs > 1:
-        raise SettingError(f"regression with {outputs} targets per text is not read: pass your own batches")
-    return "squared-error" if stated == "regression" or (stated is None and outputs == 1) else "cross-entropy"
+    outputs = _outputs(base)
+    loss = loss_meant(getattr(base.config, "problem_type", None), outputs)
+    if loss.term == "output" and outputs > 1:
+        raise SettingError(f"{outputs} labels or targets per text ({loss.name}) are not read: pass your own batches")
+    return loss
 
 
 def _outputs(base: PreTrainedModel) -> int:
@@ -276,7 +274,7 @@ def _outputs(base: PreTrainedModel) -> int:
 def _class_names(base: PreTrainedModel, rows: Rows, notes: list[str]) -> list[str]:
     """The data's label names in the order of the model's outputs."""
     own = rows.label_names or []
-    outputs = max(2, _outputs(base))  # one output of the logistic loss: the classes 0 and 1
+    outputs = max(2, _outputs(base))  # one output: the classes 0 and 1
     if len(own) == outputs:
         return list(own_label_order(base, rows, notes) or own)
     id2label = cast("dict[int, str]", base.config.id2label)

@@ -21,6 +21,7 @@ from torch import nn
 
 from ranksure.adapters.saved import AdapterFiles, read_files
 from ranksure.errors import AdapterError, ModelError, SettingError
+from ranksure.losses import CrossEntropy
 from ranksure.network.checkpoints import check_checkpoint, device_named, load_tokenizer, settle_padding
 from ranksure.records.record import RunSource
 from ranksure.runs.saved.base import (
@@ -192,7 +193,7 @@ def _open(
         batches=[dict(collator(part)) for part in in_batches(features, made.batch_size, settings.by_length)],
         features=features,
         collator=collator,
-        kind="cross-entropy",
+        kind=CrossEntropy.name,
         form=f"labelled {samples.noun}s",
         source=samples.source,
         sha256=samples.sha256,
