@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "src" / "ranksure"
-PAGES = ("CONTRIBUTING.md",)
+PAGES = ("docs/architecture.md",)
 MARKED = re.compile(r"(<!-- layout: python -m scripts.layout --write -->\n).*?(<!-- /layout -->)", re.S)
 
 
