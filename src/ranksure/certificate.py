@@ -108,8 +108,7 @@ def certify(problem: Problem, factors: Factors, best_dual: float = -math.inf) ->
     Returns:
         The certificate, the logits and the gradients by block.
     """
-    if hasattr(problem.operator, "to"):
-        problem = problem.to(torch.float64)
+    problem = problem.exact
     factors = cast_factors(factors, problem.operator)
     if factors:
         contrast_values = problem.operator.apply_factors(factors)
@@ -125,11 +124,8 @@ def certify(problem: Problem, factors: Factors, best_dual: float = -math.inf) ->
     residual = problem.residual(dual)
     gradients = problem.operator.adjoint(residual)
     bounds = spectral_upper_bounds(gradients, problem.operator.adjoint_error(residual))
-    if problem.linear:
-        limit, bounds = _limit_with_linear_term(problem, gradients, bounds)
-        gradients = {name: g + problem.linear[name] if name in problem.linear else g for name, g in gradients.items()}
-    else:
-        limit = min(problem.penalty[name] / max(bound, 1e-300) for name, bound in bounds.items())
+    limit, bounds = _feasible_range(problem, gradients, bounds)
+    gradients = {name: g + problem.linear[name] if name in problem.linear else g for name, g in gradients.items()}
     ratios = {name: bound / problem.penalty[name] for name, bound in bounds.items()}
 
     limit = min(limit, problem.loss.max_dual_step(dual / problem.weights[:, None], problem.labels))
@@ -149,12 +145,10 @@ def certify(problem: Problem, factors: Factors, best_dual: float = -math.inf) ->
     return PointState(certificate, logits, gradients)
 
 
-def _limit_with_linear_term(
-    problem: Problem, gradients: Delta, bounds: dict[str, float]
-) -> tuple[float, dict[str, float]]:
-    """A feasible range of ``c`` where the dual asks for ``||c g_j + linear_j||_op <= lambda_j``, and the norms at 1.
+def _feasible_range(problem: Problem, gradients: Delta, bounds: dict[str, float]) -> tuple[float, dict[str, float]]:
+    """The largest ``c`` known to be feasible, where ``||c g_j + linear_j||_op <= lambda_j``, and the norms at 1.
 
-    The norm is convex in ``c``: below its chord from 0 to 1, and below ``c ||g_j|| + ||linear_j||``.
+    With a linear term the norm is convex in ``c``: below its chord from 0 to 1, and below ``c ||g_j|| + ||linear_j||``.
     """
     limit, at_one = math.inf, dict(bounds)
     for name, g in gradients.items():
