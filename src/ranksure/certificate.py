@@ -50,11 +50,7 @@ class Certificate:
         return max(self.spectral_ratios.values())
 
     def captured(self, best_objective: float | None = None) -> tuple[float, float]:
-        """Interval that holds ``(F(0) - F) / (F(0) - F*)``.
-
-        Args:
-            best_objective: lowest objective known; this point's own by default.
-        """
+        """Interval that holds ``(F(0) - F) / (F(0) - F*)``, given the lowest objective known (by default, this one)."""
         gained = self.objective_at_zero - self.objective
         best = min(self.objective, best_objective if best_objective is not None else self.objective)
         return captured_interval(gained, self.objective_at_zero - self.dual, self.objective_at_zero - best)
@@ -98,15 +94,9 @@ def spectral_upper_bounds(gradients: Delta, errors: dict[str, float]) -> dict[st
 
 
 def certify(problem: Problem, factors: Factors, best_dual: float = -math.inf) -> PointState:
-    """Certify a point of the linearised problem.
+    """Certify the point of the updates ``u v^T`` (blocks left out are zero), in float64 but for a matrix-free operator.
 
-    Args:
-        problem: the problem; anything but a matrix-free one is promoted to float64.
-        factors: the point (updates ``u v^T``; blocks left out are zero).
-        best_dual: a dual value already known to be feasible for this problem.
-
-    Returns:
-        The certificate, the logits and the gradients by block.
+    ``best_dual`` is a dual value already known to be feasible for this problem.
     """
     problem = problem.exact
     factors = cast_factors(factors, problem.operator)

@@ -19,11 +19,9 @@ Operators also take a leading batch dimension of starts: ``(S, m, r)`` and ``(S,
 
 
 def balanced(factors: Factors, drop: float = 1e-10) -> Factors:
-    """The same updates with ``u^T u = v^T v`` diagonal, columns by size; columns below ``drop`` go.
+    """The same updates, unbatched, with ``u^T u = v^T v`` diagonal and columns by size.
 
-    Args:
-        factors: unbatched factors.
-        drop: singular values below this share of the largest of all blocks are dropped.
+    Singular values below the share ``drop`` of the largest of all blocks go.
     """
     parts = {name: thin_svd(u, v) for name, (u, v) in factors.items()}
     largest = max((float(s[0]) for _, s, _ in parts.values() if len(s)), default=0.0)

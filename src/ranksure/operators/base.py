@@ -67,13 +67,12 @@ class TangentOperator:
     def apply(self, delta: Delta) -> Tensor:
         """``A(delta)``, shape ``(N, C)``, for dense updates (absent blocks count as zero)."""
         if not delta:
-            return torch.zeros(self.n_samples, self.n_outputs, dtype=self.dtype, device=self.device)
+            return self.zeros(self.n_samples, self.n_outputs)
         return self.apply_factors({name: (d, torch.eye(d.shape[1]).to(d)) for name, d in delta.items()})
 
     def adjoint(self, residual: Tensor) -> Delta:
         """``A_j^*(R) = sum_ic R_ic G_ijc`` for ``R`` of shape ``(N, C)``; each ``(m, n)``."""
-        like = {"dtype": self.dtype, "device": self.device}
-        units = {name: (torch.zeros(m, n, **like), torch.eye(n, **like)) for name, (m, n) in self.shapes.items()}
+        units = {name: (z := self.zeros(m, n), torch.eye(n).to(z)) for name, (m, n) in self.shapes.items()}
         return {name: gradient for name, (gradient, _) in self.apply_factors_vjp(units)[1](residual).items()}
 
     def apply_factors(self, factors: Factors) -> Tensor:
@@ -105,7 +104,7 @@ class TangentOperator:
         """The gradients ``G_ic`` of every block, contrast by contrast."""
         size = self.n_samples * self.n_outputs
         for index in range(size):
-            unit = torch.zeros(size, dtype=self.dtype, device=self.device)
+            unit = self.zeros(size)
             unit[index] = 1
             yield self.adjoint(unit.view(self.n_samples, -1))
 
@@ -192,6 +191,10 @@ class TangentOperator:
 
     # ---- sizes
 
+    def zeros(self, *shape: int) -> Tensor:
+        """Zeros in the operator's dtype and on its device."""
+        return torch.zeros(*shape, dtype=self.dtype, device=self.device)
+
     @property
     def nbytes(self) -> int:
         """Bytes held."""
@@ -209,10 +212,9 @@ class TangentOperator:
         return math.inf
 
 
-def zero_factors(operator: TangentOperator, rank: int = 0, dtype: torch.dtype | None = None) -> Factors:
+def zero_factors(operator: TangentOperator, rank: int = 0) -> Factors:
     """Factors of that rank, all zero, one pair per block."""
-    like = {"dtype": dtype or operator.dtype, "device": operator.device}
-    return {n: (torch.zeros(m, rank, **like), torch.zeros(k, rank, **like)) for n, (m, k) in operator.shapes.items()}
+    return {name: (operator.zeros(m, rank), operator.zeros(n, rank)) for name, (m, n) in operator.shapes.items()}
 
 
 def check_factors(factors: Factors, operator: TangentOperator) -> None:
@@ -223,7 +225,7 @@ def check_factors(factors: Factors, operator: TangentOperator) -> None:
     """
     for name, (u, v) in factors.items():
         if name not in operator.shapes:
-            raise SettingError(f"the factors name a block {name}, which the operator does not have: they do not fit")
+            raise SettingError(f"the factors name a block {name} that the operator does not have: they do not fit")
         m, n = operator.shapes[name]
         if u.dim() != 2 or v.dim() != 2 or u.shape != (m, u.shape[1]) or v.shape != (n, u.shape[1]):
             shapes = f"{tuple(u.shape)} and {tuple(v.shape)}, not ({m}, r) and ({n}, r)"

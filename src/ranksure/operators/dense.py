@@ -59,14 +59,14 @@ class DenseOperator(TangentOperator):
         return self.dense_nbytes
 
     def apply(self, delta: Delta) -> Tensor:
-        z = torch.zeros(self.n_samples * self.n_outputs, dtype=self.dtype, device=self.device)
+        z = self.zeros(self.n_samples * self.n_outputs)
         for name, d in delta.items():
             z += self._rows(name) @ d.reshape(-1)
         return z.view(self.n_samples, self.n_outputs)
 
     def apply_factors_vjp(self, factors: Factors) -> tuple[Tensor, Pullback]:
         batch = next(iter(factors.values()))[0].shape[:-2]
-        z = torch.zeros(*batch, self.n_samples * self.n_outputs, dtype=self.dtype, device=self.device)
+        z = self.zeros(*batch, self.n_samples * self.n_outputs)
         for name, (u, v) in factors.items():
             z += (u @ v.mT).flatten(-2) @ self._rows(name).T
 

@@ -116,10 +116,10 @@ class FactoredOperator(TangentOperator):
     # ---- the map and its adjoint
 
     def apply(self, delta: Delta) -> Tensor:
-        z = torch.zeros(self.n_samples, self.n_outputs, dtype=self.dtype, device=self.device)
+        z = self.zeros(self.n_samples, self.n_outputs)
         for packed in self._packed:
             group = packed.group
-            contribution = torch.zeros(group.n_tokens, self.n_outputs, dtype=self.dtype, device=self.device)
+            contribution = self.zeros(group.n_tokens, self.n_outputs)
             for name, b in group.outputs.items():
                 if name in delta:
                     contribution += torch.einsum("tcm,tm->tc", b, group.project(delta[name].T))
@@ -156,7 +156,7 @@ class FactoredOperator(TangentOperator):
             part = packed.sum(total.transpose(0, 1).flatten(1))
             z = part if z is None else z.add_(part)
         if z is None:
-            z = torch.zeros(self.n_samples, starts * c, dtype=self.dtype, device=self.device)
+            z = self.zeros(self.n_samples, starts * c)
         z = z.view(self.n_samples, starts, c).transpose(0, 1) if batched else z
 
         def pullback(residual: Tensor) -> Factors:
@@ -205,7 +205,7 @@ class FactoredOperator(TangentOperator):
         packed, c = self._packed_of(name), self.n_outputs
         group, b, p, q = packed.group, packed.group.outputs[name], u.shape[1], v.shape[1]
         held = 3 * b.element_size() * (packed.longest * (c * p + q) + c * p * q)
-        out = torch.zeros(self.n_samples, c * p, q, dtype=self.dtype, device=self.device)
+        out = self.zeros(self.n_samples, c * p, q)
         for tokens, samples, table in packed.chunks(held):
             left = (b[tokens] @ u).flatten(1)
             right = v[group.inputs[tokens]] if group.is_index else group.inputs[tokens] @ v
@@ -216,8 +216,7 @@ class FactoredOperator(TangentOperator):
         # Worth its memory to who applies the operator to dense updates thousands of times, where samples have many
         # more tokens than contrasts.
         size, c = self.n_samples, self.n_outputs
-        like = {"dtype": self.dtype, "device": self.device}
-        out = {name: torch.zeros(size, c, *shape, **like) for name, shape in self.shapes.items()}
+        out = {name: self.zeros(size, c, *shape) for name, shape in self.shapes.items()}
         for packed in self._packed:
             group = packed.group
             if group.is_index:

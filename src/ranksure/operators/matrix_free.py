@@ -49,7 +49,7 @@ class MatrixFreeOperator(TangentOperator):
         return self._forward_mode(sides)
 
     def adjoint(self, residual: Tensor) -> Delta:
-        total = {n: torch.zeros(shape, dtype=self.dtype, device=self.device) for n, shape in self.shapes.items()}
+        total = {n: self.zeros(*shape) for n, shape in self.shapes.items()}
         low = 0
         for batch, rows in zip(self.batches, self._rows, strict=True):
             part = residual[low : low + rows]

@@ -171,8 +171,8 @@ class Packed:
         whichever takes fewer multiplications.
         """
         group, c, longest = self.group, self.n_outputs, self.longest
-        like = {"dtype": torch.float64, "device": group.sample.device}
-        out = {name: torch.zeros(self.n_samples, c, **like) for name in group.outputs}
+        zero = torch.zeros(self.n_samples, c, dtype=torch.float64, device=group.sample.device)
+        out = {name: zero.clone() for name in group.outputs}
         most = c * max(b.shape[2] for b in group.outputs.values())
         by_pairs = group.is_index or longest * (group.width + most) <= most * group.width
         held = longest * (group.width + most) + (longest**2 * (1 + c) if by_pairs else most * group.width)

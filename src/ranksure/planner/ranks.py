@@ -85,7 +85,7 @@ def choose_starts(problem: Problem, rank: int, asked: int | None, most: int = 8)
     """Random starts as the size allows: at most 8, fewer when one evaluation is long."""
     if asked is not None:
         return asked
-    per_evaluation = 8 * rank * problem.operator.multiplications
+    per_evaluation = 8 * rank * problem.operator.multiplications if rank else 0
     return max(0, min(most, int(_START_BUDGET / (300 * max(per_evaluation, 1)))))
 
 

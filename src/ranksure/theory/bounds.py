@@ -240,13 +240,7 @@ class RankBounds:
 
 
 def rank_bounds(problem: Problem, *, tolerance: float = RANK_TOLERANCE, max_size: int = 4096) -> RankBounds:
-    """All bounds of a problem.
-
-    Args:
-        problem: the problem.
-        tolerance: of the measured ranks, see :func:`measured_rank`.
-        max_size: largest ``N C`` whose Gram matrices are formed; above it nothing is measured.
-    """
+    """All bounds of a problem; ranks are measured (:func:`measured_rank`) where ``N C`` is at most ``max_size``."""
     operator, shapes = problem.reduced[0].operator, dict(problem.operator.shapes)
     n, k = operator.n_samples, problem.n_logits
     effective = problem.loss.effective_outputs(k)
@@ -297,12 +291,7 @@ class Explanation:
 
 
 def explain(bounds: RankBounds, capacity: int | None = None) -> Explanation:
-    """Say in plain sentences which number supports which claim.
-
-    Args:
-        bounds: from :func:`rank_bounds`.
-        capacity: from :mod:`ranksure.theory.capacity`, to be told apart from the bounds; None leaves it out.
-    """
+    """Say in plain sentences which number supports which claim, a capacity count told apart from the bounds."""
     existence = (
         f"Existence (Theorem 3.1): some optimum has ranks with sum r(r+1)/2 <= {bounds.equations.best} over "
         f"all blocks, so rank {bounds.existence.best} suffices for one to exist ({_origins(bounds.existence)}). "
