@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 """Optimality certificates: a duality gap that bounds the distance to the best of every rank.
 
 From any point, ``R = w * gradient of the loss`` scaled by ``c`` is feasible for the Fenchel dual when

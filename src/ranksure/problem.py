@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 """The linearised fine-tuning problem: operator, labels, loss and penalty together.
 
 ``F(delta) = sum_i w_i loss(z_i, y_i) + sum_j lambda_j ||delta_j||_*`` with linearised logits

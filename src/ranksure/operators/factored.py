@@ -62,7 +62,7 @@ class FactoredOperator(TangentOperator):
         return FactoredOperator(groups, self.n_samples, list(self.shapes))
 
     def select(self, samples: Tensor) -> FactoredOperator:
-        groups = []
+        groups: list[Group] = []
         for group, offsets in ((packed.group, packed.offsets) for packed in self._packed):
             lengths = (offsets[1:] - offsets[:-1])[samples]
             new_sample = torch.repeat_interleave(torch.arange(len(samples), device=self.device), lengths)

@@ -7,7 +7,7 @@ update enters through a hook on that module, so a tied weight is moved in this m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -62,7 +62,7 @@ class MatrixFreeOperator(TangentOperator):
                 z = logits_of(self.model, to_device(batch, self.device)) @ self.contrasts
             grads = torch.autograd.grad(z, list(deltas.values()), part.to(z), allow_unused=True)
             for name, grad in zip(deltas, grads, strict=True):
-                if grad is not None:
+                if grad is not None:  # pyright: ignore[reportUnnecessaryComparison] (allow_unused gives None)
                     total[name] += grad
         return total
 
@@ -97,7 +97,9 @@ def _as_tangent(side: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 @contextmanager
-def _adding(targets: Mapping[str, nn.Module], sides: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+def _adding(
+    targets: Mapping[str, nn.Module], sides: Mapping[str, Callable[[Tensor], Tensor]]
+) -> Generator[None, None, None]:
     """Add each side path to its module's output."""
 
     def hook(side: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
