@@ -173,7 +173,7 @@ def _cvxpy_model(problem: Problem) -> tuple[cp.Problem, dict[str, cp.Variable]]:
     """Two labels: the loss is logistic in the difference of the logits."""
     dense = DenseOperator.from_operator(problem.operator)
     variables = {name: cp.Variable(shape) for name, shape in dense.shapes.items()}
-    z = sum(dense.jacobians[name].flatten(1).numpy() @ cp.vec(x, order="C") for name, x in variables.items())
+    z = sum(dense.jacobians()[name].flatten(1).numpy() @ cp.vec(x, order="C") for name, x in variables.items())
     scale = float(problem.contrasts[0, 0] - problem.contrasts[1, 0])
     base = (problem.base_logits[:, 0] - problem.base_logits[:, 1]).numpy()
     sign = np.where(problem.labels.numpy() == 0, -1.0, 1.0)

@@ -84,7 +84,7 @@ def test_the_dual_point_is_feasible_and_its_value_is_the_bound(seed, loss, expon
     state = certify(problem, factors)
     certificate = state.certificate
     dual = certificate.dual_step * problem.loss.gradient(state.logits, problem.labels) * problem.weights[:, None]
-    for name, jacobian in problem.operator.jacobians.items():
+    for name, jacobian in problem.operator.jacobians().items():
         gradient = torch.einsum("icmn,ic->mn", jacobian, dual @ problem.loss.contrasts(2))
         norm = float(torch.linalg.matrix_norm(gradient, 2))
         assert norm <= problem.penalty[name] * (1 + 1e-12)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from ranksure.factors import Factors
+from ranksure.factors import FactorLayout, Factors
 from ranksure.lab.cells import Cell
 from ranksure.lab.instances import gaussian_problem, spurious_instance
 from ranksure.lab.landscape import (
@@ -26,7 +26,7 @@ from ranksure.operators.dense import DenseOperator
 from ranksure.perturbation import random_perturbation
 from ranksure.problem import Problem
 from ranksure.solvers.descent import gradient_scale
-from ranksure.solvers.lbfgs import FactorLayout
+from ranksure.solvers.lbfgs import objective_on
 from tests.helpers import convex_optimum, joined, objective, random_problem, updates
 
 
@@ -35,7 +35,7 @@ def judged(problem: Problem, points: list[Factors], norms: list[float] | None = 
     ranks = {name: u.shape[1] for name, (u, _) in points[0].items()}
     layout = FactorLayout(dict(problem.operator.shapes), ranks)
     x = torch.cat([layout.flatten(point) for point in points])
-    value, gradient = layout.function(problem)(x)
+    value, gradient = objective_on(problem, layout)(x)
     norm = gradient.norm(dim=1) / gradient_scale(problem)
     if norms is not None:
         norm = torch.tensor(norms, dtype=torch.float64)
@@ -77,9 +77,9 @@ def test_stacked_functions_are_their_parts():
     problems = [gaussian_problem(4, (3, 3), seed=s) for s in range(3)]
     layout = FactorLayout(dict(problems[0].operator.shapes), {"w": 2})
     x = torch.randn(6, layout.size, dtype=torch.float64)
-    value, gradient = stacked([layout.function(p) for p in problems], [1, 0, 5])(x)
+    value, gradient = stacked([objective_on(p, layout) for p in problems], [1, 0, 5])(x)
     for row, problem in zip(x, [problems[0]] + 5 * [problems[2]], strict=True):
-        expected, slope = layout.function(problem)(row[None])
+        expected, slope = objective_on(problem, layout)(row[None])
         index = int((x == row).all(1).nonzero())
         assert float(value[index]) == pytest.approx(float(expected), rel=1e-14)
         assert torch.allclose(gradient[index], slope[0], rtol=1e-13, atol=1e-15)

@@ -12,6 +12,7 @@ from ranksure.certificate import certify
 from ranksure.errors import SettingError
 from ranksure.factors import Factors
 from ranksure.losses import CrossEntropy, Loss
+from ranksure.operators.dense import DenseOperator
 from ranksure.perturbation import random_perturbation
 from ranksure.problem import Problem
 from ranksure.solvers.burer_monteiro import solve
@@ -206,15 +207,10 @@ def test_looks_are_certificates_against_the_given_optimum() -> None:
 
 def ridge(problem: Problem, v: Factors) -> Factors:
     """Minimiser over ``u`` at fixed ``v`` for squared error, from the normal equations."""
-    n, c = problem.operator.n_samples, problem.operator.n_outputs
-    rows = []
-    for index in range(n * c):
-        unit = torch.zeros(n * c, dtype=torch.float64)
-        unit[index] = 1
-        grads = problem.operator.adjoint(unit.view(n, c))
-        rows.append(torch.cat([(grads[name] @ v[name][1]).reshape(-1) for name in v]))
-    j = torch.stack(rows)
-    weights = 2 / problem.n_logits * problem.weights.repeat_interleave(c)  # a mean of squares, no half
+    grads = DenseOperator.from_operator(problem.operator).jacobians()
+    j = torch.cat([(grads[name] @ v[name][1]).flatten(2) for name in v], 2).flatten(0, 1)
+    # a mean of squares, no half
+    weights = 2 / problem.n_logits * problem.weights.repeat_interleave(problem.operator.n_outputs)
     target = (problem.labels - problem.base_logits).reshape(-1)
     decay = torch.cat(
         [torch.full((u.numel(),), problem.penalty[name], dtype=torch.float64) for name, (u, _) in v.items()]

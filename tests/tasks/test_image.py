@@ -315,7 +315,7 @@ def test_capture_is_exact_through_patches_and_interpolation(small_dinov2: str, r
     contrasts = get_loss("cross-entropy").contrasts(3)
     found = DenseOperator.from_operator(
         capture(task.model, batches, targets, contrasts, dtype=torch.float64).operator
-    ).jacobians
+    ).jacobians()
     pixels = torch.cat([batch["pixel_values"] for batch in batches])
     task.model.eval()
     for name in targets:

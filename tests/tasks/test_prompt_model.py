@@ -222,7 +222,7 @@ def check_capture(
     named = select_targets(task.adapted, task.default_targets(), layers, [])
     targets = {name: task.adapted.get_submodule(name) for name in named}
     captured = capture(task.model, task.batches(rows), targets, CONTRASTS, dtype=dtype)
-    dense = DenseOperator.from_operator(captured.operator).jacobians
+    dense = DenseOperator.from_operator(captured.operator).jacobians()
     expected = dense_jacobians(task, rows, targets)
     assert set(dense) == set(expected) and len(expected) >= 2
     for name, jacobian in expected.items():

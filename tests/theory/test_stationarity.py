@@ -401,7 +401,7 @@ def test_radius_holds_a_local_minimum(r, loss):
 def test_flat_directions_beyond_rotations_are_not_strict():
     """A zero block whose gradient has norm lambda exactly is flat along one more direction than rotations explain."""
     problem, trap, _, _ = spurious_instance(1)
-    w = problem.operator.jacobians["w"]
+    w = problem.operator.jacobians()["w"]
     labels = torch.cat([problem.labels, torch.tensor([[0.4]], dtype=torch.float64)])
     extra = torch.zeros(3, 1, 1, 1, dtype=torch.float64)
     extra[2] = 1.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -15,7 +14,6 @@ from ranksure.certificate import lambda_max
 from ranksure.errors import SettingError
 from ranksure.losses import CrossEntropy
 from ranksure.network.targets import select_targets
-from ranksure.operators.factored import FactoredOperator
 from ranksure.problem import Problem, uniform_penalty
 from ranksure.tasks.head import fit_head, head_features, install_head
 from ranksure.tasks.text import load_text_task
@@ -67,22 +65,3 @@ def captured(
     operator = found.operator.select(back)
     problem = Problem(operator, found.base_logits[back], labels, loss, uniform_penalty(operator, 1.0))
     return problem.with_penalty(share * lambda_max(problem))
-
-
-def first_samples(problem: Problem, n: int, share: float | None = None) -> Problem:
-    """The problem of the first ``n`` samples, with equal weights.
-
-    Args:
-        problem: a problem with a factored operator.
-        n: number of samples kept.
-        share: ``lambda`` as a share of the new problem's ``lambda_max``; None keeps the penalties.
-    """
-    assert isinstance(problem.operator, FactoredOperator)
-    few = replace(
-        problem,
-        operator=problem.operator.select(torch.arange(n)),
-        base_logits=problem.base_logits[:n],
-        labels=problem.labels[:n],
-        weights=torch.empty(0),
-    )
-    return few if share is None else few.with_penalty(share * lambda_max(few))

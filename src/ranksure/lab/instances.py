@@ -114,12 +114,12 @@ def two_block_instance(
     if not 0 < share < 1:
         raise SettingError(f"the share of the second block must be between 0 and 1, not {share}")
     one = spurious_instance(1, lam=lam, c=c, s=s, rho=rho, extra=extra)
-    operator = one.problem.operator
-    assert isinstance(operator, DenseOperator)
     unit = torch.eye(3, dtype=torch.float64)
     second = torch.stack([c * share * torch.outer(unit[i], unit[i]) for i in range(2)])
     problem = _squared_error(
-        {"first": operator.jacobians["w"][:, 0], "second": second}, one.problem.labels, {"first": lam, "second": lam}
+        {"first": one.problem.operator.jacobians()["w"][:, 0], "second": second},
+        one.problem.labels,
+        {"first": lam, "second": lam},
     )
     nothing = (torch.zeros(3, 3, dtype=torch.float64), torch.zeros(3, 3, dtype=torch.float64))
     return Trap(

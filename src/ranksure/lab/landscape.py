@@ -20,11 +20,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ranksure.factors import Factors
+from ranksure.factors import FactorLayout, Factors
 from ranksure.problem import Problem
 from ranksure.solvers.burer_monteiro import solve
 from ranksure.solvers.descent import gradient_scale
-from ranksure.solvers.lbfgs import FactorLayout, Function, minimize
+from ranksure.solvers.lbfgs import Function, minimize, objective_on
 from ranksure.solvers.solution import Solution
 from ranksure.theory.stationarity import Stationarity, classify
 
@@ -134,7 +134,7 @@ def draw_starts(problem: Problem, ranks: Mapping[str, int], count: int, seed: in
         seed: of the random numbers, drawn on the CPU in float64.
 
     Returns:
-        ``(count, D)`` rows of :class:`~ranksure.solvers.lbfgs.FactorLayout`, float64.
+        ``(count, D)`` rows of :class:`~ranksure.factors.FactorLayout`, float64.
     """
     layout = FactorLayout(dict(problem.operator.shapes), dict(ranks))
     generator = torch.Generator().manual_seed(seed)
@@ -180,7 +180,7 @@ def census(
     x = torch.cat([draw_starts(p, ranks, starts, seed + 7919 * index) for index, p in enumerate(problems)])
     scales = torch.tensor([gradient_scale(p) for p in problems], dtype=x.dtype, device=x.device)
     tolerance = _CONVERGED * float(scales.min())
-    functions = [layout.function(problem) for problem in problems]
+    functions = [objective_on(problem, layout) for problem in problems]
     ends = minimize(
         stacked(functions, [starts] * len(problems)), x, tolerance=tolerance, max_evaluations=max_evaluations
     )

@@ -10,7 +10,6 @@ import torch
 from ranksure.errors import SettingError
 from ranksure.factors import Factors, nuclear_norms
 from ranksure.operators.base import cast_factors
-from ranksure.operators.factored import FactoredOperator
 from ranksure.problem import Problem
 from ranksure.reproduce.experiment import Run
 from ranksure.reproduce.network import RealNetwork, full_fine_tuning
@@ -209,8 +208,7 @@ def penalised(lam: float, loss: float, factors: Factors) -> float:
 def _for_steps(problem: Problem) -> Problem:
     """The problem in the coordinates of its span; in float32 where it is large. Certificates are in float64 anyway."""
     working, _ = problem.reduced
-    large = isinstance(working.operator, FactoredOperator) and working.operator.nbytes > _LARGE
-    return problem.single if large else working
+    return problem.single if working.operator.nbytes > _LARGE else working
 
 
 def _gd_rate(working: Problem, optimum: Solution, start: Factors) -> float:

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ranksure.data.samples import Samples
 from ranksure.factors import Factors
 from ranksure.losses import Loss, accuracy
-from ranksure.operators.base import cast_factors
-from ranksure.operators.factored import FactoredOperator
-from ranksure.problem import Problem
+from ranksure.operators.base import TangentOperator, cast_factors
 
 
 @dataclass
 class HeldOut:
     """Rows that the network was captured on but the solver never sees."""
 
-    operator: FactoredOperator
+    operator: TangentOperator
     base_logits: Tensor
     labels: Tensor
     loss: Loss
@@ -41,17 +38,3 @@ class HeldOut:
     def accuracy(self, factors: Factors) -> float | None:
         """Share of rows classified correctly; None for regression."""
         return accuracy(self.logits(factors), self.labels, self.loss)
-
-
-def at_fewer_samples(problem: Problem, n: int) -> Problem:
-    """The problem on the first ``n`` rows, same head, lambda scaled as ``N^-1/2``."""
-    assert isinstance(problem.operator, FactoredOperator)
-    factor = (problem.operator.n_samples / n) ** 0.5
-    return replace(
-        problem,
-        operator=problem.operator.select(torch.arange(n)),
-        base_logits=problem.base_logits[:n],
-        labels=problem.labels[:n],
-        weights=torch.full((n,), 1 / n),
-        penalty={name: lam * factor for name, lam in problem.penalty.items()},
-    )

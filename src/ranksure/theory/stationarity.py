@@ -146,9 +146,6 @@ def classify(
         max_size: largest matrix that is factorised.
         seed: seed of the Lanczos start.
 
-    Returns:
-        The verdict and what it rests on.
-
     Raises:
         SettingError: factors that do not fit the problem or are not finite, or a setting that is not positive.
     """
@@ -177,6 +174,13 @@ def classify(
             escape = across and here.escape(*across)
             if escape:
                 return replace(point, verdict="saddle", escape=escape)
+    return _by_inertia(here, point, optimum, relative_tau, tolerance, max_size)
+
+
+def _by_inertia(
+    here: Point, point: Stationarity, optimum: Solution | None, relative_tau: float, tolerance: float, max_size: int
+) -> Stationarity:
+    """A stationary point where no escape was found: what the factorisation of its Hessian says."""
     curvature = inertia(here.working, here.inner, here.inner_state, relative_tau, max_size, direction=True)
     point = replace(point, curvature=curvature)
     if curvature.negative is None:

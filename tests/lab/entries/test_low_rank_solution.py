@@ -13,7 +13,7 @@ import torch
 from ranksure.certificate import certify, lambda_max
 from ranksure.errors import SettingError
 from ranksure.factors import truncated
-from ranksure.lab.bundled import captured, first_samples
+from ranksure.lab.bundled import captured
 from ranksure.lab.entries import low_rank_solution as lab
 from ranksure.lab.entry import Run
 from ranksure.lab.run import measure
@@ -134,11 +134,12 @@ def test_bundled_problem_is_in_the_order_of_the_rows():
     assert len(set(problem.penalty.values())) == 1
     assert next(iter(problem.penalty.values())) == pytest.approx(0.2 * lambda_max(problem), rel=1e-6)
 
-    few = first_samples(problem, 5, share=0.2)
+    few = problem.subset(torch.arange(5))
+    few = few.with_penalty(0.2 * lambda_max(few))
     assert few.operator.n_samples == 5 and float(few.weights.sum()) == pytest.approx(1.0)
     delta = {name: torch.ones(shape) for name, shape in operator.shapes.items()}
     torch.testing.assert_close(few.operator.apply(delta), operator.apply(delta)[:5])
     assert next(iter(few.penalty.values())) == pytest.approx(0.2 * lambda_max(few), rel=1e-6)
-    assert first_samples(problem, 5).penalty == problem.penalty
+    assert problem.subset(torch.arange(5)).penalty == problem.penalty
     with pytest.raises(SettingError, match="samples"):
         captured(1)

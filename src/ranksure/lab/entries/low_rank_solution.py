@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ranksure.certificate import certify, lambda_max
-from ranksure.lab.bundled import captured, first_samples
+from ranksure.lab.bundled import captured
 from ranksure.lab.entry import Check, Entry, Finding, Run
 from ranksure.lab.figures import COLOURS, INK, panels
 from ranksure.losses import SquaredError
@@ -114,7 +114,8 @@ def measure(run: Run) -> Finding:
         whole = captured(max(sizes), progress=advance)
     with run.reporter.stage("The bundled model and data") as advance:
         for index, n in enumerate(sizes):
-            problem = first_samples(whole, n, BUNDLED_SHARE).reduced[0]
+            few = whole.subset(torch.arange(n))
+            problem = few.with_penalty(BUNDLED_SHARE * lambda_max(few)).reduced[0]
             solution = proximal_gradient(problem, tolerance=SHORT, max_iterations=iterations)
             cases.append(reduced(BUNDLED, "proximal-gradient", problem, solution, SHORT, run.seed))
             cases.append(reduced(BUNDLED, "solve", problem, solve(problem, tolerance=LONG), LONG, run.seed))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from ranksure.factors import FactorLayout
 from ranksure.lab.bundled import captured
 from ranksure.lab.cells import Cell
 from ranksure.lab.entry import Check, Entry, Finding, Run
@@ -16,7 +17,7 @@ from ranksure.lab.landscape_figure import draw
 from ranksure.perturbation import random_perturbation
 from ranksure.problem import Problem
 from ranksure.solvers.descent import gradient_scale
-from ranksure.solvers.lbfgs import FactorLayout, minimize
+from ranksure.solvers.lbfgs import minimize, objective_on
 from ranksure.theory.bounds import is_within_existence, landscape_rank, landscape_ranks
 from ranksure.theory.capacity import capacity_rank
 from ranksure.theory.stationarity import classify
@@ -145,7 +146,7 @@ def survives(trap: Trap, seed: int = 0, sizes: Sequence[float] = (0.01, 0.03, 0.
         problem = perturbation.problem
         layout = FactorLayout(dict(problem.operator.shapes), trap.ranks)
         start = layout.flatten(perturbation.inward(trap.factors))
-        end = minimize(layout.function(problem), start, tolerance=1e-9 * gradient_scale(problem))
+        end = minimize(objective_on(problem, layout), start, tolerance=1e-9 * gradient_scale(problem))
         found = classify(problem, layout.unflatten(end.x), tolerance=GLOBAL_TOLERANCE)
         if found.verdict == "spurious-local-minimum":
             out.append(size)
