@@ -15,6 +15,7 @@ import ranksure
 from ranksure.data.texts import Rows, load_rows
 from ranksure.losses import get_loss
 from ranksure.network.logits import predict
+from ranksure.tasks import classifiers
 from ranksure.tasks.linearise import HeldOut, capture_rows, fit_new_head, linearise
 from ranksure.tasks.text import load_text_task
 from tests.tasks.prompt_parts import SENTENCES, byte_bpe, rows_of, tiny_llama
@@ -176,6 +177,13 @@ def test_a_plan_prepares_each_recording_once(tmp_path: Path) -> None:
     options: dict[str, Any] = {"samples": 16, "max_seconds": 1, "weight_decay": "5%", "ranks": [1]}
     ranksure.plan(str(tmp_path), rows, task="speech", tokenizer=prepare, **options)
     assert Counter(prepare.seen.values()) == {1: 40}
+
+
+def test_a_plan_reads_the_weights_once(bert: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, load = [], classifiers.load_weights
+    monkeypatch.setattr(classifiers, "load_weights", lambda *args, **more: read.append(args) or load(*args, **more))
+    ranksure.plan(bert, _distinct(60), samples=16, target_modules=["query"], weight_decay="5%", ranks=[1])
+    assert len(read) == 1
 
 
 def test_what_was_prepared_goes_with_the_rows(bert: str) -> None:

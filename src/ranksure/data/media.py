@@ -82,15 +82,11 @@ def find_inputs(
 ) -> Found:
     """The inputs of a folder of class folders, a table or a data set.
 
-    Args:
-        source: a folder with one folder of inputs per class (or, one level up, a folder with such a folder for each
-            split); a ``.csv``, ``.tsv``, ``.jsonl``, ``.json`` or ``.parquet`` file with a column of paths (relative
-            to the file's folder) or of encoded inputs; a folder that ``datasets.save_to_disk`` wrote; a Hub id
-            (``owner/name``, or ``owner/name:configuration``); a data frame; a data set.
-        medium: what they are.
-        column: the column of inputs.
-        label_column: the column of labels, as for :func:`ranksure.data.texts.load_rows`.
-        split: which split, where there are several; by default ``train``, or the only one.
+    The source is a folder with one folder of inputs per class (or, one level up, a folder with such a folder for each
+    split); a ``.csv``, ``.tsv``, ``.jsonl``, ``.json`` or ``.parquet`` file with a column of paths (relative to the
+    file's folder) or of encoded inputs; a folder that ``datasets.save_to_disk`` wrote; a Hub id (``owner/name``, or
+    ``owner/name:configuration``); a data frame; a data set. Of several splits ``train`` is read, or the one asked for;
+    labels are as for :func:`ranksure.data.texts.load_rows`.
 
     Raises:
         DataError: the source cannot be read, or a label cannot be used.
@@ -118,11 +114,7 @@ def find_inputs(
 def inputs_in_memory(
     values: Sequence[Any], labels: Sequence[Any], label_names: Sequence[str] | None, source: str, noun: str
 ) -> Found:
-    """Inputs in memory, their labels coded.
-
-    Raises:
-        DataError: none, other numbers of inputs and labels, or a label that cannot be used.
-    """
+    """Inputs in memory, their labels coded; refused where there are none, or not as many labels."""
     if len(values) != len(labels):
         raise DataError(f"{source}: {len(values)} {noun}s but {len(labels)} labels; give one label per {noun}")
     if not len(values):
@@ -134,11 +126,7 @@ def inputs_in_memory(
 
 
 def given(value: Any, place: str, base: Path, noun: str) -> Any:
-    """Encoded bytes, the path of a file that is there, or whatever else a value is.
-
-    Raises:
-        DataError: it is missing, or its file is.
-    """
+    """Encoded bytes, the path of a file, or whatever else a value is; refused where it or its file is missing."""
     if isinstance(value, dict) and set(value) >= {"bytes", "path"}:  # as datasets keeps an image or a recording
         value = value["bytes"] if value["bytes"] is not None else value["path"]
     if value is None or (isinstance(value, (str, bytes)) and not value):
@@ -172,12 +160,9 @@ def decode_inputs(
     most: int,
     reporter: Reporter | None,
 ) -> tuple[list[Input], list[str]]:
-    """Every input as an array, and the notes with what was converted.
+    """Every input as an array, and the notes with what was converted; a ``MemoryBudgetError`` beyond ``most`` bytes.
 
     ``decode`` is called with a value, its place, the base folder and where to count what was converted.
-
-    Raises:
-        MemoryBudgetError: they take more than ``most`` bytes.
     """
     noun = medium.noun
     seen = Seen()

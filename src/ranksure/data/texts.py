@@ -58,13 +58,12 @@ def load_rows(
     """Read a table of labelled texts.
 
     Args:
-        source: a ``.csv``, ``.tsv``, ``.jsonl``, ``.json`` (lines, or one array) or ``.parquet`` file; a
-            folder that ``datasets.save_to_disk`` wrote; a Hub id (``owner/name``, or
-            ``owner/name:configuration``); a data frame; a data set.
+        source: a ``.csv``, ``.tsv``, ``.jsonl``, ``.json`` (lines, or one array) or ``.parquet`` file; a folder that
+            ``datasets.save_to_disk`` wrote; a Hub id (``owner/name``, or ``owner/name:configuration``); a data frame; a
+            data set.
         text_column: the column of texts.
-        label_column: the column of labels: strings, integers or booleans, or floats for regression.
-            Numbers written as strings or floats (``"1"``, ``1.0``) are the integers they equal; strings
-            lose white space at their ends.
+        label_column: the column of labels: strings, integers or booleans, or floats for regression. Numbers written as
+            strings or floats (``"1"``, ``1.0``) are the integers they equal; strings lose white space at their ends.
         text_pair_column: the column of second texts (entailment, paraphrase), or None.
         split: which split of a Hub or saved data set; by default ``train``, or the only one.
         regression: read labels as finite floats, for the squared error.

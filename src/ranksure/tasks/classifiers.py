@@ -102,21 +102,14 @@ class Modality:
 
 
 def name_in_memory(model: PreTrainedModel, processor: Any, noun: str, argument: str) -> str:
-    """What a model in memory is called.
-
-    Raises:
-        SettingError: it comes without its tokenizer or processor.
-    """
+    """What a model in memory is called; a ``SettingError`` where it comes without its tokenizer or processor."""
     if processor is None:
         raise SettingError(f"a model in memory needs its {noun}: pass {argument}=")
     return str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
 
 
 def load_processor(auto_class: Any, noun: str, remedy: str, **options: Any) -> Callable[[str, str | None, bool], Any]:
-    """A function that loads what lies beside a checkpoint, as :class:`Modality` needs it.
-
-    It raises ``ModelError`` where there is none, or it cannot be read.
-    """
+    """A function that loads what lies beside a checkpoint, or raises a ``ModelError``; :class:`Modality` needs it."""
 
     def load(name: str, revision: str | None, trust_remote_code: bool) -> Any:
         try:
@@ -149,12 +142,7 @@ def loading_as(noun: str, name: str) -> Iterator[None]:
 
 
 def load_classifier(auto_class: Any, noun: str, name: str, n_outputs: int, loading: Loading) -> Classifier:
-    """Load a checkpoint as a classifier with ``n_outputs`` logits; a head of another size is made anew.
-
-    Raises:
-        ModelError: the checkpoint cannot be found or loaded, or has no linear head.
-        SettingError: an unknown dtype.
-    """
+    """Load a checkpoint as a classifier with ``n_outputs`` logits; a head of another size is made anew."""
     check_checkpoint(name, loading.dtype)
     common = {"revision": loading.revision, "trust_remote_code": loading.trust_remote_code}
     notes: list[str] = []
@@ -174,11 +162,7 @@ def load_classifier(auto_class: Any, noun: str, name: str, n_outputs: int, loadi
 
 
 def head_name(model: PreTrainedModel, n_outputs: int) -> str:
-    """The qualified name of the last linear layer with ``n_outputs`` outputs outside the base model.
-
-    Raises:
-        ModelError: there is none.
-    """
+    """The last linear layer with ``n_outputs`` outputs outside the base model; a ``ModelError`` where there is none."""
     prefix = model.base_model_prefix + "."
     found = [
         name

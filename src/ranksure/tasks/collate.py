@@ -91,11 +91,7 @@ def packed(features: Sequence[Feature], length: int) -> list[dict[str, list[int]
 
 
 def check_packing(model: nn.Module, features: Sequence[Feature], collator: PackedCollator) -> None:
-    """Refuse a model that does not keep packed rows apart; the two shortest rows are tried, packed and alone.
-
-    Raises:
-        SettingError: the logits differ, or the model does not take the mask.
-    """
+    """Refuse (``SettingError``) a model whose logits of the two shortest rows differ when packed, or that cannot."""
     few = sorted(features, key=lambda row: len(row["input_ids"]))[:2]
     joined = packed([{**row, "labels": row["input_ids"]} for row in few], sum(len(row["input_ids"]) for row in few))
     device = device_of(model)

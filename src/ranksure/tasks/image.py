@@ -187,11 +187,7 @@ def _processed(processor: Any, pictures: list[Image.Image], mode: str) -> Tensor
 
 
 def _resized(processor: Any, model: PreTrainedModel, size: int, name: str) -> Any:
-    """A copy of the processor that gives ``size x size`` pixels.
-
-    Raises:
-        SettingError: the size is none that the model can have, or the processor keeps to its own.
-    """
+    """A copy of the processor that gives ``size x size`` pixels; refused where model or processor have no such size."""
     patch = getattr(model.config, "patch_size", 1)
     patch = max(patch) if isinstance(patch, (list, tuple)) else int(patch)
     if size < 2 * patch or size % patch:
@@ -223,11 +219,7 @@ def _resized(processor: Any, model: PreTrainedModel, size: int, name: str) -> An
 
 
 def _input_size(processor: Any, model: PreTrainedModel, name: str) -> tuple[int, int]:
-    """Height and width that the processor gives, the same for images of any form.
-
-    Raises:
-        ModelError: it fails, or gives images of different forms different sizes.
-    """
+    """Height and width that the processor gives; refused where those of images of different forms differ."""
     mode = "L" if _channels(model) == 1 else "RGB"
     found = set()
     for form in ((64, 64), (64, 96), (96, 64)):
@@ -249,11 +241,7 @@ def _input_size(processor: Any, model: PreTrainedModel, name: str) -> tuple[int,
 
 
 def _call_options(model: PreTrainedModel, height: int, width: int, name: str) -> dict[str, Any]:
-    """What the model must be called with at this size, after a try.
-
-    Raises:
-        ModelError: it does not take the size.
-    """
+    """What the model must be called with at this size; refused where it does not take it."""
     options: dict[str, Any] = {}
     own = getattr(model.config, "image_size", None)
     own = tuple(own) if isinstance(own, (list, tuple)) else (own, own)

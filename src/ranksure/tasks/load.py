@@ -57,11 +57,7 @@ KINDS = {
 
 
 def check_kind(kind: str) -> Kind:
-    """The row of a kind of task.
-
-    Raises:
-        SettingError: there is none.
-    """
+    """The row of a kind of task; a ``SettingError`` where there is none."""
     if kind not in KINDS:
         *others, last = KINDS
         raise SettingError(f"unknown task {kind!r}: use {', '.join(others)} or {last}")

@@ -62,11 +62,6 @@ class PromptTask(Task[Rows]):
     max_length: int
 
     @property
-    def tokenizer(self) -> Any:
-        """The processor under its name for texts."""
-        return self.processor
-
-    @property
     def offsets(self) -> list[float]:
         """What is added to the logit of each class."""
         assert isinstance(self.model, Verbalized)

@@ -93,6 +93,11 @@ class Task(ABC, Generic[S]):
     kept: Kept = field(default_factory=Kept, repr=False)
 
     @property
+    def tokenizer(self) -> Any:
+        """The processor under its name for texts."""
+        return self.processor
+
+    @property
     def saved_modules(self) -> list[str] | None:
         """Modules of ``adapted`` that an exported adapter has to bring along; None if there are none."""
         return list(self.new_modules) if self.head_is_new and not self.prefix and self.new_modules else None

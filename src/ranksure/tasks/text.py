@@ -69,11 +69,6 @@ class TextTask(Task[Rows]):
     model_task: TextTask | None = None
 
     @property
-    def tokenizer(self) -> Any:
-        """The processor under its name for texts."""
-        return self.processor
-
-    @property
     def collator(self) -> DataCollatorWithPadding:
         return DataCollatorWithPadding(self.tokenizer)
 
