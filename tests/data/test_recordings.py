@@ -15,6 +15,7 @@ from ranksure.data import recordings as speech
 from ranksure.data.recordings import SpeechRows, load_speech_rows, resampled, speech_rows
 from ranksure.errors import DataError, MemoryBudgetError, RanksureError, SettingError
 from ranksure.tasks.load import load_samples
+from tests.refusals import refusal
 
 soundfile = pytest.importorskip("soundfile")
 RATE = 16_000
@@ -52,10 +53,7 @@ def no_soundfile(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def error(what: Any, kind: type[RanksureError] = DataError, **how: Any) -> str:
-    with pytest.raises(kind) as caught:
-        load_speech_rows(what, **how)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return refusal(kind, [], load_speech_rows, what, **how)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from ranksure.data.texts import Rows, load_rows
 from ranksure.errors import DataError, SettingError
+from tests.refusals import refusal
 
 TEXTS = ["good, really", "bad\nawful", 'so "so"', "fine"]
 LABELS = ["pos", "neg", "neg", "pos"]
@@ -29,14 +30,7 @@ def write(path: Path, content: str | bytes) -> Path:
 
 
 def fails(source: Any, *parts: str, error: type[Exception] = DataError, **options: Any) -> str:
-    """The call is refused with one line that has every part."""
-    with pytest.raises(error) as caught:
-        load_rows(source, **options)
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message, f"{part!r} is not in {message!r}"
-    return message
+    return refusal(error, parts, load_rows, source, **options)
 
 
 def frame(labels: list[Any], **columns: list[Any]) -> pd.DataFrame:

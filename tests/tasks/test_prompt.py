@@ -16,13 +16,13 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from ranksure.bundled.smollm import smollm2_path
 from ranksure.data.texts import Rows
 from ranksure.errors import ModelError, RanksureError, SettingError
 from ranksure.network.logits import predict
 from ranksure.tasks.load import load_task
 from ranksure.tasks.prompt import PromptTask, class_offsets, load_prompt_task
 from ranksure.tasks.prompt_model import Verbalized
+from tests.refusals import refusal
 from tests.tasks.prompt_parts import (
     CHEMISTRY,
     MOLECULES,
@@ -40,17 +40,6 @@ from tests.tasks.prompt_parts import (
     tiny_roberta,
 )
 from tests.tiny_text import save_bert, save_bert_classifier
-
-
-@pytest.fixture(scope="module")
-def albert_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_albert(tmp_path_factory.mktemp("rxn") / "albert")
-
-
-@pytest.fixture(scope="module")
-def smollm() -> PromptTask:
-    return load_prompt_task(str(smollm2_path()), rows_of(SENTENCES), batch_size=4)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # calibration
@@ -246,10 +235,7 @@ def test_an_adapter_loads_back(build: Any, masked: bool, tmp_path: Path):
 
 
 def refused(error: type[RanksureError], *parts: str, model: Any, rows: Rows | None = None, **options: Any) -> None:
-    with pytest.raises(error) as caught:
-        load_prompt_task(model, rows or rows_of(SENTENCES), **options)
-    message = str(caught.value)
-    assert all(part in message for part in parts) and "\n" not in message, message
+    refusal(error, parts, load_prompt_task, model, rows or rows_of(SENTENCES), **options)
 
 
 @needs_albert

@@ -13,6 +13,7 @@ from ranksure.bundled.smollm import smollm2_path
 from ranksure.data.texts import Rows
 from ranksure.errors import DataError, ModelError, SettingError
 from ranksure.tasks.prompt_encoder import PromptEncoder, parse_template, parse_verbalizers
+from tests.refusals import refusal
 from tests.tasks.prompt_parts import (
     MOLECULES,
     SENTENCES,
@@ -81,10 +82,7 @@ def plain_ids(tokenizer: Any, text: str) -> list[int]:
     ],
 )
 def test_templates_that_are_refused(template, architecture, pairs, parts):
-    with pytest.raises(SettingError) as caught:
-        parse_template(template, architecture, pairs)
-    message = str(caught.value)
-    assert all(part in message for part in parts) and "--template" in message and "\n" not in message
+    refusal(SettingError, [*parts, "--template"], parse_template, template, architecture, pairs)
 
 
 def test_a_template_is_filled():
@@ -135,10 +133,7 @@ def test_default_words_follow_the_order_of_the_labels():
     ],
 )
 def test_words_that_are_refused(given, names, parts):
-    with pytest.raises(SettingError) as caught:
-        parse_verbalizers(given, names, "causal")
-    message = str(caught.value)
-    assert all(part in message for part in parts) and "--verbalizers" in message and "\n" not in message
+    refusal(SettingError, [*parts, "--verbalizers"], parse_verbalizers, given, names, "causal")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,13 +9,13 @@ import torch
 
 from ranksure.bundled.minilm import minilm_path
 from ranksure.bundled.rotten_tomatoes import rotten_tomatoes
-from ranksure.capture import Progress, capture
+from ranksure.capture import Progress
 from ranksure.certificate import lambda_max
 from ranksure.errors import SettingError
 from ranksure.losses import CrossEntropy
 from ranksure.network.targets import select_targets
-from ranksure.problem import Problem, uniform_penalty
-from ranksure.tasks.head import fit_head, head_features, install_head
+from ranksure.problem import Problem
+from ranksure.tasks.linearise import capture_rows, fit_new_head
 from ranksure.tasks.text import load_text_task
 
 
@@ -54,14 +54,9 @@ def captured(
         raise SettingError(f"between 2 and {len(data)} samples and 0 < share < 1, not {n} and {share}")
     rows = data.shuffled(seed).subset(list(range(n)))
     task = load_text_task(minilm_path(), rows, pooling=pooling, device="cpu", seed=seed)
-    assert task.head is not None
     task.model.eval()
-    batches, back = task.batches_by_length(rows)
-    labels, loss = task.labels(rows), CrossEntropy()
-    features = head_features(task.model, task.head, batches, 2)[back]
-    install_head(task.model, task.head, fit_head(features, labels, loss, 2, bias=True))
+    loss = CrossEntropy()
+    fit_new_head(task, rows, loss)
     targets = select_targets(task.adapted, modules, layers)
-    found = capture(task.model, batches, targets, loss.contrasts(2), dtype=dtype, progress=progress)
-    operator = found.operator.select(back)
-    problem = Problem(operator, found.base_logits[back], labels, loss, uniform_penalty(operator, 1.0))
+    problem = capture_rows(task, targets, rows, loss, dtype, progress).problem()
     return problem.with_penalty(share * lambda_max(problem))

@@ -13,12 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ranksure.capture import capture
 from ranksure.certificate import Certificate, certify, lambda_max
 from ranksure.data.samples import Samples
 from ranksure.errors import DataError
 from ranksure.losses import get_loss
-from ranksure.network.targets import select_targets
 from ranksure.operators.factored import FactoredOperator, Group
 from ranksure.problem import Problem, uniform_penalty
 from ranksure.progress import Reporter
@@ -27,8 +25,7 @@ from ranksure.reproduce.storage import Made, Parts, flat, unflat
 from ranksure.solvers.burer_monteiro import solve
 from ranksure.solvers.path import lambda_path
 from ranksure.solvers.solution import Solution
-from ranksure.tasks.head import fit_head, head_features, install_head
-from ranksure.tasks.linearise import HeldOut
+from ranksure.tasks.linearise import HeldOut, capture_rows, fit_new_head
 from ranksure.tasks.load import load_task
 from ranksure.tasks.task import Task
 from ranksure.theory.bounds import existence_rank, landscape_rank
@@ -212,7 +209,7 @@ class Prepared:
         if task.head is not None and task.head_is_new:
             stored = getattr(self, "_tensors", None)
             if stored is None:
-                self._fit_head(task)
+                fit_new_head(task, train, LOSS)
             else:
                 layer = task.model.get_submodule(task.head)
                 layer.load_state_dict({key[5:]: value for key, value in stored.items() if key.startswith("head.")})
@@ -221,19 +218,14 @@ class Prepared:
     @cached_property
     def targets(self) -> dict[str, nn.Module]:
         """Target modules by name."""
-        task = self.task
-        heads = [*task.new_modules, *([task.head] if task.head else [])]
-        inside = [name for name, _ in task.adapted.named_modules()]
-        exclude = [n for n in inside if any(n == new or n.startswith(new + ".") for new in heads)]
-        return select_targets(task.adapted, list(self.setting.modules), self.setting.layers, exclude)
+        return self.task.targets(list(self.setting.modules), self.setting.layers)
 
     def held_out(self, which: str) -> HeldOut:
         """The rows to select or to report on, captured; kept in memory."""
         if which not in self._held:
             rows = getattr(self.splits, which)
             with self.reporter.stage(f"Gradients of {len(rows)} held-out rows: {self.place}") as advance:
-                operator, base = self._capture(rows, advance)
-            self._held[which] = HeldOut(operator, base, self.task.labels(rows), LOSS, rows)
+                self._held[which] = capture_rows(self.task, self.targets, rows, LOSS, progress=advance)
         return self._held[which]
 
     def release(self) -> None:
@@ -248,10 +240,9 @@ class Prepared:
         with self.reporter.stage(f"Reading data and model: {self.place}"):
             task = self.task
         with self.reporter.stage(f"Gradients of the training rows: {self.place}") as advance:
-            operator, base = self._capture(self.splits.train, advance)
-        labels = task.labels(self.splits.train)
-        problem = Problem(operator, base, labels, LOSS, uniform_penalty(operator, 1.0))
-        tensors = {"base_logits": base, "labels": labels}
+            found = capture_rows(task, self.targets, self.splits.train, LOSS, progress=advance)
+        operator = found.operator
+        tensors = {"base_logits": found.base_logits, "labels": found.labels}
         for index, group in enumerate(operator.groups):
             tensors |= {f"{index}.inputs": group.inputs, f"{index}.sample": group.sample}
             tensors |= {f"{index}.outputs.{name}": b for name, b in group.outputs.items()}
@@ -263,7 +254,7 @@ class Prepared:
             "n_samples": operator.n_samples,
             "blocks": list(operator.shapes),
             "widths": [group.width for group in operator.groups],
-            "lambda_max": lambda_max(problem),
+            "lambda_max": lambda_max(found.problem()),
             "source": train.source,
             "sha256": train.sha256,
             "model": task.name,
@@ -272,20 +263,6 @@ class Prepared:
             "notes": [*train.notes, *task.notes, *task.remarks(train)],
         }
         return facts, tensors
-
-    def _capture(self, rows: Samples, advance: Any) -> tuple[FactoredOperator, Tensor]:
-        task = self.task
-        batches, back = task.batches_by_length(rows)
-        found = capture(task.model, batches, self.targets, LOSS.contrasts(task.n_outputs), progress=advance)
-        return found.operator.select(back), found.base_logits[back]
-
-    def _fit_head(self, task: Task[Any]) -> None:
-        assert task.head is not None
-        train = self.splits.train
-        batches, back = task.batches_by_length(train)
-        features = head_features(task.model, task.head, batches, task.n_outputs)[back]
-        bias = getattr(task.model.get_submodule(task.head), "bias", None) is not None
-        install_head(task.model, task.head, fit_head(features, task.labels(train), LOSS, task.n_outputs, bias=bias))
 
 
 def _operator(facts: dict[str, Any], tensors: dict[str, Tensor]) -> FactoredOperator:

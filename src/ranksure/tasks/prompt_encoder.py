@@ -289,11 +289,6 @@ class PromptEncoder:
     def verbalizer_ids(self, words: Sequence[str], label_names: Sequence[str], rows: Rows) -> list[int]:
         """The token of every word in its place, the same in the prompts of the first rows.
 
-        Args:
-            words: one per class.
-            label_names: the classes, for messages.
-            rows: texts to look the words up in.
-
         Raises:
             SettingError: a word is several tokens, is unknown, runs into the template, or shares its token.
         """

@@ -12,19 +12,18 @@ from ranksure.network.gradient import Weighting
 from ranksure.records.certificate import Verdict
 from ranksure.runs.fitting.optimizer import OptimizerKind
 from ranksure.tasks.load import KINDS
+from ranksure.tasks.options import TaskOptions
 
 _NO_PART_OF_THE_RESULT = {"save_steps", "report_to", "keep_checkpoints", "memory"}
 
 
-@dataclass(frozen=True)
-class FitSettings:
-    """Options of a fit; names and meanings follow PEFT and transformers where they have one.
+@dataclass(frozen=True, kw_only=True)
+class FitSettings(TaskOptions):
+    """Options of a fit; those of :class:`~ranksure.tasks.options.TaskOptions`, which a plan shares, and its own.
 
     Attributes:
         rank: one rank for every target; by default the plan's recommended pattern.
         lora_alpha: numerator of the scale ``lora_alpha / rank``; the rank by default, for scale 1.
-        target_modules: names, a regular expression or ``"all-linear"``; the plan's, or PEFT's default for the model.
-        layers_to_transform: ``"last"``, ``"all"``, ``"0-5"``, a number or a list.
         lam: the penalty ``lambda`` on factors of scale one; the plan's, or 0.
         weight_decay: in its place, the L2 decay of PEFT's matrices A and B (``lambda = weight_decay / scale``).
         mode: ``train``, or ``linear`` for the plan's optimum without any training.
@@ -49,7 +48,6 @@ class FitSettings:
         certify_every: steps between certificates in the run (full passes); 0 for none.
         stop: verdicts of those that end the run.
         tolerance: share of the objective below which a possible gain counts as none.
-        seed: seed of every random choice.
         grow: raise ranks and train on, each time the verdict is rank-bound.
         grow_stages: most times to do so.
         keep_checkpoints: keep the checkpoints of a finished run.
@@ -59,35 +57,12 @@ class FitSettings:
         messages_column: column of conversations.
         loss_on: ``completion`` or ``all`` tokens.
         packing: join rows into long sequences that are kept apart.
-        text_column: column of texts, as for a plan, as are those that follow.
-        label_column: column of labels.
-        text_pair_column: column of second texts.
-        image_column: column of images or their paths.
-        audio_column: column of recordings or their paths.
-        split: split of a Hub or saved data set.
-        eval_data: rows to report held-out figures on.
-        eval_split: their split.
         samples: training rows; the plan's, or all.
-        heldout: most held-out rows.
-        loss: ``cross-entropy``, ``logistic`` or ``squared-error``.
-        pooling: ``model`` or ``mean``.
-        template: of prompts: text around ``{text}`` (and ``{pair}``).
-        verbalizers: of prompts: a word per class.
-        calibrate: of prompts: shift the classes' logits so that the training rows have the classes' shares.
-        image_size: of images: pixels per side.
-        max_seconds: of speech: longer recordings are cut there.
-        max_length: tokens per text.
         memory: budget for the certificate's gradients and for a plan, such as ``"8GB"``.
-        device: ``auto`` or a torch device.
-        dtype: of the model.
-        revision: of the model.
-        trust_remote_code: run code from the model's repository.
     """
 
     rank: int | None = None
     lora_alpha: float | None = None
-    target_modules: str | Sequence[str] | None = None
-    layers_to_transform: str | int | Sequence[int] | None = None
     lam: float | None = None
     weight_decay: float | None = None
     mode: Literal["train", "linear"] = "train"
@@ -101,7 +76,6 @@ class FitSettings:
     warmup_steps: int = 0
     max_steps: int | None = None
     num_train_epochs: float = 3.0
-    batch_size: int | None = None
     gradient_accumulation_steps: int | Literal["full"] = 1
     max_grad_norm: float = 0.0
     weighting: Weighting = "token"
@@ -111,39 +85,16 @@ class FitSettings:
     certify_every: int = 0
     stop: Sequence[Verdict] = ()
     tolerance: float = 0.05
-    seed: int = 0
     grow: bool = False
     grow_stages: int = 4
     keep_checkpoints: bool = False
-    task: str = "text"
     prompt_column: str = "prompt"
     completion_column: str = "completion"
     messages_column: str = "messages"
     loss_on: str = "completion"
     packing: bool = False
-    text_column: str = "text"
-    label_column: str = "label"
-    text_pair_column: str | None = None
-    image_column: str = "image"
-    audio_column: str = "audio"
-    split: str | None = None
-    eval_data: Any = None
-    eval_split: str | None = None
     samples: int | None = None
-    heldout: int = 512
-    loss: str = "cross-entropy"
-    pooling: str = "model"
-    template: str | None = None
-    verbalizers: str | Sequence[str] | None = None
-    calibrate: bool = True
-    image_size: int | None = None
-    max_seconds: float | None = None
-    max_length: int | None = None
     memory: float | str = "8GB"
-    device: str = "auto"
-    dtype: str = "auto"
-    revision: str | None = None
-    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         if self.mode not in ("train", "linear"):

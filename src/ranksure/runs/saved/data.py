@@ -10,13 +10,16 @@ import torch
 from torch import nn
 
 from ranksure.data.conversations import LossOn, encode, load_examples
-from ranksure.data.texts import Rows, load_rows
+from ranksure.data.texts import Rows
 from ranksure.errors import DataError, SettingError
 from ranksure.losses import CrossEntropy, Kind, Loss, loss_meant
 from ranksure.network.checkpoints import token_limit
 from ranksure.records.record import DataSource
 from ranksure.tasks.classifiers import own_label_order
 from ranksure.tasks.collate import Collator, PackedCollator, check_packing, in_batches, packed
+from ranksure.tasks.load import load_samples
+from ranksure.tasks.options import RowOptions, values_of
+from ranksure.tasks.text import count_cut, tokenised
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,20 +30,14 @@ CAUSAL_LENGTH = 1024
 """Tokens per row of a causal language model, unless the model's limit or the user says less."""
 
 
-@dataclass(frozen=True)
-class DataSettings:
-    """How a run's data is read.
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(RowOptions):
+    """How a run's data is read, beside :class:`~ranksure.tasks.options.RowOptions`.
 
     Attributes:
-        text_column: column of texts (sequence classification).
-        text_pair_column: column of second texts, or None.
-        image_column: column of images or their paths.
-        audio_column: column of recordings or their paths.
-        label_column: column of labels.
         prompt_column: column of prompts (causal language models).
         completion_column: column of completions.
         messages_column: column of conversations, where there are no prompts and completions.
-        split: split of a Hub or saved data set.
         max_length: tokens per row; by default the model's limit, at most 256 for texts and 1,024 for causal models.
         batch_size: rows per batch; by default 32 for texts and 4 for causal models.
         by_length: put rows of like length together in batches, which pads less; else in the data's order.
@@ -50,15 +47,9 @@ class DataSettings:
         packing: join rows into sequences of ``max_length`` tokens that do not see one another.
     """
 
-    text_column: str = "text"
-    text_pair_column: str | None = None
-    image_column: str = "image"
-    audio_column: str = "audio"
-    label_column: str = "label"
     prompt_column: str = "prompt"
     completion_column: str = "completion"
     messages_column: str = "messages"
-    split: str | None = None
     max_length: int | None = None
     batch_size: int | None = None
     by_length: bool = False
@@ -217,14 +208,8 @@ def _texts(base: PreTrainedModel, tokenizer: Any, data: Any, settings: DataSetti
     if settings.packing or settings.loss_on != "completion":
         raise SettingError("packing and loss_on are for causal language models; this one classifies texts")
     loss = _loss(base)
-    rows = load_rows(
-        data,
-        text_column=settings.text_column,
-        label_column=settings.label_column,
-        text_pair_column=settings.text_pair_column,
-        split=settings.split,
-        regression=not loss.of_classes,
-    )
+    options = values_of(settings, RowOptions)
+    rows = cast(Rows, load_samples("text", data, regression=not loss.of_classes, **options))
     notes = list(rows.notes)
     if loss.of_classes:
         rows = rows.with_label_names(_class_names(base, rows, notes))
@@ -232,15 +217,11 @@ def _texts(base: PreTrainedModel, tokenizer: Any, data: Any, settings: DataSetti
     if settings.samples is not None and settings.samples < total:
         rows = rows.shuffled(settings.seed).subset(range(settings.samples))
     max_length = token_limit(base, tokenizer, settings.max_length)
-    arguments = () if rows.pairs is None else (rows.pairs,)
-    encoded = tokenizer(rows.texts, *arguments, truncation=True, max_length=max_length, padding=False)
-    long = tokenizer(rows.texts, *arguments, truncation=False, padding=False, verbose=False)["input_ids"]
-    if cut := sum(len(ids) > max_length for ids in long):
+    tokens = tokenised(tokenizer, rows, max_length)
+    if cut := count_cut(tokenizer, rows, tokens, max_length):
         notes.append(f"{cut} of {len(rows)} texts were cut at {max_length} tokens.")
-    keys = [key for key in ("input_ids", "token_type_ids", "attention_mask") if key in encoded]
     targets = loss.targets(rows.labels)
-    labels = targets.tolist()
-    features = [{**{key: list(encoded[key][i]) for key in keys}, "labels": labels[i]} for i in range(len(rows))]
+    features = [{**row, "labels": label} for row, label in zip(tokens, targets.tolist(), strict=True)]
     collator = Collator(tokenizer.pad_token_id, torch.float32 if targets.is_floating_point() else torch.long)
     return RunData(
         batches=[collator(part) for part in in_batches(features, settings.batch_size or 32, settings.by_length)],

@@ -37,11 +37,11 @@ from ranksure.runs.saved.base import (
 from ranksure.runs.saved.data import DataSettings, RunData, read_data
 from ranksure.tasks.collate import in_batches
 from ranksure.tasks.load import KINDS, load_samples, load_task
+from ranksure.tasks.options import RowOptions, values_of
 from ranksure.tasks.task import TASK_FILE, Task
 from ranksure.tasks.text import MeanPooled
 
 _AUTO_ENDINGS = {"ForImageClassification": "image", "ForAudioClassification": "speech"}
-_OPTIONS = ("pooling", "template", "verbalizers", "image_size", "max_seconds", "max_length")
 
 
 def open_run(
@@ -152,14 +152,13 @@ def _open(
 ) -> tuple[LoadedRun, RunData]:
     if settings.packing or settings.loss_on != "completion":
         raise SettingError(f"packing and loss_on are for causal language models; this adapter is for the task {kind}")
-    columns = ("text_column", "text_pair_column", "image_column", "audio_column", "label_column", "split")
-    samples = load_samples(kind, data, **{name: getattr(settings, name) for name in columns})
+    samples = load_samples(kind, data, **values_of(settings, RowOptions))
     if (labels := record.get("labels")) is not None:
         samples = samples.with_label_names(labels)
     notes, total = list(samples.notes), len(samples)
     if settings.samples is not None and settings.samples < total:
         samples = samples.shuffled(settings.seed).subset(range(settings.samples))
-    options = {name: record[name] for name in _OPTIONS if record.get(name) is not None}
+    options = {name: record[name] for name in KINDS[kind].options if record.get(name) is not None}
     options |= {name: value for name, value in asked.items() if value is not None}
     if settings.max_length is not None:
         options["max_length"] = settings.max_length
