@@ -285,7 +285,7 @@ from pathlib import Path
 from peft import PeftModel
 from tests.adapters.networks import Suffixes
 import ranksure.adapters.rewrite as rewrite
-from ranksure.runs.lora import read_adapter
+from ranksure.adapters.loaded import read_adapter
 
 torch.manual_seed(0)
 model = PeftModel.from_pretrained(Suffixes(), "adapter")

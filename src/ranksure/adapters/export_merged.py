@@ -32,9 +32,9 @@ def export_merged(
 ) -> None:
     """Write the whole network at W0 + delta, head included, loadable with its Auto class, without PEFT.
 
-    ``delta = u v^T`` is formed and added in the wider of the weight's and the factors' dtypes (float32 at
-    least) and rounded to the weight's dtype once. ``model`` stays as it is: an alias shares all weights
-    but the updated ones. Memory: those, and for the check that follows one more copy of the network.
+    ``delta = u v^T`` is formed and added in the wider of the weight's and the factors' dtypes (float32 at least) and
+    rounded to the weight's dtype once. ``model`` stays as it is: an alias shares all weights but the updated ones.
+    Memory: those, and for the check that follows one more copy of the network.
 
     Args:
         model: a ``transformers`` network with the fitted head in place; without adapters.
@@ -45,9 +45,8 @@ def export_merged(
         shown_path: the checkpoint's path in the README's snippet, if it is not ``out_dir``.
 
     Raises:
-        AdapterError: nothing to export; factors that do not fit; a weight tied to another module
-            (an update of the embedding would change the output head too); a quantised weight; a
-            network without ``save_pretrained``; a folder that cannot be written, or does not load back.
+        AdapterError: nothing to export; factors that do not fit; a weight that is quantised or tied to another module;
+            a folder that cannot be written, or does not load back.
     """
     if not isinstance(model, PreTrainedModel):
         raise AdapterError(f"{type(model).__name__} is no transformers model: only those have a merged checkpoint")

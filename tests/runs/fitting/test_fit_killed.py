@@ -13,8 +13,9 @@ import pytest
 
 import ranksure
 from ranksure.runs.fitting.fit import fit
+from tests.commands import call
 from tests.runs.tiny_fits import QUICK, same
-from tests.test_cli import call, command, environment
+from tests.test_cli import command, environment
 
 pytestmark = pytest.mark.usefixtures("quick_collections")
 

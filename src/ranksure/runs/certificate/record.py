@@ -9,9 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ranksure.adapters.loaded import read_adapter
 from ranksure.errors import SettingError
 from ranksure.files import write_file
+from ranksure.network.targets import base_network, block_shape
 from ranksure.runs.certificate.result import RunCertificate
 
 if TYPE_CHECKING:
@@ -34,9 +34,9 @@ def sampled(found: RunCertificate, seen: int, total: int) -> RunCertificate:
 def full_record(found: RunCertificate, run: LoadedRun, data: RunData) -> dict[str, Any]:
     """The content of ``certificate.json``: the certificate, and what it is a certificate of."""
     record = found.to_json()
-    for name, block in read_adapter(run.model, found.adapter).blocks.items():
-        if name in record["modules"]:
-            record["modules"][name]["parameters"] = sum(part.numel() for part in block.factors)
+    network = base_network(run.model)
+    for name, entry in record["modules"].items():
+        entry["parameters"] = entry["rank"] * sum(block_shape(network.get_submodule(name)))
     record["run"] = {
         "adapter": str(run.folder),
         "adapter_sha256": run.adapter_sha256,

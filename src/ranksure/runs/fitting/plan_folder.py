@@ -5,28 +5,26 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from ranksure.adapters.matrices import PREFIX, file_factors, is_factor
 from ranksure.errors import AdapterError, SettingError
 from ranksure.factors import Factors
-
-_PREFIX = "base_model.model."
+from ranksure.network.targets import base_network
 
 
 @dataclass(frozen=True)
 class PlanFolder:
-    """What ``ranksure plan --out`` wrote.
-
-    Attributes:
-        folder: where.
-        data: content of ``plan.json``.
-    """
+    """What ``ranksure plan --out`` wrote; ``data`` is the content of ``plan.json``."""
 
     folder: Path
     data: dict[str, Any]
@@ -52,7 +50,7 @@ class PlanFolder:
         return ranks
 
     def tensors(self) -> dict[str, Tensor]:
-        """The solved adapter's tensors by PEFT's names in the base network.
+        """The solved adapter's tensors by PEFT's names.
 
         Raises:
             AdapterError: there is none, or it cannot be read.
@@ -60,7 +58,7 @@ class PlanFolder:
         path = self.folder / "adapter" / "adapter_model.safetensors"
         if (self.folder / "merged").is_dir():
             raise AdapterError(f"the plan in {self.folder} holds a merged checkpoint: plan again without --merged")
-        return {key.removeprefix(_PREFIX): value for key, value in _read(path).items()}
+        return _read(path)
 
     def factors(self) -> Factors:
         """The solved update, ``(u, v)`` by module.
@@ -69,13 +67,8 @@ class PlanFolder:
             AdapterError: as :meth:`tensors`.
         """
         tensors = self.tensors()
-        out: Factors = {}
-        for name in self.data["target_modules"]:
-            linear, embedding = f"{name}.lora_A.weight", f"{name}.lora_embedding_A"
-            key = linear if linear in tensors else embedding
-            if key in tensors:
-                a, b = tensors[key], tensors[key.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")]
-                out[name] = (b.flatten(1).double(), a.flatten(1).T.contiguous().double())
+        found = {name: file_factors(tensors, name) for name in self.data["target_modules"]}
+        out: Factors = {name: pair for name, pair in found.items() if pair is not None}
         if not out:
             raise AdapterError(f"the adapter in {self.folder} holds none of the plan's modules")
         return out
@@ -88,18 +81,14 @@ class PlanFolder:
         """
         if self.data["pooling"] == "mean":
             return _read(self.folder / "adapter" / "head.safetensors")
-        return {key: value for key, value in self.tensors().items() if ".lora_" not in key}
+        return {key.removeprefix(PREFIX): value for key, value in self.tensors().items() if not is_factor(key)}
 
     def prediction(self, rank: int | None, linear: bool) -> dict[str, Any] | None:
-        """The linearised problem's figures for what is trained.
+        """The linearised problem's figures for what is trained; None where the plan says nothing of this rank.
 
         Args:
             rank: a uniform rank on every target, or None for the recommended ranks.
             linear: the optimum's own ranks instead.
-
-        Returns:
-            ``of``, ``objective``, ``objective_at_zero``, ``optimum``, ``captured``, ``heldout_loss``,
-            ``heldout_accuracy`` and ``linearity``; None where the plan says nothing of this rank.
         """
         optimum, rows = self.data["optimum"], self.data["ranks"]
         zero, dual = optimum["objective_at_zero"], optimum["dual"]
@@ -153,6 +142,60 @@ def read_plan(folder: str | os.PathLike[str]) -> PlanFolder:
     if not known or not sound:
         raise SettingError(f"{path / 'plan.json'} was written by another version of ranksure: plan again")
     return PlanFolder(path, data)
+
+
+def install_planned_head(model: nn.Module, plan: str | os.PathLike[str]) -> list[str]:
+    """Put a plan's fitted head into a model for a Trainer of one's own, and freeze it there.
+
+    A plan fits a new head first and linearises the network around it. Training that begins with a random head, or
+    that trains the head too, is another problem than the planned one.
+
+    Args:
+        model: the network that the plan's ``LoraConfig`` wraps, with or without it (changed in place).
+        plan: the plan's folder.
+
+    Returns:
+        Names of the modules that were set, in the base network; empty where the plan brought no head of its own.
+
+    Raises:
+        SettingError: the folder holds no plan.
+        AdapterError: the plan's head was averaged over tokens (``--pooling mean``), which is no part of such a model,
+            or does not fit.
+    """
+    found = read_plan(plan)
+    if found.data["pooling"] == "mean":
+        raise AdapterError(
+            f"the plan in {found.folder} has a head on averaged states, which is no part of this model: it lies in "
+            "adapter/head.safetensors"
+        )
+    if not found.data["head"]["new"]:
+        return []
+    base = base_network(model)
+    modules = dict(base.named_modules())
+    done: dict[str, None] = {}
+    for name, value in found.head().items():
+        owner, _, key = name.rpartition(".")
+        parameters = [p for holder in _holders(modules, owner) if (p := getattr(holder, key, None)) is not None]
+        if not parameters or any(p.shape != value.shape for p in parameters):
+            raise AdapterError(f"{name} of the plan in {found.folder} does not fit {type(base).__name__}")
+        for parameter in parameters:
+            with torch.no_grad():
+                parameter.copy_(value)
+            parameter.requires_grad_(False)
+        done[owner] = None
+    return list(done)
+
+
+def _holders(modules: Mapping[str, nn.Module], owner: str) -> list[nn.Module]:
+    """The modules of a name: PEFT keeps the original of a saved module beside the copy that it trains."""
+    inside = owner
+    while inside and not isinstance(modules.get(inside), ModulesToSaveWrapper):
+        inside = inside.rpartition(".")[0]
+    wrapper = modules.get(inside)
+    if not isinstance(wrapper, ModulesToSaveWrapper):
+        return [modules[owner]] if owner in modules else []
+    rest = owner[len(inside) :].removeprefix(".")
+    return [holder.get_submodule(rest) for holder in (wrapper.original_module, *wrapper.modules_to_save.values())]
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from ranksure.errors import DataError, SettingError
 from ranksure.loss_terms import IGNORED
 from ranksure.losses import Kind
 from ranksure.network.gradient import Weighting
+from ranksure.network.logits import logits_in
 
 LossFunction = Callable[..., Tensor]
 
@@ -43,7 +44,7 @@ def mean_loss_function(kind: Kind, weighting: Weighting = "token") -> LossFuncti
     """
 
     def compute(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        logits = _logits(outputs)
+        logits = logits_in(outputs)
         labels = labels.to(logits.device)
         total = _total_loss(kind, weighting, logits, labels)
         count = count_terms(kind, weighting, labels) if num_items_in_batch is None else num_items_in_batch
@@ -79,25 +80,11 @@ def _total_loss(kind: Kind, weighting: Weighting, logits: Tensor, labels: Tensor
     return losses.sum() if weighting == "token" else (losses / told.sum(1)[rows]).sum()
 
 
-def _logits(outputs: Any) -> Tensor:
-    logits = getattr(outputs, "logits", None)
-    if logits is None:
-        logits = outputs["logits"] if isinstance(outputs, dict) else outputs
-    if isinstance(logits, (tuple, list)):
-        logits = logits[0]
-    return logits[:, None] if logits.dim() == 1 else logits
-
-
 class FitTrainer(Trainer):
     """``Trainer`` with the loss of :func:`mean_loss_function`, in one process.
 
-    Args:
-        *args: as ``Trainer``'s.
-        kind: which loss.
-        weighting: of a causal language model's tokens.
-        model_dropout: leave the network's own dropout on. Off, the loss that is trained is the one that is
-            certified; the adapter's dropout stays as configured.
-        **kwargs: as ``Trainer``'s.
+    With ``model_dropout`` the network's own dropout stays on. Off, the loss that is trained is the one that is
+    certified; the adapter's dropout stays as configured.
     """
 
     def __init__(
@@ -127,11 +114,9 @@ class FitTrainer(Trainer):
 
 
 class Watch(TrainerCallback):
-    """Keeps frozen what is to stay frozen, reports progress, and stops a run that diverges.
+    """Keeps frozen what is to stay frozen, reports (steps done, steps in all), and stops a run that diverges.
 
-    Args:
-        frozen: parameters without gradients; loading a checkpoint makes PEFT thaw ``modules_to_save``.
-        advance: called with (steps done, steps in all).
+    Loading a checkpoint makes PEFT thaw ``modules_to_save``.
     """
 
     def __init__(self, frozen: list[nn.Parameter], advance: Callable[[int, int], None]) -> None:

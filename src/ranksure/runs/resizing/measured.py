@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from ranksure.adapters.loaded import Adapter
 from ranksure.loss_terms import is_shifted, token_places
-from ranksure.network.logits import Batch, device_of, frozen, to_device
-from ranksure.network.targets import base_layer
+from ranksure.network.logits import Batch, device_of, frozen, logits_in, to_device
+from ranksure.network.targets import base_layer, base_network
 
 
 def largest_changes(
@@ -25,13 +24,8 @@ def largest_changes(
 ) -> tuple[dict[str, float], float]:
     """Largest absolute change of a logit under each variant, against the reference, and the largest logit itself.
 
-    Of a network with logits for every token the positions that predict a labelled one count.
-
-    Args:
-        model: the network.
-        batches: batches, with labels or without.
-        reference: makes the context of the reference.
-        variants: by name, makes the variant's context.
+    ``reference`` and the ``variants`` by name make contexts. Of a network with logits for every token the positions
+    that predict a labelled one count.
     """
     out, size = dict.fromkeys(variants, 0.0), 0.0
     with torch.no_grad():
@@ -48,12 +42,10 @@ def largest_changes(
 
 
 def _shown(model: nn.Module, output: Any, batch: Batch) -> Tensor:
-    found = getattr(output, "logits", output[0] if isinstance(output, (tuple, list)) else output)
+    found = logits_in(output)
     labels = batch.get("labels")
     if found.dim() == 3 and isinstance(labels, Tensor):
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
-        shifted = is_shifted(base)
-        rows, places, _ = token_places(found.shape, labels.to(found.device), shifted)
+        rows, places, _ = token_places(found.shape, labels.to(found.device), is_shifted(base_network(model)))
         found = found[rows, places]
     return found.double()
 
