@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("quick_collections")
 KILLED = """
 import os, signal, sys
 from transformers import TrainerCallback
-from ranksure.runs.fit import fit
+from ranksure.runs.fitting.fit import fit
 
 class Kill(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
