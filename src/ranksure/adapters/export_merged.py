@@ -18,7 +18,7 @@ from ranksure.errors import AdapterError
 from ranksure.factors import Factors
 from ranksure.files import staged_folder
 from ranksure.network.side_path import check_factors
-from ranksure.network.targets import base_layer, to_weight_shape
+from ranksure.network.targets import base_layer, parameter_users, to_weight_shape
 
 
 def export_merged(
@@ -82,13 +82,10 @@ def export_merged(
 
 
 def _refuse_tied(model: nn.Module, targets: Mapping[str, int]) -> None:
-    owners: dict[int, dict[int, str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), {}).setdefault(id(module), name)
+    users = parameter_users(model)
     for name in targets:
         weight = base_layer(model.get_submodule(name)).weight
-        others = [other for other in owners[id(weight)].values() if other != name]
+        others = [other for other in users[id(weight)] if other != name]
         if others:
             raise AdapterError(
                 f"the weight of {name} is tied to {others[0]}: merged, its update would change that module too; "

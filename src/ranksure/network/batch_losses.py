@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ranksure.errors import CaptureError, DataError, SettingError
 from ranksure.loss_terms import CHUNK_VALUES, Terms, batch_terms, cross_entropy, is_shifted, kind_of, token_places
 from ranksure.losses import Kind
-from ranksure.network.logits import Batch, device_of, logits_in, to_device
+from ranksure.network.logits import Batch, device_of, logits_in, to_device, unlabelled
 from ranksure.network.targets import base_layer, base_network
 
 Weighting = Literal["token", "sample"]
@@ -218,8 +218,7 @@ class Forward:
         found = [key for key in ("labels", "label") if isinstance(batch.get(key), Tensor)]
         if not found:
             raise DataError("a batch has no 'labels' tensor: the certificate needs the loss that was trained")
-        rest = {key: value for key, value in batch.items() if key not in ("labels", "label")}
-        return to_device(rest, device_of(self.model)), batch[found[0]]
+        return to_device(unlabelled(batch), device_of(self.model)), batch[found[0]]
 
     def _check_loss(self, inputs: dict[str, Any], labels: Tensor) -> None:
         """Compare with the loss that the model computes itself, on at most two rows."""

@@ -62,6 +62,11 @@ def batch_rows(batch: Batch) -> int:
     return sizes.pop()
 
 
+def unlabelled(batch: Batch) -> dict[str, Any]:
+    """What the network is given: all but the labels."""
+    return {key: value for key, value in batch.items() if key not in ("labels", "label")}
+
+
 def to_device(batch: Batch, device: torch.device | str) -> dict[str, Any]:
     """The batch with its tensors on ``device``, apart from the caller's graph and gradients."""
     return {

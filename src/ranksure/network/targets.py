@@ -47,6 +47,15 @@ def base_network(model: nn.Module) -> nn.Module:
     return model if unwrap is None else unwrap()
 
 
+def parameter_users(model: nn.Module) -> dict[int, list[str]]:
+    """Names of the modules that hold a parameter, one for each module, by the parameter's ``id``."""
+    users: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            users.setdefault(id(parameter), []).append(name)
+    return users
+
+
 def is_supported(module: nn.Module) -> bool:
     """Whether ``module`` (or the layer inside its PEFT wrapper) has a block that LoRA can update."""
     layer = base_layer(module)

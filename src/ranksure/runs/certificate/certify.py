@@ -76,8 +76,7 @@ def certify_adapter(
     if penalty is None and not examine.examiner.threshold:
         reason = "the adapter's update is zero (untrained?), and without a penalty its ball is a point: train first"
         return RunCertificate.not_checked(read, [reason], settings.tolerance)
-    if iter(batches) is batches:
-        batches = list(batches)
+    batches = list(batches) if iter(batches) is batches else batches
     found = gradient_pass(
         model,
         batches,

@@ -17,7 +17,7 @@ from ranksure.factors import Factors
 from ranksure.files import staged_folder
 from ranksure.losses import accuracy, get_loss
 from ranksure.network.gradient import Weighting, mean_loss
-from ranksure.network.logits import Batch, predict
+from ranksure.network.logits import Batch, predict, unlabelled
 from ranksure.network.side_path import applied
 from ranksure.runs.fitting.inputs import Setup
 from ranksure.runs.fitting.result import FitResult
@@ -80,8 +80,8 @@ def write_adapter(model: PeftModel, factors: Factors, setup: Setup, result: FitR
 
 
 def _accuracy(model: nn.Module, batches: Sequence[Batch], kind: str) -> float | None:
-    inputs = [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
-    return accuracy(predict(model, inputs), torch.cat([batch["labels"] for batch in batches]), get_loss(kind))
+    logits = predict(model, list(map(unlabelled, batches)))
+    return accuracy(logits, torch.cat([batch["labels"] for batch in batches]), get_loss(kind))
 
 
 def _json(content: Any) -> str:

@@ -27,7 +27,7 @@ from ranksure.factors import Factors, nuclear_norms, ranks_of, thin_svd
 from ranksure.loss_terms import kind_of
 from ranksure.losses import get_loss
 from ranksure.network.gradient import mean_loss
-from ranksure.network.logits import Batch, batch_rows, predict
+from ranksure.network.logits import Batch, batch_rows, predict, unlabelled
 from ranksure.network.targets import base_layer
 from ranksure.runs.certificate.settings import RunSettings
 from ranksure.runs.resizing.compress_result import Compression, Level
@@ -134,7 +134,7 @@ def _data_exact(run: _Run, seed: int) -> tuple[Factors, dict[str, Any]]:
             "data-exact compression stores every row's gradient of every logit, so it is for classifiers and "
             "regressors only: for a language model use --captured or --max-loss-increase"
         )
-    inputs = [{key: value for key, value in batch.items() if key != "labels"} for batch in run.rows]
+    inputs = list(map(unlabelled, run.rows))
     logits = predict(run.model, inputs[:1])
     kind, memory_bytes = run.settings.loss, run.settings.memory_bytes
     kind = kind or kind_of(getattr(run.model, "config", None), labels, logits)

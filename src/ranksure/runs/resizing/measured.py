@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ranksure.adapters.loaded import Adapter
 from ranksure.loss_terms import is_shifted, token_places
-from ranksure.network.logits import Batch, device_of, frozen, logits_in, to_device
-from ranksure.network.targets import base_layer, base_network
+from ranksure.network.logits import Batch, device_of, frozen, logits_in, to_device, unlabelled
+from ranksure.network.targets import base_layer, base_network, parameter_users
 
 
 def largest_changes(
@@ -30,7 +30,7 @@ def largest_changes(
     out, size = dict.fromkeys(variants, 0.0), 0.0
     with torch.no_grad():
         for batch in batches:
-            inputs = to_device({key: value for key, value in batch.items() if key != "labels"}, device_of(model))
+            inputs = to_device(unlabelled(batch), device_of(model))
             with reference(), frozen(model):
                 truth = _shown(model, model(**inputs), batch)
             size = max(size, float(truth.abs().max()) if truth.numel() else 0.0)
@@ -52,11 +52,8 @@ def _shown(model: nn.Module, output: Any, batch: Batch) -> Tensor:
 
 def tied_modules(model: nn.Module, read: Adapter) -> list[str]:
     """Adapted modules whose weight another module uses too: merging would change that one as well."""
-    owners: dict[int, set[int]] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), set()).add(id(module))
-    return [n for n, block in read.blocks.items() if len(owners.get(id(base_layer(block.module).weight), ())) > 1]
+    users = parameter_users(model)
+    return [name for name, module in read.modules.items() if len(users.get(id(base_layer(module).weight), ())) > 1]
 
 
 @dataclass(frozen=True)
