@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2
 from ranksure.adapters.loaded import read_adapter
 from ranksure.adapters.placed import placed
 from ranksure.capture import capture
-from ranksure.errors import AdapterError, MemoryBudgetError, SettingError
+from ranksure.errors import AdapterError, CaptureError, MemoryBudgetError, SettingError
 from ranksure.factors import thin_svd
 from ranksure.losses import CrossEntropy
 from ranksure.runs.resizing.compress import compress
@@ -32,6 +32,7 @@ from ranksure.runs.resizing.directions import (
 from ranksure.runs.saved.data import DataSettings, read_data
 from ranksure.runs.saved.open import load_run
 from tests.commands import call
+from tests.network.test_gradient import odd_run
 from tests.runs.networks import Small, small_run
 from tests.runs.tiny_runs import save_runs
 from tests.tiny_text import (
@@ -382,6 +383,13 @@ def test_what_is_refused(run):
     with pytest.raises(AdapterError, match="zero in every module"):
         compress(get_peft_model(Small(), LoraConfig(r=2, target_modules=["first"])))
     assert QUERY in read_adapter(model).blocks and VALUE in read_adapter(model).blocks
+
+
+def test_a_network_whose_derivatives_cannot_be_taken_is_refused():
+    model, batches = odd_run()
+    model.base_model.model.in_place = True
+    with pytest.raises(CaptureError, match="changed in place"):
+        compress(model, batches, level="budget", max_loss_increase=0.01)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
