@@ -29,8 +29,8 @@ from benchmarks.measure import Row, Size, duration, paired, ratios
 from benchmarks.setting import setting
 from ranksure.adapters.loaded import read_adapter
 from ranksure.network.targets import base_layer
+from ranksure.records.certificate import RunCertificate
 from ranksure.runs.certificate.certify import certify
-from ranksure.runs.certificate.result import RunCertificate
 
 TARGET = 1.3
 RANK = 8

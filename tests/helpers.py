@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import cvxpy as cp
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ranksure.certificate import lambda_max
 from ranksure.factors import Delta, Factors
@@ -20,6 +20,19 @@ from ranksure.problem import Problem
 
 LOSS_NAMES = ("cross-entropy", "logistic", "squared-error")
 SHAPES = {"a.query": (3, 4), "a.value": (4, 2)}
+
+
+def rounding(model: nn.Module) -> float:
+    """The unit roundoff of a forward pass: half the spacing of numbers at 1, in its least precise step.
+
+    transformers computes RMS norms, rotary angles and the softmax of eager attention beside them (Llama's, Gemma's)
+    in float32, whatever the weights are in. Their last bits change with the shape of a batch and the processor, and
+    stay in a float64 result. A network without such modules is computed in the precision of its weights.
+    """
+    single = any(type(module).__name__.endswith(("RMSNorm", "RotaryEmbedding")) for module in model.modules())
+    weights = next(model.parameters()).dtype
+    dtype = torch.float32 if single and weights == torch.float64 else weights
+    return torch.finfo(dtype).eps / 2
 
 
 def generator_of(seed: int) -> torch.Generator:
@@ -134,9 +147,9 @@ def convex_optimum(problem: Problem) -> tuple[float, Delta]:
         hot = np.eye(k)[y]
         losses = [cp.log_sum_exp(z[i]) - hot[i] @ z[i] for i in range(n)]
     elif problem.loss.name == "logistic":
-        losses = [cp.sum(cp.logistic(z[i]) - cp.multiply(y[i], z[i])) for i in range(n)]
+        losses = [cp.sum(cp.logistic(z[i]) - cp.multiply(y[i], z[i])) / k for i in range(n)]
     else:
-        losses = [0.5 * cp.sum_squares(z[i] - y[i]) for i in range(n)]
+        losses = [cp.sum_squares(z[i] - y[i]) / k for i in range(n)]
     penalty = sum(problem.penalty[name] * cp.normNuc(d) for name, d in variables.items())
     goal = cp.Problem(cp.Minimize(cp.sum(cp.multiply(weights, cp.hstack(losses))) + penalty))
     accuracy = {f"tol_{kind}": 1e-10 for kind in ("gap_abs", "gap_rel", "feas", "ktratio")}
@@ -159,9 +172,9 @@ def objective(problem: Problem, delta: Delta) -> float:
         each = torch.nn.functional.cross_entropy(z, problem.labels, reduction="none")
     elif problem.loss.name == "logistic":
         each = torch.nn.functional.binary_cross_entropy_with_logits(z, problem.labels.double(), reduction="none")
-        each = each.sum(1)
+        each = each.mean(1)
     else:
-        each = 0.5 * (z - problem.labels.double()).square().sum(1)
+        each = (z - problem.labels.double()).square().mean(1)
     nuclear = sum(problem.penalty[n] * float(torch.linalg.svdvals(d.double()).sum()) for n, d in delta.items())
     return float((weights * each).sum()) + nuclear
 
@@ -202,16 +215,16 @@ def factored_objective(problem: Problem, like: Factors, x: Tensor) -> Tensor:
         hot = torch.nn.functional.one_hot(problem.labels, problem.n_logits).double()
         each = torch.logsumexp(z, 1) - (z * hot).sum(1)
     elif problem.loss.name == "logistic":
-        each = (torch.logaddexp(z, torch.zeros_like(z)) - z * problem.labels).sum(1)
+        each = (torch.logaddexp(z, torch.zeros_like(z)) - z * problem.labels).mean(1)
     else:
-        each = 0.5 * (z - problem.labels).square().sum(1)
+        each = (z - problem.labels).square().mean(1)
     return (problem.weights * each).sum() + penalty
 
 
 def spurious_instance(
-    r: int, lam: float = 0.1, c: float = 2.0, s: float = 1.0, rho: float = 2.0
+    r: int, lam: float = 0.1, c: float = math.sqrt(2), s: float = 1.0, rho: float = 2.0
 ) -> tuple[Problem, Factors, Delta, float]:
-    """DESIGN section 3, 'the threshold is tight': a trap at rank ``r``, an optimum of rank 1.
+    """The instance of docs/theory/landscape.md: a trap at rank ``r``, an optimum of rank 1.
 
     Returns:
         The problem, the trap's factors, an optimal update, and the trap's excess objective.
@@ -221,7 +234,7 @@ def spurious_instance(
     gradients, labels = [], []
     for a in range(r):
         gradients.append(c * (torch.outer(unit[a], unit[a]) + rho / r * torch.outer(unit[r], unit[r])))
-        labels.append(c * s + n * lam / c)
+        labels.append(c * s + n * lam / (2 * c))
     for a in range(r):
         for b in range(a + 1, r):
             gradients.append(c * (torch.outer(unit[a], unit[b]) + torch.outer(unit[b], unit[a])) / math.sqrt(2))
@@ -238,7 +251,7 @@ def spurious_instance(
         {"w": lam},
     )
     trap = math.sqrt(s) * unit[:, :r]
-    t = (labels[0] - n * lam / (c * rho)) * r / (c * rho)
+    t = (labels[0] - n * lam / (2 * c * rho)) * r / (c * rho)
     best = {"w": t * torch.outer(unit[r], unit[r])}
     excess = objective(problem, {"w": trap @ trap.T}) - objective(problem, best)
     return problem, {"w": (trap, trap.clone())}, best, excess

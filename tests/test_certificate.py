@@ -98,10 +98,10 @@ def test_the_dual_point_is_feasible_and_its_value_is_the_bound(seed, loss, expon
         p = np.clip(a + np.eye(2)[y], 1e-300, None)
         conjugate = (p * np.log(p)).sum(1)
     elif loss == "logistic":
-        p = np.clip(a + y, 1e-300, 1 - 1e-16)
-        conjugate = (p * np.log(p) + (1 - p) * np.log1p(-p)).sum(1)
+        p = np.clip(2 * a + y, 1e-300, 1 - 1e-16)  # K = 2: a mean over outputs
+        conjugate = (p * np.log(p) + (1 - p) * np.log1p(-p)).mean(1)
     else:
-        conjugate = (a**2 / 2 + a * y).sum(1)
+        conjugate = (a**2 / 2 + a * y).sum(1)  # sup of <a, z> - ||z - y||^2 / 2, at z = y + a
     value = float((dual * problem.base_logits).sum()) - float((problem.weights.numpy() * conjugate).sum())
     assert certificate.dual == pytest.approx(value, rel=1e-9, abs=1e-10)
     assert certificate.spectral_ratio == max(certificate.spectral_ratios.values())

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -15,6 +11,7 @@ import pytest
 import torch
 
 from tests.commands import call
+from tests.processes import command, ended_at, run
 from tests.tiny_text import frame, loaded, save_bert, save_csv, save_tokenizer, strict_json
 
 SMALL = ["--target-modules", "query,value", "--layers-to-transform", "last", "--samples", "16"]
@@ -40,15 +37,6 @@ def here(assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def listing(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-
-
-def environment() -> dict[str, str]:
-    source = str(Path(__file__).parents[1] / "src")
-    return {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "ranksure.cli", *arguments]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -185,13 +173,7 @@ def test_a_number_that_is_not_one(here, monkeypatch, capfd):
 
 
 def test_a_mistake_in_a_real_process(here):
-    done = subprocess.run(
-        command("plan", "--model", "bert", "--data", "data.csv", *QUICK, "--weight-decay", "-1", "--out", "x"),
-        capture_output=True,
-        text=True,
-        env=environment(),
-        timeout=120,
-    )
+    done = run(command("plan", "--model", "bert", "--data", "data.csv", *QUICK, "--weight-decay", "-1", "--out", "x"))
     assert done.returncode == 2
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
@@ -233,16 +215,10 @@ def test_a_model_that_is_not_deterministic(here, monkeypatch, capfd, tmp_path):
 
 
 def test_json_alone_on_standard_output(here):
-    done = subprocess.run(
-        command("plan", "--model", "bert", "--data", "data.csv", *QUICK, "--json", "--out", "out"),
-        capture_output=True,
-        text=True,
-        env=environment(),
-        timeout=120,
-    )
+    done = run(command("plan", "--model", "bert", "--data", "data.csv", *QUICK, "--json", "--out", "out"))
     assert done.returncode == 0, done.stderr
     data = strict_json(done.stdout)
-    assert data["schema"] == 1
+    assert data["schema"] == 2
     assert "Answer" in done.stderr
     written = strict_json((here / "out" / "plan.json").read_text(encoding="utf-8"))
     assert written == data
@@ -351,21 +327,9 @@ def test_interrupted(here, after):
     (here / "out" / "plan.json").write_text(older)
     before = listing(here)
     long = ["--samples", "40", "--random-starts", "300", "--ranks", "1,2,3,4", "--weight-decay", "1%"]
-    process = subprocess.Popen(
-        command("plan", "--model", "bert", "--data", "data.csv", *QUICK, *long, "--out", "out"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-    )
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith(after):
-            break
-    time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, (out, err)
+    arguments = command("plan", "--model", "bert", "--data", "data.csv", *QUICK, *long, "--out", "out")
+    status, out, err = ended_at(after, signal.SIGINT, arguments, stream="stderr")
+    assert status == 130, (out, err)
     assert "Traceback" not in err
     assert "interrupted" in err.splitlines()[-1]
     assert listing(here) == before

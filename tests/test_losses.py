@@ -1,6 +1,7 @@
 """Losses against automatic differentiation, numerical conjugates, and their stated constants."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,10 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
+from transformers.loss.loss_utils import ForSequenceClassificationLoss
 
 from ranksure.errors import SettingError
-from ranksure.losses import LOSSES, get_loss
-from tests.helpers import LOSS_NAMES, generator_of, randn, random_labels
+from ranksure.loss_terms import Terms, batch_terms, mean_loss_function
+from ranksure.losses import LOSSES, Loss, OutputLoss, accuracy, get_loss, loss_meant
+from ranksure.solvers.burer_monteiro import solve
+from tests.helpers import LOSS_NAMES, generator_of, randn, random_labels, random_problem
 
 CASES = [(name, k) for name in LOSS_NAMES for k in (1, 2, 4) if name != "cross-entropy" or k > 1]
 
@@ -21,8 +25,8 @@ def reference(name, z, y):
     if name == "cross-entropy":
         return -torch.log_softmax(z, -1).gather(-1, y.expand(z.shape[:-1])[..., None])[..., 0]
     if name == "logistic":
-        return torch.log1p(torch.exp(-(2 * y - 1) * z)).sum(-1)
-    return ((z - y) ** 2).sum(-1) / 2
+        return torch.log1p(torch.exp(-(2 * y - 1) * z)).mean(-1)
+    return ((z - y) ** 2).mean(-1)
 
 
 @pytest.mark.parametrize(("name", "k"), CASES)
@@ -90,8 +94,9 @@ def test_conjugate_is_the_supremum(name, k):
         a = 0.7 * loss.gradient(randn(1, k, generator=g), y)
 
         def negative(z, a=a, y=y):
-            z = torch.from_numpy(z)[None]
-            return float(loss.value(z, y) - (a * z).sum()), (loss.gradient(z, y) - a)[0].numpy()
+            z = torch.from_numpy(z)[None].requires_grad_()
+            value = reference(name, z, y).sum() - (a * z).sum()
+            return float(value.detach()), torch.autograd.grad(value, z)[0][0].numpy()
 
         found = minimize(negative, np.zeros(k), jac=True, method="BFGS", options={"gtol": 1e-10})
         assert float(loss.conjugate(a, y)) == pytest.approx(-found.fun, rel=1e-8, abs=1e-9)
@@ -103,9 +108,9 @@ def test_conjugate_is_the_supremum(name, k):
         ("cross-entropy", [0], [0.1, -0.1]),  # p = (1.1, -0.1)
         ("cross-entropy", [1], [0.2, -0.1]),  # p sums to more than one
         ("cross-entropy", [1], [-0.01, 0.01]),
-        ("logistic", [[1.0, 0.0]], [0.05, 0.5]),  # p = 1.05
-        ("logistic", [[1.0, 0.0]], [-0.5, -0.05]),  # p = -0.05
-        ("logistic", [[1.0, 0.0]], [-1.01, 0.5]),
+        ("logistic", [[1.0, 0.0]], [0.025, 0.25]),  # p = y + 2 a = 1.05
+        ("logistic", [[1.0, 0.0]], [-0.25, -0.025]),  # p = -0.05
+        ("logistic", [[1.0, 0.0]], [-0.505, 0.25]),
     ],
 )
 def test_conjugate_is_infinite_outside_its_domain(name, y, a):
@@ -116,7 +121,7 @@ def test_conjugate_is_infinite_outside_its_domain(name, y, a):
 @pytest.mark.parametrize("name", ["cross-entropy", "logistic"])
 def test_conjugate_at_the_edge_of_its_domain_is_finite(name):
     y = torch.tensor([0]) if name == "cross-entropy" else torch.tensor([[1.0, 0.0]], dtype=torch.float64)
-    corner = torch.tensor([[-1.0, 1.0]], dtype=torch.float64)
+    corner = torch.tensor([[-1.0, 1.0]], dtype=torch.float64) / (1 if name == "cross-entropy" else 2)
     assert float(get_loss(name).conjugate(corner, y)) == 0
     assert float(get_loss(name).conjugate(0 * corner, y)) == 0
 
@@ -163,6 +168,68 @@ def test_constants_hold_and_are_nearly_attained(name, k):
 
 
 @pytest.mark.parametrize(("name", "k"), CASES)
+def test_the_third_derivative_is_bounded_by_the_second(name, k):
+    """``|D^3 f[h, h, h]| <= M ||h|| D^2 f[h, h]`` by differentiating along lines, and nearly an equality somewhere."""
+    loss, g = get_loss(name), generator_of(50 + k)
+    y = random_labels(name, 300, k, g)
+    z, h = 2 * randn(300, k, generator=g), randn(300, k, generator=g)
+    z[0], h[0] = 0.0, 0.0
+    z[0, 0], h[0, 0] = 10.0, 1.0
+    if name == "cross-entropy":  # two classes, one of them nearly sure
+        z[0, 1:-1], h[0, -1] = -40.0, -1.0
+    t = torch.zeros(300, dtype=torch.float64, requires_grad=True)
+    along = reference(name, z + t[:, None] * h, y).sum() + 0 * t.pow(4).sum()
+    derivatives = []
+    for _ in range(3):
+        (along,) = torch.autograd.grad(along.sum(), t, create_graph=True)
+        derivatives.append(along.detach())
+    _, second, third = derivatives
+    assert float(second.min()) > 0
+    ratio = third.abs() / (second * h.norm(dim=1))
+    m = loss.self_concordance
+    assert 0.999 * m <= float(ratio.max()) <= m + 1e-9
+
+
+@pytest.mark.parametrize(("name", "k"), CASES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_one_meaning(name, k, dtype):
+    """The mean of the linearised problem, of terms, of training, and of torch's own function: one number, one gradient.
+
+    That number is what a sequence classifier of transformers trains with.
+    """
+    loss, g = get_loss(name), generator_of(60 + k)
+    y = random_labels(name, 7, k, g)
+    z = (3 * randn(7, k, generator=g)).to(dtype)
+    exact, tolerance = (
+        z.double(),
+        {torch.float64: {"rtol": 1e-12, "atol": 1e-12}, torch.float32: {"rtol": 1e-5, "atol": 2e-6}}[dtype],
+    )
+    terms, slopes = loss.terms(z.clone(), y)
+    assert terms.numel() == 7 * (1 if loss.term == "sample" else k) and terms.dtype == torch.float64
+    mean = loss.value(exact, y).mean()
+    torch.testing.assert_close(terms.mean(), mean, **tolerance)
+    torch.testing.assert_close(slopes.double() / terms.numel(), loss.gradient(exact, y) / 7, **tolerance)
+    weights = torch.rand(7, generator=g)
+    torch.testing.assert_close(loss.terms(z.clone(), y, weights)[1], slopes * weights.to(slopes)[:, None], **tolerance)
+    x = z.clone().requires_grad_()
+    trained = loss.torch_loss(x, y) / terms.numel()
+    (gradient,) = torch.autograd.grad(trained, x)
+    torch.testing.assert_close(trained.detach().double(), mean, **tolerance)
+    torch.testing.assert_close(gradient.double(), loss.gradient(exact, y) / 7, **tolerance)
+    torch.testing.assert_close(loss.torch_loss(z, y, "none").double(), terms, **tolerance)
+    own = {
+        "cross-entropy": torch.nn.CrossEntropyLoss(),
+        "logistic": torch.nn.BCEWithLogitsLoss(),
+        "squared-error": torch.nn.MSELoss(),
+    }[name]
+    torch.testing.assert_close(own(exact, y), mean, **tolerance)
+    config = SimpleNamespace(problem_type=loss.problem_type, num_labels=k)
+    whole = ForSequenceClassificationLoss(y, exact, config)
+    torch.testing.assert_close(whole, mean, **tolerance)
+    assert loss_meant(loss.problem_type, k) is loss
+
+
+@pytest.mark.parametrize(("name", "k"), CASES)
 def test_contrasts_are_orthonormal_and_span_what_the_loss_sees(name, k):
     loss, g = get_loss(name), generator_of(40 + k)
     basis = loss.contrasts(k)
@@ -178,6 +245,7 @@ def test_contrasts_are_orthonormal_and_span_what_the_loss_sees(name, k):
 
 def test_get_loss():
     assert {get_loss(name).name for name in LOSSES} == set(LOSS_NAMES)
+    assert all(LOSSES[name] is get_loss(name) and isinstance(LOSSES[name], Loss) for name in LOSS_NAMES)
     with pytest.raises(SettingError, match=r"hinge.*cross-entropy, logistic, squared-error"):
         get_loss("hinge")
 
@@ -188,3 +256,101 @@ def test_the_logistic_loss_of_a_sure_answer_keeps_its_digits():
     y = torch.tensor([[1.0], [0.0], [1.0], [1.0]], dtype=torch.float64)
     expected = torch.tensor([math.log1p(math.exp(-t)) for t in (20.5, 20.5, 35.0, 700.0)], dtype=torch.float64)
     assert torch.allclose(get_loss("logistic").value(z, y), expected, rtol=1e-14, atol=0)
+
+
+def test_which_guess_is_right():
+    z = torch.tensor([[2.0, 1.0, -1.0], [0.0, 0.5, -3.0], [0.1, 0.0, 0.2]])
+    cross, logistic, squared = (get_loss(name) for name in LOSS_NAMES)
+    assert cross.right(z, torch.tensor([0, 2, 2])).tolist() == [True, False, True]
+    assert accuracy(z, torch.tensor([0, 2, 2]), cross) == pytest.approx(2 / 3)
+    column = torch.tensor([[0.3], [-0.2], [1.0], [-4.0]])
+    for labels in (torch.tensor([[1.0], [1.0], [1.0], [0.0]]), torch.tensor([1.0, 1.0, 1.0, 0.0])):
+        assert accuracy(column, labels, logistic) == 0.75
+    assert accuracy(z[:1], torch.tensor([[1.0, 0.0, 0.0]]), logistic) == pytest.approx(2 / 3)  # of outputs
+    assert accuracy(column, column, squared) is None
+
+
+def test_labels_and_outputs():
+    cross, logistic, squared = (get_loss(name) for name in LOSS_NAMES)
+    assert (cross.outputs_for(5), logistic.outputs_for(2), squared.outputs_for(None)) == (5, 1, 1)
+    with pytest.raises(SettingError, match=r"needs class labels.*squared-error"):
+        cross.outputs_for(None)
+    with pytest.raises(SettingError, match="two classes, but the data has 3 classes: use --loss cross-entropy"):
+        logistic.outputs_for(3)
+    with pytest.raises(SettingError, match="float targets: use --loss squared-error"):
+        logistic.outputs_for(None)
+    assert torch.equal(cross.targets([1, 0]), torch.tensor([1, 0]))
+    for loss in (logistic, squared):
+        assert torch.equal(loss.targets([1, 0]), torch.tensor([[1.0], [0.0]], dtype=torch.float64))
+
+
+def test_which_loss_a_config_means():
+    assert [loss_meant(None, k, classes).name for k, classes in ((1, True), (3, True), (3, False))] == [
+        "squared-error",
+        "cross-entropy",
+        "logistic",
+    ]
+    with pytest.raises(SettingError, match=r"no loss is known for problem_type 'ranking'"):
+        loss_meant("ranking", 2)
+
+
+class Huber(OutputLoss):
+    """A loss added by the steps of CONTRIBUTING.md: half a square up to a residual of one, linear beyond."""
+
+    name = "huber"
+    of_classes = False
+    steepest, curviest = 1.0, 1.0
+
+    def each(self, z, y):
+        r = (z - y).abs()
+        return torch.where(r < 1, 0.5 * r.square(), r - 0.5)
+
+    def slope(self, z, y):
+        return (z - y).clamp(-1, 1)
+
+    def curvature(self, z, y):
+        return ((z - y).abs() < 1).to(z)
+
+    def each_conjugate(self, a, y):
+        return torch.where(a.abs() <= 1 + 1e-12, 0.5 * a.square() + a * y, math.inf)
+
+    def max_dual_step(self, a, y):
+        return 1 / (a.shape[-1] * float(a.abs().max()))
+
+    def largest_step(self, losses):
+        return 1 / float((2 * losses).clamp(max=1).sqrt().max())
+
+    def _line(self, losses):
+        return torch.where(losses < 0.5, 2 * losses, losses + 0.5), (2 * losses).clamp(max=1)
+
+    def dual_line(self, losses, weights, c):
+        first, second = self._line(losses)
+        value = float((weights * (c * first - 0.5 * c * c * second)).sum())
+        return value, 1e-14 * (1 + c * c) * float((weights * first).sum())
+
+    def dual_slope(self, losses, weights, c):
+        first, second = self._line(losses)
+        return float((weights * (first - c * second)).sum())
+
+
+def test_a_loss_is_one_class_and_an_entry(monkeypatch):
+    """Nothing else has to know it: the solver, terms, a run's dual line and the training loss ask the loss."""
+    monkeypatch.setitem(LOSSES, "huber", Huber())
+    loss, g = get_loss("huber"), generator_of(70)
+    shapes, k = {"a": (4, 3)}, 2
+    problem = random_problem(3, "huber", 6, k, shapes, 0.2)
+    solution = solve(problem, tolerance=1e-8)
+    assert solution.certificate.relative_gap <= 1e-8 and solution.ranks["a"] > 0
+    z = 3 * randn(6, k, generator=g)
+    y = problem.labels
+    found = batch_terms("huber", z, y)
+    x = z.clone().requires_grad_()
+    expected = torch.nn.functional.huber_loss(x, y)
+    assert float(mean_loss_function("huber")(z, y)) == pytest.approx(float(expected.detach()), rel=1e-12)
+    terms = Terms("huber", found.losses, torch.full((12,), 1 / 12, dtype=torch.float64))
+    assert terms.mean == pytest.approx(float(expected.detach()), rel=1e-12)
+    torch.testing.assert_close(found.gradient / 12, torch.autograd.grad(expected, x)[0])
+    for c in (0.3, 1.0, terms.largest_step * (1 - 1e-12)):
+        a = c * loss.gradient(z, y)
+        line = ((a * z).sum(-1) - loss.conjugate(a, y)).mean()
+        assert terms.dual_line(c)[0] == pytest.approx(float(line), rel=1e-10)

@@ -1,12 +1,11 @@
 """How threads wait is set before torch is loaded, and what the user set stays."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 
 from ranksure.openmp import SPINS, wait_briefly
+from tests.processes import run, script
 
 
 @pytest.fixture(autouse=True)
@@ -34,5 +33,6 @@ def test_the_command_line_sets_it_before_torch_is_loaded() -> None:
         "import os, sys, ranksure.cli; cli = sys.modules['ranksure.cli.app']; cli.app = lambda: print("
         "os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules); cli.main()"
     )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    ran = run(script(code))
+    assert ran.returncode == 0, ran.stderr
     assert ran.stdout.split() == [str(SPINS), "False"]

@@ -20,7 +20,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # `mkdocs` alone, unlike `python -m mkdocs`, does not look here
 
-from scripts.docs import cli_reference, examples  # noqa: E402
+from scripts.docs import cli_reference, examples, records  # noqa: E402
 
 BROUGHT_IN = {
     "README.md": "overview.md",
@@ -57,6 +57,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for source, target in BROUGHT_IN.items():
         files.append(File.generated(config, target, abs_src_path=str(ROOT / source)))
     files.append(File.generated(config, CLI, content=cli_reference.page()))
+    for name, content in records.schemas():
+        files.append(File.generated(config, f"reference/records/{name}", content=content))
     return files
 
 
@@ -64,6 +66,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Turn links around that leave `docs/` or come from outside, then run the examples."""
     site = page.file.src_uri
     sources = {target: source for source, target in BROUGHT_IN.items()}
+    markdown = markdown.replace("<!-- table of records -->", records.table())
     markdown = relinked(markdown, sources.get(site, f"docs/{site}"), site)
     if os.environ.get("RANKSURE_DOCS_EXAMPLES") == "skip":
         return markdown

@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from ranksure.planner.result import PlanResult
     from ranksure.planner.run import plan
     from ranksure.problem import Problem
+    from ranksure.records.certificate import RunCertificate
     from ranksure.report.page import write_report
     from ranksure.runs.certificate.callback import CertificateCallback
     from ranksure.runs.certificate.certify import certify
-    from ranksure.runs.certificate.result import RunCertificate
     from ranksure.runs.fitting.fit import fit
     from ranksure.runs.fitting.optimizer import l2_optimizer, parameter_groups
     from ranksure.runs.fitting.plan_folder import install_planned_head
@@ -80,7 +80,7 @@ _WHERE = {
     "PlanResult": "planner.result:PlanResult",
     "Problem": "problem:Problem",
     "RanksureError": "errors:RanksureError",
-    "RunCertificate": "runs.certificate.result:RunCertificate",
+    "RunCertificate": "records.certificate:RunCertificate",
     "Solution": "solvers.solution:Solution",
     "certify": "runs.certificate.certify:certify",
     "certify_point": "certificate:certify",
@@ -91,7 +91,7 @@ _WHERE = {
     "install_planned_head": "runs.fitting.plan_folder:install_planned_head",
     "l2_optimizer": "runs.fitting.optimizer:l2_optimizer",
     "lambda_max": "certificate:lambda_max",
-    "mean_loss_function": "runs.fitting.trainer:mean_loss_function",
+    "mean_loss_function": "loss_terms:mean_loss_function",
     "parameter_groups": "runs.fitting.optimizer:parameter_groups",
     "plan": "planner.run:plan",
     "reduce_rank": "theory.rank_reduction:reduce_rank",

@@ -1,23 +1,26 @@
-"""Losses of trained networks, term by term: what a pass over the data has to keep of each.
+"""Terms of trained networks: which rows of a batch carry a loss, and the mean over them, measured or trained.
 
-A *term* is one loss that the mean is taken over: a sample's cross-entropy, a token's, one output's
-binary cross-entropy or squared error. For the certificate of the re-linearised model one number per
-term is enough (derived in docs/is-my-run-done.md): with ``p`` the probability of the true label,
-``psi(c) = -c (1 - p)(log p + log c) - q log q`` with ``q = 1 - c (1 - p)``; for squared error
-``psi(c) = (2 c - c^2) loss``. Logits are dropped as soon as they are seen.
+What a term is and what it costs, the loss itself knows (:mod:`ranksure.losses`).
 """
+
+# pyright: strict
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ranksure.errors import DataError, SettingError
-from ranksure.losses import Kind
+from ranksure.losses import LOSSES, CrossEntropy, Kind, Loss, get_loss, loss_meant
+
+Weighting = Literal["token", "sample"]
+"""Of the tokens of one sample: every token alike, or every sample alike."""
+
+LossFunction = Callable[..., Tensor]
 
 IGNORED = -100
 """Label of a token or sample that carries no loss, as everywhere in transformers."""
@@ -27,7 +30,6 @@ CHUNK_VALUES = 2**22
 
 _ALIGNED = ("ForMaskedLM", "ForTokenClassification")  # position l predicts label l
 _SHIFTED = ("ForCausalLM", "ForConditionalGeneration")  # position l predicts label l + 1
-_EPS = torch.finfo(torch.float64).eps
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,18 @@ class Terms:
 
     Attributes:
         kind: which loss.
-        losses: each term's loss, float64 ``(T,)``; ``-log p`` for the two entropies.
+        losses: each term's loss, float64 ``(T,)``.
         weights: each term's share of the mean, float64 ``(T,)``, summing to one.
     """
 
     kind: Kind
     losses: Tensor
     weights: Tensor
+
+    @property
+    def loss(self) -> Loss:
+        """Which loss."""
+        return get_loss(self.kind)
 
     @property
     def mean(self) -> float:
@@ -52,36 +59,15 @@ class Terms:
     @property
     def largest_step(self) -> float:
         """Largest ``c`` that keeps every conjugate's argument in its domain."""
-        if self.kind == "squared-error":
-            return math.inf
-        wrong = float((-torch.expm1(-self.losses)).max()) if len(self.losses) else 0.0
-        return 1 / wrong if wrong > 0 else math.inf
+        return self.loss.largest_step(self.losses)
 
     def dual_line(self, c: float) -> tuple[float, float]:
         """``sum_t w_t psi_t(c)`` (the dual but for ``-c <g, delta>``), and a bound on its rounding error."""
-        if self.kind == "squared-error":
-            value = (2 * c - c * c) * self.mean
-            return value, (len(self.losses) + 8) * _EPS * (2 * c + c * c) * self.mean
-        if c == 0:
-            return 0.0, 0.0
-        wrong = -torch.expm1(-self.losses)  # 1 - p
-        off = c * wrong
-        if bool((off > 1).any()):
-            return -math.inf, 0.0
-        keep = off < 1  # q log q -> 0 at q = 0
-        own = torch.where(keep, (1 - off) * torch.log1p(-off.where(keep, off.new_zeros(()))), 0.0)
-        parts = torch.stack([off * self.losses, -off * math.log(c), -own])
-        # 1 - off is wrong by eps off, not by eps q, and log q is at least log eps: hence 64 off beside |q log q|.
-        size = parts.abs().sum(0) + off
-        return float((parts.sum(0) * self.weights).sum()), (len(off) + 64) * _EPS * float((size * self.weights).sum())
+        return self.loss.dual_line(self.losses, self.weights, c)
 
     def dual_slope(self, c: float) -> float:
-        """Derivative of the line, ``sum_t w_t (1 - p_t)(log q_t - log p_t - log c)``; it falls as ``c`` grows."""
-        if self.kind == "squared-error":
-            return (2 - 2 * c) * self.mean
-        wrong = -torch.expm1(-self.losses)
-        inner = self.losses - math.log(c) + torch.log1p(-(c * wrong).clamp(max=1))
-        return float((self.weights * wrong * inner).where(wrong > 0, 0.0).sum())
+        """Derivative of the line; it falls as ``c`` grows."""
+        return self.loss.dual_slope(self.losses, self.weights, c)
 
 
 def kind_of(model_config: object, labels: Tensor, logits: Tensor) -> Kind:
@@ -90,23 +76,17 @@ def kind_of(model_config: object, labels: Tensor, logits: Tensor) -> Kind:
     Raises:
         SettingError: the labels fit none.
     """
-    stated = getattr(model_config, "problem_type", None)
-    if logits.dim() == 3 or stated == "single_label_classification":
-        return "cross-entropy"
-    if stated == "regression":
-        return "squared-error"
-    if stated == "multi_label_classification":
-        return "logistic"
-    if logits.shape[-1] == 1:
-        return "squared-error"
-    if labels.numel() == logits.shape[0] and not labels.is_floating_point():
-        return "cross-entropy"
-    if labels.shape == logits.shape and labels.is_floating_point():
-        return "logistic"
-    raise SettingError(
-        f"labels of shape {tuple(labels.shape)} and logits of shape {tuple(logits.shape)} fit no known loss: "
-        "say which (cross-entropy, logistic, squared-error)"
-    )
+    if logits.dim() == 3:  # a row of logits for every token
+        return CrossEntropy.name
+    stated: str | None = getattr(model_config, "problem_type", None)
+    classes = labels.numel() == logits.shape[0] and not labels.is_floating_point()
+    targets = labels.shape == logits.shape and labels.is_floating_point()
+    if stated is None and logits.shape[-1] > 1 and not (classes or targets):
+        raise SettingError(
+            f"labels of shape {tuple(labels.shape)} and logits of shape {tuple(logits.shape)} fit no known loss: "
+            f"say which ({', '.join(LOSSES)})"
+        )
+    return loss_meant(stated, logits.shape[-1], classes).name
 
 
 def is_shifted(model: nn.Module) -> bool:
@@ -195,90 +175,90 @@ def batch_terms(kind: Kind, logits: Tensor, labels: Tensor, shifted: bool = True
     Raises:
         DataError: labels that do not fit, a class out of range, or logits that are not finite.
     """
+    loss = get_loss(kind)
     logits, labels = logits.detach(), labels.to(logits.device)
-    if kind != "cross-entropy":
-        losses, slopes = elementwise(kind, logits, labels)
+    if loss.term == "output":
+        losses, slopes = loss.terms(logits.clone(), labels)
         rows = torch.arange(len(losses)).repeat_interleave(losses[0].numel())
         return BatchTerms(losses.flatten().cpu(), rows, slopes.to(logits.dtype))
-    if logits.dim() == 3:
-        rows, places, truth = token_places(logits.shape, labels, shifted)
-        index: tuple[Tensor, ...] = (rows, places)
-    else:
-        rows, truth = class_rows(logits.shape, labels)
-        index = (rows,)
+    index, truth = _labelled(logits.shape, labels, shifted)
     gradient = torch.zeros_like(logits)
     found = [torch.zeros(0, dtype=torch.float64)]
     step = max(1, CHUNK_VALUES // logits.shape[-1])
-    for low in range(0, len(rows), step):
+    for low in range(0, len(truth), step):
         part = tuple(i[low : low + step] for i in index)
-        losses, slopes = cross_entropy(logits[part], truth[low : low + step], overwrite=True)  # indexing copies
+        losses, slopes = loss.terms(logits[part], truth[low : low + step])  # indexing copies
         gradient[part] = slopes.to(gradient.dtype)
         found.append(losses.cpu())
-    return BatchTerms(torch.cat(found), rows.cpu(), gradient)
+    return BatchTerms(torch.cat(found), index[0].cpu(), gradient)
 
 
-def cross_entropy(
-    logits: Tensor, truth: Tensor, weights: Tensor | None = None, overwrite: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Losses, float64 ``(T,)``, and their gradients in the logits, ``(T, K)`` in float32 or wider.
+def mean_loss_function(kind: Kind, weighting: Weighting = "token") -> LossFunction:
+    """A ``compute_loss_func`` for ``Trainer``: a mean over all terms of an optimizer step, however it is accumulated.
 
-    ``loss = log(1 + exp(l - z_y))``, ``l`` the logsumexp of the *other* logits, which keeps its relative precision
-    where ``p`` is near one. Few passes over the memory, and no memory beside the gradient's own.
-
-    Args:
-        logits: ``(T, K)``.
-        truth: classes ``(T,)``.
-        weights: factors of the gradients, ``(T,)``; one by default.
-        overwrite: the logits are not needed any more.
-
-    Raises:
-        DataError: a class out of range, or logits that are not finite.
-    """
-    if len(truth) and (int(truth.min()) < 0 or int(truth.max()) >= logits.shape[-1]):
-        bad = int(truth.max()) if int(truth.max()) >= logits.shape[-1] else int(truth.min())
-        raise DataError(f"label {bad} is out of range: the model has {logits.shape[-1]} outputs")
-    index = truth[:, None]
-    z = logits.detach().to(torch.promote_types(logits.dtype, torch.float32), copy=not overwrite)
-    own = z.gather(1, index)
-    z.scatter_(1, index, -math.inf)
-    top = z.amax(1, keepdim=True)
-    top = top.where(top > -math.inf, 0.0)
-    z.sub_(top).exp_()
-    others = (z.sum(1, keepdim=True).log() + (top - own))[:, 0]
-    losses = F.softplus(others.double(), threshold=40)
-    if not bool(torch.isfinite(own).all() and torch.isfinite(losses).all()):
-        raise DataError(_NOT_FINITE)
-    weights = torch.ones_like(losses) if weights is None else weights.to(losses)
-    share = weights * torch.exp((top - own)[:, 0].double() - losses)
-    z.mul_(share.to(z)[:, None]).scatter_(1, index, -(weights * torch.sigmoid(others.double())).to(z)[:, None])
-    return losses, z
-
-
-def elementwise(kind: Kind, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses of every output, float64, and their gradients, float64, both ``(B, K)``: logistic or squared error.
+    The terms are those of :func:`ranksure.certify`: labels of a classifier, tokens of a causal language model (or
+    its samples), outputs of the two others. Without it, ``Trainer`` 5.23 adds up a classifier's micro-batch means
+    instead of averaging them (its model takes the loss arguments, and ignores the number of items).
 
     Args:
-        kind: ``logistic``, or ``squared-error`` (without a half, as torch's ``mse_loss``).
-        logits: ``(B, K)``.
-        labels: targets of the same shape, or ``(B,)`` for one output.
+        kind: which loss.
+        weighting: of a causal language model's tokens. ``sample`` needs the number of samples of the step as
+            ``num_items_in_batch``, which ``Trainer`` does not count by itself (``ranksure fit`` does).
+
+    Returns:
+        ``(outputs, labels, num_items_in_batch=None) -> loss``; without a number, that of the batch is taken.
 
     Raises:
-        DataError: targets that do not fit, or logits that are not finite.
+        SettingError: an unknown loss.
     """
-    if labels.numel() != logits.numel() or labels.shape[0] != logits.shape[0]:
-        raise DataError(f"targets of shape {tuple(labels.shape)} do not fit logits {tuple(logits.shape)}")
-    z = logits.detach().double()
-    y = labels.reshape(z.shape).to(z)
-    if not bool(torch.isfinite(z).all()):
-        raise DataError(_NOT_FINITE)
-    if kind == "logistic":
-        if not bool(((y == 0) | (y == 1)).all()):
-            raise DataError("targets of the logistic loss must be 0 or 1")
-        signed = torch.where(y == 1, z, -z)
-        return F.softplus(-signed, threshold=40), torch.where(y == 1, -1.0, 1.0) * torch.sigmoid(-signed)
-    if not bool(torch.isfinite(y).all()):
-        raise DataError("targets hold a value that is not finite (NaN or infinity)")
-    return (z - y).square(), 2 * (z - y)
+    loss = get_loss(kind)
+
+    def compute(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        logits = _logits(outputs)
+        labels = labels.to(logits.device)
+        total = _total_loss(loss, weighting, logits, labels)
+        count = count_terms(kind, weighting, labels) if num_items_in_batch is None else num_items_in_batch
+        return total / count
+
+    return compute
 
 
-_NOT_FINITE = "the network's logits are not finite (NaN or infinity) on this data"
+def count_terms(kind: Kind, weighting: Weighting, labels: Tensor) -> int:
+    """Number of terms that a batch adds to the mean."""
+    if get_loss(kind).term == "output":
+        return labels.numel()
+    if labels.dim() < 2:
+        return int((labels != IGNORED).sum())
+    told = labels[:, 1:] != IGNORED
+    return int(told.any(1).sum() if weighting == "sample" else told.sum())
+
+
+def _total_loss(loss: Loss, weighting: Weighting, logits: Tensor, labels: Tensor) -> Tensor:
+    if loss.term == "sample" and logits.dim() == 3:
+        (rows, places), truth = _labelled(logits.shape, labels, shifted=True)
+        losses = loss.torch_loss(_wide(logits[rows, places]), truth, "none")  # a large vocabulary is wide
+        return losses.sum() if weighting == "token" else (losses / torch.bincount(rows)[rows]).sum()
+    return loss.torch_loss(_wide(logits), labels)
+
+
+def _labelled(shape: torch.Size, labels: Tensor, shifted: bool) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Indices of the rows of logits that carry a label, and their classes."""
+    if len(shape) == 3:
+        rows, places, truth = token_places(shape, labels, shifted)
+        return (rows, places), truth
+    rows, truth = class_rows(shape, labels)
+    return (rows,), truth
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _logits(outputs: Any) -> Tensor:
+    logits: Any = getattr(outputs, "logits", None)
+    if logits is None:
+        logits = outputs["logits"] if hasattr(outputs, "keys") else outputs
+    if not isinstance(logits, Tensor):  # a tuple
+        logits = logits[0]
+    assert isinstance(logits, Tensor)
+    return logits[:, None] if logits.dim() == 1 else logits

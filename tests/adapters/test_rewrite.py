@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +16,7 @@ from ranksure.adapters.loaded import read_adapter
 from ranksure.adapters.rewrite import base_of, rewrite_adapter, stored_dtype
 from ranksure.errors import AdapterError
 from tests.adapters.networks import Suffixes, assert_unchanged, edited, save_bert, save_gpt2, snapshot, with_new_head
+from tests.processes import ended_at, script
 
 IDS = torch.tensor([[1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1], [7, 7, 8, 9, 10, 3]])
 
@@ -280,7 +277,7 @@ def test_what_is_refused(tmp_path):
 
 
 KILLED = """
-import sys, time, torch
+import sys, torch
 from pathlib import Path
 from peft import PeftModel
 from tests.adapters.networks import Suffixes
@@ -294,12 +291,12 @@ real = rewrite.save_file
 def half(tensors, path, metadata):
     Path(path).write_bytes(b"half of it")
     print("writing", flush=True)
-    time.sleep(60)
+    sys.stdin.read()
 
 if sys.argv[1] == "half":
     rewrite.save_file = half
 else:
-    rewrite._verify = lambda *args: (print("writing", flush=True), time.sleep(60))
+    rewrite._verify = lambda *args: (print("writing", flush=True), sys.stdin.read())
 factors = {name: (u[:, :1], v[:, :1]) for name, (u, v) in read_adapter(model).factors.items()}
 rewrite.rewrite_adapter(model, factors, "adapter", source="adapter")
 """
@@ -312,19 +309,8 @@ def test_killed_while_replacing_its_own_folder(tmp_path, when):
     model = fill(get_peft_model(Suffixes(), LoraConfig(r=2, lora_alpha=2, target_modules=["q", "query"])))
     model.save_pretrained(tmp_path / "adapter")
     before = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
-    root = Path(__file__).parents[2]
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, when],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": f"{root / 'src'}:{root}", "OMP_NUM_THREADS": "1"},
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "writing\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait(timeout=30)
-    assert process.returncode == -signal.SIGKILL
+    status, _, errors = ended_at("writing", signal.SIGKILL, script(KILLED, when), cwd=tmp_path)
+    assert status == -signal.SIGKILL, errors
     assert {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()} == before
     factors = changed(model, {"q": 1, "query": 1})
     rewrite_adapter(model, factors, tmp_path / "adapter", source=tmp_path / "adapter")

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 import types
 import zipfile
@@ -14,6 +13,7 @@ import pytest
 
 from ranksure.bundled import minilm, rotten_tomatoes
 from ranksure.errors import DataError, ModelError
+from tests.processes import run, script
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,8 @@ def test_locating_the_model_does_not_import_its_heavy_dependency() -> None:
         "import sys; from ranksure.bundled.minilm import minilm_path; minilm_path();"
         "sys.exit('sentence_transformers' in sys.modules or 'torch' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    ran = run(script(code))
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_rotten_tomatoes() -> None:

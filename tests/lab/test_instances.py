@@ -52,8 +52,8 @@ def test_the_trap_is_a_strict_minimum_up_to_rotations_and_the_optimum_has_rank_o
     trap = spurious_instance(r, extra=extra)
     gradient, eigenvalues = derivatives(trap, trap.factors)
     assert float(gradient.abs().max()) <= 1e-14
-    lam, n, c, s, rho = 0.1, r * (r + 3) // 2, 2.0, 1.0, 2.0
-    strong = c**2 * s / n
+    lam, n, c, s, rho = 0.1, r * (r + 3) // 2, math.sqrt(2), 1.0, 2.0
+    strong = 2 * c**2 * s / n
     # The whole spectrum, derived in docs/theory/landscape.md: flat along rotations only, negative nowhere.
     spectrum = [0.0] * (r * (r - 1) // 2) + [2 * lam] * r**2 + [2 * strong] * (r * (r + 1) // 2)
     spectrum += [strong - lam * (rho - 1)] * r + [lam * (1 + rho)] * r + [lam] * (2 * r * extra)
@@ -92,7 +92,7 @@ def test_the_threshold_lies_between_r_and_r_plus_one_by_the_count_alone():
 def test_beyond_the_condition_the_point_is_a_saddle():
     """The closed form's condition is the boundary: just inside strict, just outside refused (and truly a saddle)."""
     n, lam, rho = 5, 0.1, 2.0
-    edge = n * lam * (rho - 1)
+    edge = n * lam * (rho - 1) / 2
     inside = spurious_instance(2, c=math.sqrt(1.01 * edge))
     _, eigenvalues = derivatives(inside, inside.factors)
     assert float(eigenvalues[1]) > 0

@@ -129,12 +129,12 @@ def test_a_trap_is_spurious_even_when_no_start_ended_lower():
 def test_the_best_of_too_low_a_rank_is_rank_bound_not_spurious():
     """Two equal singular values in the optimum: rank 1 has minima of one common value, the best of their rank."""
     unit = torch.eye(3, dtype=torch.float64)
-    # F = (1/9) sum_ab (d_ab - y_ab)^2 / 2 + lambda ||d||_*: the optimum soft-thresholds y = 2 e1 e1^T + 2 e2 e2^T.
+    # F = (1/9) sum_ab (d_ab - y_ab)^2 + lambda ||d||_*: the optimum soft-thresholds y = 2 e1 e1^T + 2 e2 e2^T.
     entries = torch.stack([torch.outer(unit[a], unit[b]) for a in range(3) for b in range(3)])[:, None]
     labels = torch.diag(torch.tensor([2.0, 2.0, 0.0], dtype=torch.float64)).reshape(9, 1)
-    problem = Problem(DenseOperator({"w": entries}), torch.zeros(9, 1), labels, get_loss("squared-error"), {"w": 0.05})
+    problem = Problem(DenseOperator({"w": entries}), torch.zeros(9, 1), labels, get_loss("squared-error"), {"w": 0.1})
     (found,) = census([problem], {"w": 1}, 16)
-    shrunk = 2 - 9 * 0.05
+    shrunk = 2 - 9 * 0.1 / 2
     best = objective(problem, {"w": shrunk * torch.outer(unit[0], unit[0])})
     assert found.counts["rank-bound"] + found.counts["saddle"] + found.counts["undetermined"] == 16
     assert found.counts["rank-bound"] == sum(g.count for g in found.groups if g.verdict == "rank-bound")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import msgspec
 import pandas as pd
 import pytest
 import torch
@@ -22,6 +23,7 @@ from ranksure.data.texts import Rows
 from ranksure.errors import AdapterError, CaptureError, DataError, MemoryBudgetError, RanksureError, SettingError
 from ranksure.planner.render import show
 from ranksure.planner.result import PlanResult
+from ranksure.records import Plan
 from ranksure.theory.bounds import existence_rank, landscape_rank
 from tests.adapters.networks import edited, first_snippet
 from tests.adapters.test_fresh_process import run_fresh, worst
@@ -38,7 +40,7 @@ def number(value: Any, low: float = -math.inf, high: float = math.inf) -> bool:
 def check_schema(data: dict[str, Any]) -> None:
     """What the issue promises of plan.json, no more."""
     names = data["target_modules"]
-    assert data["schema"] == 1
+    assert data["schema"] == 2
     assert isinstance(data["model"], str)
     assert all(isinstance(name, str) for name in names)
     for key in ("n_samples", "n_outputs"):
@@ -85,10 +87,11 @@ def test_schema(name, request):
 
 
 def test_infinite_numbers_become_null(auto):
-    added = {"a": [math.inf, {"b": math.nan}], "c": 1.5}
-    written = strict_json(PlanResult({**auto.data, **added}, auto.factors, auto._prepared).to_json())
-    assert written["a"] == [None, {"b": None}]
-    assert written["c"] == 1.5
+    settings = {"a": [math.inf, {"b": math.nan}], "c": 1.5}
+    record = msgspec.structs.replace(auto.record, settings=settings, lambda_max=math.inf)
+    written = strict_json(PlanResult(record, auto.factors, auto._prepared).to_json())
+    assert written["settings"] == {"a": [None, {"b": None}], "c": 1.5}
+    assert written["lambda_max"] is None
     assert written["sentences"] == auto.sentences()
     assert written["warnings"] == auto.warnings
 
@@ -535,7 +538,7 @@ def test_saving_twice_replaces_and_strangers_are_kept(auto, tmp_path):
     (out / "plan.json").write_text('{"schema": 1, "recommended": {}}')
     (out / "adapter" / "README.md").unlink()
     auto.save(out)
-    assert strict_json((out / "plan.json").read_text())["schema"] == 1
+    assert strict_json((out / "plan.json").read_text())["schema"] == 2
     assert (out / "adapter" / "README.md").is_file()
     for name in ("notes.txt", "adapter/checkpoint.bin"):  # beside a plan, too
         (out / name).write_text("x")
@@ -587,7 +590,8 @@ def test_brackets_in_names_are_shown(answer):
     data = copy.deepcopy(answer.data)
     data["data"]["source"], data["notes"] = "rows [train]", ["see [bold] and [/]"]
     console = Console(width=140, record=True, file=io.StringIO())
-    show(PlanResult(data, answer.factors, answer._prepared), console, "out[1]")
+    record = msgspec.convert(data, Plan)
+    show(PlanResult(record, answer.factors, answer._prepared), console, "out[1]")
     text = console.export_text()
     for part in ("on rows [train]:", "see [bold] and [/]", "written to out[1] in"):
         assert part in text

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 from rich.console import Console
 from transformers import AutoTokenizer
 
 import ranksure
 from ranksure.planner.render import show
-from ranksure.planner.result import PlanResult, generalization_json
+from ranksure.planner.result import PlanResult, generalization_record
 from ranksure.theory.generalization import FORMS, NOT_LIPSCHITZ, ROWS_NORM, generalization_bound
 from tests.helpers import random_problem
 from tests.tiny_text import frame, loaded
@@ -74,11 +75,11 @@ def test_the_line(answer):
     assert f"set lambda to {bound['prescribed_weight_decay']:.4g} (heuristic: R is the largest" in line
     assert f"{bound['prescribed_over_used']:.3g} times what was used" in line
     assert ("no adapter is trained" in line) == (bound["prescribed_over_lambda_max"] >= 1)
-    sure = {**bound, "heuristic": [], "prescribed_over_lambda_max": 0.5}
-    data: dict[str, Any] = {**answer.data, "generalization": sure}
+    sure = replace(answer.record.generalization, heuristic=[], prescribed_over_lambda_max=0.5)
+    record = replace(answer.record, generalization=sure)
     line = next(
         line
-        for line in text_of(PlanResult(data, answer.factors, answer._prepared)).splitlines()
+        for line in text_of(PlanResult(record, answer.factors, answer._prepared)).splitlines()
         if "Theorem 5.1" in line
     )
     assert "heuristic" not in line and "no adapter" not in line
@@ -95,4 +96,4 @@ def test_regression_is_heuristic_for_its_loss(bert):
 
 def test_no_gradient_no_ratio():
     bound = generalization_bound(random_problem(seed=0), draws=2)
-    assert generalization_json(bound, 0.1, 0.0)["prescribed_over_lambda_max"] == math.inf
+    assert generalization_record(bound, 0.1, 0.0).prescribed_over_lambda_max is None

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ranksure.operators.factored import FactoredOperator
-from ranksure.planner.subsets import SubsetRow, extrapolate, subset_rows
+from ranksure.planner.subsets import extrapolate, subset_rows
+from ranksure.records.plan import Subset
 from ranksure.tasks.linearise import at_fewer_samples
 from tests.helpers import convex_optimum, random_problem, token_group
 
@@ -36,37 +37,37 @@ def test_subset_rows_are_solved_problems():
     rows = subset_rows(problem, [6, 9], [1, 4], 0.9, lambda *args: calls.append(args))
     assert calls == [(1, 2), (2, 2)]
     for row, n in zip(rows, (6, 9), strict=True):
-        assert row.n == n
+        assert row.n_samples == n
         assert row.relative_gap <= 1e-3
-        assert set(row.captured) == {1, 4}
-        assert 0 <= row.captured[1] <= 1
-        assert row.captured[4] >= 1 - 2e-3
+        assert set(row.captured) == {"1", "4"}
+        assert 0 <= row.captured["1"] <= 1
+        assert row.captured["4"] >= 1 - 2e-3
         smaller = at_fewer_samples(problem, n)
         best, _ = convex_optimum(smaller)
         assert best < smaller.objective_at_zero  # something to gain
-        assert row.penalty == pytest.approx(smaller.penalty["q"])
+        assert row.weight_decay == pytest.approx(smaller.penalty["q"])
         assert 1 <= row.rank_needed <= max(row.ranks.values())
 
 
-def row(n: int, needed: int) -> SubsetRow:
-    return SubsetRow(n, 1.0, 1e-4, {"q": needed}, needed, {1: 0.5})
+def row(n: int, needed: int) -> Subset:
+    return Subset(n_samples=n, rank_needed=needed, largest_rank=needed)
 
 
 def test_a_power_law_is_extrapolated_exactly():
     fit = extrapolate([row(16, 4), row(64, 8), row(256, 16)], 1024)
     assert fit is not None
-    assert fit["rank_needed"] == pytest.approx(32, abs=0.01)
-    assert fit["exponent"] == pytest.approx(0.5)
-    assert fit["rms_log_residual"] == pytest.approx(0, abs=1e-9)
-    assert fit["points"] == [[16, 4], [64, 8], [256, 16]]
-    assert "extrapolation" in fit["note"]
-    assert "not certified" in fit["note"]
+    assert fit.rank_needed == pytest.approx(32, abs=0.01)
+    assert fit.exponent == pytest.approx(0.5)
+    assert fit.rms_log_residual == pytest.approx(0, abs=1e-9)
+    assert fit.points == [(16, 4), (64, 8), (256, 16)]
+    assert "extrapolation" in fit.note
+    assert "not certified" in fit.note
 
 
 def test_a_bad_fit_shows_its_residual():
     fit = extrapolate([row(16, 1), row(32, 9), row(64, 1)], 128)
     assert fit is not None
-    assert fit["rms_log_residual"] > 0.5
+    assert fit.rms_log_residual > 0.5
 
 
 def test_no_fit_through_too_little():

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import pytest
 from playwright.sync_api import Browser, sync_playwright
 
+from tests.processes import PATIENCE
+
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 _FLAGS = [
     "--headless",
@@ -35,7 +37,7 @@ def chromium() -> Iterator[Browser]:
             "RANKSURE_NO_BROWSER=1 to leave the report untested"
         )
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=_FLAGS)
+        browser = playwright.chromium.launch(executable_path=path, args=_FLAGS, timeout=1000 * PATIENCE)
         try:
             yield browser
         finally:

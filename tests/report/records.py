@@ -10,6 +10,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ranksure.records.record import SCHEMA
+
 KINDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj")
 NAMES = [f"model.layers.{layer}.{kind}" for layer in range(28) for kind in KINDS]
 
@@ -20,7 +22,7 @@ def plan(names: list[str] = NAMES) -> dict[str, Any]:
     none = dict.fromkeys(names, 0)
     row = {"objective": 0.5, "spectral_ratio": 1.0, "starts": 1, "stationary": True, "requested": True}
     return {
-        "schema": 1,
+        "schema": SCHEMA,
         "model": "someone/some-model",
         "revision": None,
         "data": {"source": "train.csv", "sha256": "ab" * 32, "rows": 1000},
@@ -107,7 +109,7 @@ def certificate(names: list[str] = NAMES[:8], verdict: str = "rank-bound") -> di
     """A certificate with a penalty."""
     module = {"verdict": verdict, "rank": 4, "gradient_norm": 0.02, "stationarity": 0.01, "followed": 0.9, "lam": 0.02}
     return {
-        "schema": 1,
+        "schema": SCHEMA,
         "verdict": verdict,
         "adapter": "default",
         "tolerance": 0.05,
@@ -150,7 +152,7 @@ def certificate(names: list[str] = NAMES[:8], verdict: str = "rank-bound") -> di
 def fit(names: list[str] = NAMES[:8]) -> dict[str, Any]:
     """A fit that grew once; its certificate is :func:`certificate`."""
     return {
-        "schema": 1,
+        "schema": SCHEMA,
         "model": "someone/some-model",
         "revision": None,
         "data": {"source": "train.csv", "sha256": "ab" * 32},
@@ -193,7 +195,7 @@ def fit(names: list[str] = NAMES[:8]) -> dict[str, Any]:
 def grow() -> dict[str, Any]:
     """A grown adapter."""
     return {
-        "schema": 1,
+        "schema": SCHEMA,
         "verdict": "rank-bound",
         "forced": False,
         "modules": {
@@ -216,7 +218,7 @@ def grow() -> dict[str, Any]:
 def compress() -> dict[str, Any]:
     """A compressed adapter."""
     return {
-        "schema": 1,
+        "schema": SCHEMA,
         "level": "budget",
         "ranks_before": dict.fromkeys(NAMES[:8], 8),
         "ranks_after": {name: index % 4 for index, name in enumerate(NAMES[:8])},

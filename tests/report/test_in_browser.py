@@ -13,6 +13,7 @@ from playwright.sync_api import Browser, BrowserContext, Page
 
 from ranksure.report import write_report
 from ranksure.report.page import LARGEST
+from tests.processes import PATIENCE
 from tests.report import records
 from tests.report.chromium import chromium
 
@@ -43,6 +44,7 @@ class Seen:
 
 def opened(browser: Browser, path: Path, width: int = 1400, scheme: Any = "light", **settings: Any) -> Seen:
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, **settings)
+    context.set_default_timeout(1000 * PATIENCE)
     page = context.new_page()
     seen = Seen(page, context)
     page.on("console", lambda message: seen.messages.append(message.text))
@@ -207,8 +209,9 @@ def test_the_keyboard_reaches_and_copies_the_configuration(browser: Browser, tmp
         assert focus[1] == "solid" and focus[2] >= 2  # what has the focus shows it
         reached.append(focus[0])
         if focus[0] == "button s1-config":
+            page.evaluate("window.setTimeout = () => 0")  # after a time the label would go back
             page.keyboard.press("Enter")
-            page.wait_for_function("document.activeElement.textContent === 'Copied'", timeout=5000)
+            page.wait_for_function("document.activeElement.textContent === 'Copied'")
         if focus[0] == "s1-config":
             break
     assert "button s1-config" in reached and reached[-1] == "s1-config"

@@ -62,19 +62,28 @@ def replaced(record: dict[str, Any], value: Any, *path: Any) -> dict[str, Any]:
     ("name", "record", "says"),
     [
         ("plan.json", without(records.plan(), "optimum", "dual"), "optimum.dual is missing"),
-        ("plan.json", replaced(records.plan(), "two", "ranks", 1, "rank"), "ranks[1].rank is not a whole number"),
-        ("plan.json", replaced(records.plan(), [0.1], "ranks", 0, "captured"), "ranks[0].captured is not two numbers"),
-        ("plan.json", replaced(records.plan(), math.nan, "lambda_max"), "lambda_max is not a finite number"),
-        ("plan.json", replaced(records.plan(), [], "optimum"), "optimum is not an object"),
-        ("plan.json", replaced(records.plan(), 2, "schema"), "has schema 2"),
+        ("plan.json", replaced(records.plan(), "two", "ranks", 1, "rank"), "ranks[1].rank: expected `int`, got `str`"),
+        (
+            "plan.json",
+            replaced(records.plan(), [0.1], "ranks", 0, "captured"),
+            "ranks[0].captured: expected `array` of length 2",
+        ),
+        ("plan.json", replaced(records.plan(), math.nan, "lambda_max"), "is damaged, no JSON"),
+        ("plan.json", replaced(records.plan(), None, "lambda_max"), "lambda_max: expected `float`, got `null`"),
+        ("plan.json", replaced(records.plan(), [], "optimum"), "optimum: expected `object`, got `array`"),
+        ("plan.json", replaced(records.plan(), 0, "schema"), "has schema 0"),
         ("plan.json", without(records.plan(), "schema"), "has no schema"),
         ("certificate.json", replaced(records.certificate(), True, "schema"), "has schema True"),
-        ("certificate.json", replaced(records.certificate(), "x", "modules"), "modules is not an object"),
+        ("certificate.json", replaced(records.certificate(), "x", "modules"), "modules: expected `object`, got `str`"),
         ("fit.json", without(records.fit(), "final"), "final is missing"),
         ("grow.json", without(records.grow(), "certificate", "verdict"), "certificate.verdict is missing"),
-        ("compress.json", replaced(records.compress(), -1, "ranks_after", records.NAMES[0]), "is not a whole number"),
-        ("x.json", replaced(records.lab(), "yes", "checks", 0, "holds"), "checks[0].holds is not true or false"),
-        ("x.json", replaced(records.reproduce(), [None], "curves", 2, "x"), "curves[2].x[0] is not a finite number"),
+        ("compress.json", replaced(records.compress(), -1, "ranks_after", records.NAMES[0]), "expected `int` >= 0"),
+        ("x.json", replaced(records.lab(), "yes", "checks", 0, "holds"), "checks[0].holds: expected `bool`, got `str`"),
+        (
+            "x.json",
+            replaced(records.reproduce(), [None], "curves", 2, "x"),
+            "curves[2].x[0]: expected `float`",
+        ),
         ("x.json", replaced(records.reproduce(), 3, "schema"), "has schema 3"),
     ],
 )
@@ -136,7 +145,7 @@ def test_every_optional_part_may_be_missing_or_null(tmp_path: Path, monkeypatch:
         "claim.json": records.lab(),
         "curves.json": records.reproduce(),
     }
-    tried = 0
+    tried = {"missing": 0, "null": 0}
     for name, record in whole.items():
         for key in record:
             for change in ("missing", "null"):
@@ -149,8 +158,8 @@ def test_every_optional_part_may_be_missing_or_null(tmp_path: Path, monkeypatch:
                     continue
                 for one in find(folder).records:
                     _builder(one.kind)(one, "s1", None, True)
-                tried += 1
-    assert tried > 60
+                tried[change] += 1
+    assert tried["missing"] > 40 and tried["null"] > 15, tried
 
 
 def test_json_is_read_as_it_was_written(tmp_path: Path) -> None:

@@ -347,9 +347,9 @@ def saddle_instance():
     """One equation, ``G = diag(2, 1)``: rank 1 along the smaller entry is stationary, a strict saddle."""
     jacobian = torch.diag(torch.tensor([2.0, 1.0], dtype=torch.float64))[None, None]
     target = torch.tensor([[3.0]], dtype=torch.float64)
-    problem = Problem(DenseOperator({"w": jacobian}), 0 * target, target, get_loss("squared-error"), {"w": 0.5})
-    along = math.sqrt(3 - 0.5) * torch.tensor([[0.0], [1.0]], dtype=torch.float64)
-    return problem, {"w": (along, along.clone())}, 0.5 * 0.25**2 + 0.5 * 1.375
+    problem = Problem(DenseOperator({"w": jacobian}), 0 * target, target, get_loss("squared-error"), {"w": 1.0})
+    along = math.sqrt(2.5) * torch.tensor([[0.0], [1.0]], dtype=torch.float64)  # 2 (3 - s) = lambda
+    return problem, {"w": (along, along.clone())}, 0.25**2 + 1.375
 
 
 def test_saddles_are_left():
@@ -360,7 +360,7 @@ def test_saddles_are_left():
     asked = solve_fixed_rank(problem, {"w": 1}, reference=saddle)
     assert asked.solution.certificate.objective == pytest.approx(best, rel=1e-9)
     unasked = solve_fixed_rank(problem, {"w": 1}, reference=saddle, check_curvature=False)
-    assert unasked.solution.certificate.objective == pytest.approx(1.375, rel=1e-9)
+    assert unasked.solution.certificate.objective == pytest.approx(2.75, rel=1e-9)
     assert unasked.stationary  # so only the curvature tells them apart
     assert unasked.curvature.negative is None
 

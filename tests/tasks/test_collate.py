@@ -8,6 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from ranksure.data.conversations import IGNORED
 from ranksure.errors import SettingError
 from ranksure.tasks.collate import Collator, PackedCollator, check_packing, in_batches, packed
+from tests.helpers import rounding
 
 
 def feature(length: int, seed: int = 0) -> dict[str, list[int]]:
@@ -72,7 +73,8 @@ def test_packed_rows_give_the_logits_of_rows_alone(kind, dtype):
         alone = torch.cat([model(torch.tensor([row["input_ids"]])).logits[0] for row in rows])
     together = torch.cat([logits[0, :9], logits[1, :11], logits[2, :3]])
     assert torch.isfinite(logits).all()
-    assert torch.allclose(together, alone, atol=1e-5 if dtype == torch.float32 else 1e-12)
+    # Two layers round a value some ten times each, after sums of up to 24 products, whose errors grow like the root.
+    assert (together - alone).abs().max() <= 2 * 10 * 5 * rounding(model) * alone.abs().max()
 
 
 class Leaks(nn.Module):

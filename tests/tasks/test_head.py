@@ -39,9 +39,9 @@ def ridge_objective(x: Tensor, y: Tensor, loss: str, w: np.ndarray, b: np.ndarra
         top = z.max(1)
         each = np.log(np.exp(z - top[:, None]).sum(1)) + top - z[np.arange(len(z)), y.numpy()]
     elif loss == "logistic":
-        each = (np.logaddexp(0, z) - z * y.numpy()).sum(1)
+        each = (np.logaddexp(0, z) - z * y.numpy()).mean(1)
     else:
-        each = 0.5 * ((z - y.numpy()) ** 2).sum(1)
+        each = ((z - y.numpy()) ** 2).mean(1)
     return float(each.mean() + 0.5 * mu * (w**2).sum())
 
 
@@ -53,7 +53,8 @@ def test_squared_error_is_ridge_regression(bias, k):
     n, d = x.shape
     mu = strength(x, fit, bias)
     xc, yc = (x - x.mean(0), y - y.mean(0)) if bias else (x, y)
-    w = torch.linalg.solve(xc.T @ xc / n + mu * torch.eye(d, dtype=torch.float64), xc.T @ yc / n).T
+    # The gradient of the mean over n k terms is 2 / (n k) times that of half the sum.
+    w = torch.linalg.solve(2 / k * xc.T @ xc / n + mu * torch.eye(d, dtype=torch.float64), 2 / k * xc.T @ yc / n).T
     torch.testing.assert_close(fit.weight, w, rtol=1e-5, atol=1e-7)
     if bias:
         torch.testing.assert_close(fit.bias, y.mean(0) - w @ x.mean(0), rtol=1e-5, atol=1e-6)
@@ -94,7 +95,7 @@ def test_more_features_than_rows():
     fit = fit_head(x, y, get_loss("squared-error"), 1, bias=True)
     mu = strength(x, fit, True)
     xc, yc = x - x.mean(0), y - y.mean(0)
-    w = (xc.T @ torch.linalg.solve(xc @ xc.T / 12 + mu * torch.eye(12, dtype=torch.float64), yc / 12)).T
+    w = (xc.T @ torch.linalg.solve(xc @ xc.T / 6 + mu * torch.eye(12, dtype=torch.float64), yc / 6)).T
     torch.testing.assert_close(fit.weight, w, rtol=1e-5, atol=1e-7)
 
 
@@ -111,10 +112,10 @@ def test_scores_are_those_of_cross_validation_and_the_choice_is_the_rule():
         a, b = xi - xi.mean(0), yi - yi.mean(0)
         for i, ridge in enumerate(RIDGES):
             w = torch.linalg.solve(
-                a.T @ a / len(a) + ridge * unit * torch.eye(7, dtype=torch.float64), a.T @ b / len(a)
+                2 * a.T @ a / len(a) + ridge * unit * torch.eye(7, dtype=torch.float64), 2 * a.T @ b / len(a)
             )
             z = (centred[out] - xi.mean(0)) @ w + yi.mean(0)
-            losses[i, out] = 0.5 * (z - y[out]).square().sum(1)
+            losses[i, out] = (z - y[out]).square().sum(1)
     np.testing.assert_allclose(fit.scores, losses.mean(1), rtol=1e-5)
     difference = losses - losses[int(losses.mean(1).argmin())]
     allowed = [r for r, d in zip(RIDGES, difference, strict=True) if d.mean() <= d.std() / 30**0.5]

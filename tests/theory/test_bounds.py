@@ -197,7 +197,7 @@ def sum_form_instance():
     """The trap of rank 1 beside a block of 3 x 3 that never pays: ranks (1, 3), two equations."""
     problem, trap, _, excess = spurious_instance(1)
     wide = randn(2, 1, 3, 3, generator=generator_of(0))
-    wide *= 1.5 / torch.linalg.matrix_norm(wide, 2)[..., None, None]  # below c = 2, where it would start to pay
+    wide *= 1.06 / torch.linalg.matrix_norm(wide, 2)[..., None, None]  # below c = sqrt 2, where it would start to pay
     problem = dataclasses.replace(
         problem,
         operator=DenseOperator({"w": jacobians_of(problem)["w"], "wide": wide}),

@@ -51,9 +51,9 @@ def lifted_optimum(perturbation: Perturbation) -> float:
         hot = np.eye(k)[y]
         losses = [cp.log_sum_exp(z[i]) - hot[i] @ z[i] for i in range(n)]
     elif problem.loss.name == "logistic":
-        losses = [cp.sum(cp.logistic(z[i]) - cp.multiply(y[i], z[i])) for i in range(n)]
+        losses = [cp.sum(cp.logistic(z[i]) - cp.multiply(y[i], z[i])) / k for i in range(n)]
     else:
-        losses = [0.5 * cp.sum_squares(z[i] - y[i]) for i in range(n)]
+        losses = [cp.sum_squares(z[i] - y[i]) / k for i in range(n)]
     goal = cp.Problem(cp.Minimize(cp.sum(cp.multiply(weights, cp.hstack(losses))) + penalty))
     goal.solve(solver=cp.CLARABEL, **{f"tol_{kind}": 1e-10 for kind in ("gap_abs", "gap_rel", "feas", "ktratio")})
     assert goal.status in ("optimal", "optimal_inaccurate"), goal.status

@@ -132,7 +132,7 @@ def flat_face(seed: int, rank: int, equations: int) -> tuple[Problem, Factors]:
     x = torch.diag(0.5 + torch.rand(rank, generator=g, dtype=torch.float64))
     lam = 0.1
     labels = torch.einsum("icmn,mn->ic", jacobians, x)
-    labels[0] += equations * lam  # so that the weighted residual is -lambda on the first equation, else zero
+    labels[0] += equations * lam / 2  # so that the weighted residual is -lambda on the first equation, else zero
     problem = Problem(
         DenseOperator({"w": jacobians}),
         torch.zeros(equations, 1, dtype=torch.float64),

@@ -67,9 +67,9 @@ def separable_saddle():
     a[0, 0], b[1, 0] = torch.diag(torch.tensor([2.0, 1.0])), 1.0
     labels = torch.tensor([[3.0], [2.0]], dtype=torch.float64)
     problem = Problem(
-        DenseOperator({"a": a, "b": b}), 0 * labels, labels, get_loss("squared-error"), {"a": 0.25, "b": 0.25}
+        DenseOperator({"a": a, "b": b}), 0 * labels, labels, get_loss("squared-error"), {"a": 0.5, "b": 0.5}
     )
-    # With weights 1/2, (3 - s)/2 = lambda along e_2 and (2 - s)/2 = lambda: s = 2.5 and 1.5.
+    # With weights 1/2, 3 - s = lambda along e_2 and 2 - s = lambda: s = 2.5 and 1.5.
     along = math.sqrt(2.5) * torch.tensor([[0.0], [1.0]], dtype=torch.float64)
     one = math.sqrt(1.5) * torch.ones(1, 1, dtype=torch.float64)
     return problem, {"a": (along, along.clone()), "b": (one, one.clone())}
@@ -128,7 +128,7 @@ def test_two_block_saddle():
     found = classify(problem, saddle)
     assert found.verdict == "saddle"
     assert found.gradient_norm < 1e-12
-    assert found.escape.curvature == pytest.approx(-0.25, rel=1e-5)  # lambda - ||g||, g = -(1/4) diag(2, 1)
+    assert found.escape.curvature == pytest.approx(-0.5, rel=1e-5)  # lambda - ||g||, g = -(1/2) diag(2, 1)
     assert float(torch.cat(found.escape.direction["b"]).norm()) < 1e-2
     assert verified(problem, saddle, found)
 
@@ -264,7 +264,8 @@ def test_rotations_of_weak_columns_are_not_taken_for_a_saddle():
     sizes, rho = torch.tensor([1.0, 0.001, 0.001], dtype=torch.float64), 1.001
     problem, _, _, _ = spurious_instance(3, rho=rho)
     labels = problem.labels.clone()
-    labels[:3, 0] = 2 * sizes + problem.operator.n_samples * 0.1 / 2  # the same gradient at other singular values
+    c = math.sqrt(2)
+    labels[:3, 0] = c * sizes + problem.operator.n_samples * 0.1 / (2 * c)  # the same gradient at other singular values
     problem = replace(problem, labels=labels)
     trap = torch.cat([torch.diag(sizes.sqrt()), torch.zeros(1, 3, dtype=torch.float64)])
     near = trap * torch.tensor([1.0, 0.999, 0.999])
@@ -407,17 +408,17 @@ def test_flat_directions_beyond_rotations_are_not_strict():
     both = torch.cat([w, torch.zeros(1, *w.shape[1:], dtype=torch.float64)])
     weights = torch.tensor([0.5, 0.5, 0.5], dtype=torch.float64)
     joint = Problem(
-        DenseOperator({"w": both, "x": extra}), 0 * labels, labels, get_loss("squared-error"), {"w": 0.1, "x": 0.2},
+        DenseOperator({"w": both, "x": extra}), 0 * labels, labels, get_loss("squared-error"), {"w": 0.1, "x": 0.4},
         weights,
     )  # fmt: skip
     zero = torch.zeros(1, 1, dtype=torch.float64)
-    point = {**trap, "x": (zero, zero.clone())}  # ||g_x|| = 0.5 * 0.4 = lambda_x: curvature 0 along (1, 1)
+    point = {**trap, "x": (zero, zero.clone())}  # ||g_x|| = 2 * 0.5 * 0.4 = lambda_x: curvature 0 along (1, 1)
     found = classify(joint, point)
     assert found.verdict == "spurious-local-minimum"
     assert found.strict is False
     assert found.radius is None
     assert "not strict" in found.sentence
-    strict = classify(joint.with_penalty({"w": 0.1, "x": 0.21}), point)
+    strict = classify(joint.with_penalty({"w": 0.1, "x": 0.42}), point)
     assert strict.strict is True
 
 

@@ -49,7 +49,7 @@ from ranksure.cli.report import report_beside
 from ranksure.cli.terminal import command_line, width
 
 if TYPE_CHECKING:
-    from ranksure.runs.certificate.result import RunCertificate
+    from ranksure.records.certificate import RunCertificate
     from ranksure.runs.saved.data import RunData
     from ranksure.runs.saved.open import LoadedRun
 
@@ -169,17 +169,18 @@ def certify_command(
     found = replace(found, n_samples=rows.n_rows)  # packed sequences hold several
     if is_sample:
         found = sampled(found, rows.n_rows, rows.total_rows)
-    record = {**full_record(found, run, rows), "command": command_line()}
-    written = write_record(place, record)
+    found = full_record(found, run, rows, command_line())
+    written = write_record(place, found)
     _show_run(run, rows, found, console)
-    show_certificate(found, console, parameters=record_parameters(record))
+    show_certificate(found, console, parameters=parameters_of(found))
     console.print(f"written to {written} ({found.seconds:.0f} s)", highlight=False)
     report_beside(place, console)
     if json:
         import sys
-        from json import dumps
 
-        sys.stdout.write(dumps(record, indent=1) + "\n")
+        from ranksure.records.record import encoded
+
+        sys.stdout.write(encoded(found.to_json()).decode())
 
 
 class Watched:
@@ -197,9 +198,9 @@ class Watched:
         return len(self.batches)
 
 
-def record_parameters(record: dict[str, Any]) -> dict[str, int]:
-    """The adapter's parameters by module, of a record."""
-    return {name: entry["parameters"] for name, entry in record["modules"].items() if "parameters" in entry}
+def parameters_of(found: RunCertificate) -> dict[str, int]:
+    """The adapter's parameters by module."""
+    return {name: state.parameters for name, state in found.modules.items() if state.parameters is not None}
 
 
 def _show_run(run: LoadedRun, rows: RunData, found: RunCertificate, console: Console) -> None:

@@ -184,7 +184,7 @@ def fit_command(
     on_interrupt(lambda: _left(out, restart))
     reporter = RichReporter(Console(stderr=True))
     result = fit(model, data, out=out, plan=plan, reporter=reporter, command=command_line(), **settings)
-    for note in result.data["notes"]:
+    for note in result.record.notes:
         console.print(f"[yellow]note[/yellow] {_plain(note)}", highlight=False)
     verdict = result.certificate.verdict
     console.print(f"[bold]verdict[/bold] [{_COLOUR.get(verdict, 'white')}]{verdict}[/]", highlight=False)
@@ -192,15 +192,16 @@ def fit_command(
         console.print(_plain(sentence), highlight=False)
     if result.model is None:
         console.print("this fit had been finished before; nothing was done", highlight=False)
-    elif result.data["resumed"]:
+    elif result.record.resumed:
         console.print("gone on with from an unfinished fit", highlight=False)
-    console.print(f"written to {result.folder} ({result.data['seconds']['total']:.0f} s)", highlight=False)
+    console.print(f"written to {result.folder} ({result.record.seconds['total']:.0f} s)", highlight=False)
     report_beside(out, console)
     if json:
         import sys
-        from json import dumps
 
-        sys.stdout.write(dumps(result.data, indent=1) + "\n")
+        from ranksure.records.record import encoded
+
+        sys.stdout.write(encoded(result.record).decode())
 
 
 def _left(out: Path, restart: bool) -> str:

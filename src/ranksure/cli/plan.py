@@ -241,7 +241,7 @@ def _plan(
         show_estimate(prepared, estimate(prepared), console)
         return
     result = run_plan(prepared, clock)
-    result.data["command"] = command_line()
+    result.record.command = command_line()
     if out is not None:
         with clock.stage("export", "Writing and checking the adapter"):
             result.save(out)

@@ -53,16 +53,11 @@ def check_out(out: Path) -> None:
 
 
 def provenance(run: LoadedRun, rows: RunData | None) -> dict[str, Any]:
-    """Which adapter, base and data a record is about."""
+    """Which adapter, base and data a record is about: further fields of it."""
     from importlib.metadata import version
 
-    known: dict[str, Any] = {
-        "run": {"adapter": str(run.folder), "adapter_sha256": run.adapter_sha256, "base": run.base},
-        "ranksure_version": version("ranksure"),
-    }
-    if rows is not None:
-        known["data"] = {"source": rows.source, "sha256": rows.sha256, "rows": rows.n_rows, "of": rows.total_rows}
-    return known
+    data = None if rows is None else rows.described
+    return {"run": run.source, "data": data, "ranksure_version": version("ranksure")}
 
 
 def show_notes(notes: list[str], console: Console) -> None:

@@ -42,14 +42,14 @@ class Trap:
 
 
 def spurious_instance(
-    r: int, *, lam: float = 0.1, c: float = 2.0, s: float = 1.0, rho: float = 2.0, extra: int = 0
+    r: int, *, lam: float = 0.1, c: float = math.sqrt(2), s: float = 1.0, rho: float = 2.0, extra: int = 0
 ) -> Trap:
     """One block, ``N = r (r + 3) / 2`` equations, a trap at rank ``r`` and none at ``r + 1``.
 
     ``N + 1 = (r + 1)(r + 2) / 2``, so rank ``r + 1`` is the smallest above the threshold of Theorem 4.1 and ``r`` the
     largest below: the threshold is tight. With ``e = e_{r+1}``, squared error and zero base logits,
 
-    - ``G_a = c (e_a e_a^T + (rho / r) e e^T)``, ``y_a = c s + N lambda / c`` for ``a <= r``,
+    - ``G_a = c (e_a e_a^T + (rho / r) e e^T)``, ``y_a = c s + N lambda / (2 c)`` for ``a <= r``,
     - ``G_ab = c (e_a e_b^T + e_b e_a^T) / sqrt 2``, ``y_ab = 0`` for ``a < b <= r``,
     - ``G_a' = c (e e_a^T + e_a e^T) / sqrt 2``, ``y_a' = 0`` for ``a <= r``.
 
@@ -66,7 +66,7 @@ def spurious_instance(
 
     Raises:
         SettingError: ``r < 1``, ``extra < 0``, ``rho <= 1``, a value that is not positive and finite, or
-            ``c^2 s / N <= lambda (rho - 1)``, where the point is a saddle.
+            ``2 c^2 s / N <= lambda (rho - 1)``, where the point is a saddle.
     """
     n = r * (r + 3) // 2
     _check(r, n, lam, c, s, rho, extra)
@@ -77,9 +77,9 @@ def spurious_instance(
     pairs = [(a, b) for a in range(r) for b in range(a + 1, r)] + [(a, r) for a in range(r)]
     gradients += [c * (torch.outer(unit[a], unit[b]) + torch.outer(unit[b], unit[a])) / math.sqrt(2) for a, b in pairs]
     labels = torch.zeros(n, 1, dtype=torch.float64)
-    labels[:r] = c * s + n * lam / c
+    labels[:r] = c * s + n * lam / (2 * c)
     trap = math.sqrt(s) * unit[:, :r]
-    t = (c * s + n * lam / c - n * lam / (c * rho)) * r / (c * rho)
+    t = (c * s + n * lam / (2 * c) * (1 - 1 / rho)) * r / (c * rho)
     best = math.sqrt(t) * unit[:, r : r + 1]
     return Trap(
         _squared_error({"w": torch.stack(gradients)}, labels, {"w": lam}),
@@ -92,7 +92,7 @@ def spurious_instance(
 
 
 def two_block_instance(
-    *, lam: float = 0.1, c: float = 2.0, s: float = 1.0, rho: float = 2.0, share: float = 0.5, extra: int = 1
+    *, lam: float = 0.1, c: float = math.sqrt(2), s: float = 1.0, rho: float = 2.0, share: float = 0.5, extra: int = 1
 ) -> Trap:
     """Two blocks, two equations, ranks (1, 3): the sum over blocks passes the threshold, block "first" does not.
 
@@ -160,7 +160,7 @@ def _squared_error(gradients: dict[str, Tensor], labels: Tensor, penalty: dict[s
 
 def _excess(r: int, n: int, lam: float, c: float, s: float, rho: float) -> float:
     away = 1 - 1 / rho
-    return r * away * (lam * s + n * lam**2 / (2 * c**2) * away)
+    return r * away * (lam * s + n * lam**2 / (4 * c**2) * away)
 
 
 def _check(r: int, n: int, lam: float, c: float, s: float, rho: float, extra: int) -> None:
@@ -170,8 +170,8 @@ def _check(r: int, n: int, lam: float, c: float, s: float, rho: float, extra: in
         raise SettingError("lambda, c, s and rho must be positive and finite")
     if rho <= 1:
         raise SettingError(f"the spectral ratio of a spurious minimum is above 1, not {rho}")
-    if not c**2 * s / n > lam * (rho - 1):
+    if not 2 * c**2 * s / n > lam * (rho - 1):
         raise SettingError(
-            f"c^2 s / N = {c**2 * s / n:g} must be above lambda (rho - 1) = {lam * (rho - 1):g}: at r = {r} the point "
-            "is a saddle; take a larger c or s"
+            f"2 c^2 s / N = {2 * c**2 * s / n:g} must be above lambda (rho - 1) = {lam * (rho - 1):g}: at r = {r} the "
+            "point is a saddle; take a larger c or s"
         )

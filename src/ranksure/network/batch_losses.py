@@ -10,18 +10,16 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ranksure.errors import CaptureError, DataError, SettingError
-from ranksure.loss_terms import CHUNK_VALUES, Terms, batch_terms, cross_entropy, is_shifted, kind_of, token_places
-from ranksure.losses import Kind
+from ranksure.loss_terms import CHUNK_VALUES, Terms, Weighting, batch_terms, is_shifted, kind_of, token_places
+from ranksure.losses import CrossEntropy, Kind, get_loss
 from ranksure.network.logits import Batch, device_of, logits_in, to_device, unlabelled
 from ranksure.network.targets import base_layer, base_network
-
-Weighting = Literal["token", "sample"]
 
 _TEXT_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
 _WORDS = 8  # tokens of a text on which the model's own loss is looked at
@@ -72,7 +70,7 @@ class Forward:
 
     def terms(self) -> Terms:
         """All terms, with weights that sum to one."""
-        return Terms(self.kind or "cross-entropy", torch.cat(self._losses), torch.cat(self._weights) / self.weight)
+        return Terms(self.kind or CrossEntropy.name, torch.cat(self._losses), torch.cat(self._weights) / self.weight)
 
     def losses_only(self, batch: Batch) -> None:
         """Add a batch's terms, without gradients.
@@ -158,9 +156,9 @@ class Forward:
         return (output, found.seed(per_row)) if gradient and len(found.rows) else None
 
     def _add_streamed(self, hidden: Tensor, labels: Tensor, gradient: bool) -> tuple[Tensor, Tensor] | None:
-        if self.kind not in (None, "cross-entropy"):
+        self.kind = self.kind or CrossEntropy.name
+        if get_loss(self.kind).term != "sample":
             raise SettingError(f"the {self.kind} loss is not one of tokens")
-        self.kind = "cross-entropy"
         rows, places, truth = token_places(hidden.shape, labels, is_shifted(self.base))
         if not len(rows):
             return None
@@ -184,7 +182,8 @@ class Forward:
         with torch.set_grad_enabled(gradient):
             logits = self._head(leaf)
         plain = type(base_layer(self._head)) is nn.Linear  # whose backward does not need its output
-        losses, slope = cross_entropy(logits, truth, weights, overwrite=plain)
+        shown = logits.detach() if plain else logits.detach().clone()
+        losses, slope = get_loss(self.kind or CrossEntropy.name).terms(shown, truth, weights)
         if not gradient:
             return losses, None
         return losses, torch.autograd.grad(logits, leaf, slope.to(logits.dtype))[0]

@@ -131,7 +131,7 @@ def read_samples(data: Any, settings: PlanSettings, split: str | None) -> Sample
     """
     columns = ("text_column", "text_pair_column", "image_column", "audio_column", "label_column")
     options = {name: getattr(settings, name) for name in columns}
-    return load_samples(settings.task, data, split=split, regression=settings.loss == "squared-error", **options)
+    return load_samples(settings.task, data, split=split, regression=not get_loss(settings.loss).of_classes, **options)
 
 
 def _targets(task: Task[Any], settings: PlanSettings) -> dict[str, nn.Module]:
@@ -222,7 +222,7 @@ def estimate(prepared: Prepared) -> Estimate:
 
 def linearise(prepared: Prepared, clock: Clock) -> Linearised:
     """Fit the head where it is new, and capture training and held-out rows."""
-    task, loss, settings = prepared.task, prepared.loss, prepared.settings
+    task, loss = prepared.task, prepared.loss
     head, pooling = None, {}
     if task.head_is_new:
         with clock.stage("head", "Fitting the new head") as advance:
@@ -241,7 +241,7 @@ def linearise(prepared: Prepared, clock: Clock) -> Linearised:
             )
     # Poolings are compared where lambda is chosen: a user who follows the comparison has not used up the report rows.
     judge = held[0] or held[1]
-    if head is not None and judge is not None and settings.loss != "squared-error":
+    if head is not None and judge is not None and loss.of_classes:
         with clock.stage("head", "Comparing poolings") as advance:
             pooling[task.pooling] = accuracy(judge.base_logits, judge.labels, loss)
             other = task.alternative()

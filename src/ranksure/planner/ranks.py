@@ -23,7 +23,7 @@ _START_BUDGET = 4e11  # floating-point operations spent on random starts of one 
 
 
 @dataclass
-class RankRow:
+class TableRow:
     """What one uniform rank reaches; see ``RankTable``."""
 
     rank: int
@@ -42,12 +42,12 @@ class RankRow:
 class RankTable:
     """Rows by uniform rank, all judged by the same best dual value and best objective."""
 
-    rows: list[RankRow]
+    rows: list[TableRow]
     solution: Solution
     best_dual: float
     best_objective: float
 
-    def row(self, rank: int) -> RankRow:
+    def row(self, rank: int) -> TableRow:
         """The row of a rank."""
         return next(row for row in self.rows if row.rank == rank)
 
@@ -141,11 +141,11 @@ def rank_table(
 
 def _solve_row(
     problem: Problem, table: RankTable, rank: int, requested: bool, seed: int, random_starts: int | None
-) -> RankRow:
+) -> TableRow:
     ranks = clipped(problem, rank)
     solution = table.solution
     if all(solution.ranks[name] <= allowed for name, allowed in ranks.items()):  # the optimum itself fits
-        return RankRow(rank, requested, solution.factors, solution.certificate, 1, True, 0, 0.0)
+        return TableRow(rank, requested, solution.factors, solution.certificate, 1, True, 0, 0.0)
     found: FixedRank = solve_fixed_rank(
         problem,
         ranks,
@@ -158,7 +158,7 @@ def _solve_row(
     result = found.solution
     table.best_dual = max(table.best_dual, result.certificate.dual)
     table.best_objective = min(table.best_objective, result.certificate.objective)
-    return RankRow(
+    return TableRow(
         rank,
         requested,
         result.factors,

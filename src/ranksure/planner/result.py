@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,8 @@ from ranksure.adapters.export_merged import export_merged
 from ranksure.errors import SettingError
 from ranksure.factors import Factors
 from ranksure.files import staged_folder
+from ranksure.records.plan import Generalization, Plan
+from ranksure.records.record import encoded, plain
 from ranksure.tasks.text import MeanPooled
 from ranksure.theory.generalization import GeneralizationBound
 
@@ -67,39 +68,39 @@ def _is_plan(path: Path) -> bool:
     return isinstance(content, dict) and "schema" in content and "recommended" in content
 
 
-def generalization_json(bound: GeneralizationBound, used: float, lambda_max: float) -> dict[str, Any]:
-    """``plan.json``'s key ``generalization``: the bound, and the lambda it prescribes beside the one that was used.
-
-    Next to the bound's own fields (``theorem``, ``sharper`` and ``data_dependent``, each with ``kappa``,
-    ``prescribed`` and ``slope``; ``heuristic`` with its reasons) it holds, for the form ``theorem``,
-    ``prescribed_weight_decay``, and its ratios ``prescribed_over_used`` and ``prescribed_over_lambda_max``.
-    """
+def generalization_record(bound: GeneralizationBound, used: float, lambda_max: float) -> Generalization:
+    """The bound, and the lambda that its form ``theorem`` prescribes beside the one that was used."""
     content = bound.to_json()
     del content["block_weights"]  # a plan has one lambda
     prescribed = bound.theorem.prescribed
-    return {
+    return Generalization(
         **content,
-        "prescribed_weight_decay": prescribed,
-        "prescribed_over_used": prescribed / used,
-        "prescribed_over_lambda_max": prescribed / lambda_max if lambda_max > 0 else math.inf,
-    }
+        prescribed_weight_decay=prescribed,
+        prescribed_over_used=prescribed / used,
+        prescribed_over_lambda_max=prescribed / lambda_max if lambda_max > 0 else None,
+    )
 
 
 class PlanResult:
     """What a plan found.
 
     Attributes:
-        data: the content of ``plan.json``.
+        record: the content of ``plan.json``.
         factors: the certified optimum, ``(u, v)`` by module, at scale one.
     """
 
-    def __init__(self, data: dict[str, Any], factors: Factors, prepared: Prepared) -> None:
-        self.data, self.factors, self._prepared = data, factors, prepared
+    def __init__(self, record: Plan, factors: Factors, prepared: Prepared) -> None:
+        self.record, self.factors, self._prepared = record, factors, prepared
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The record as dicts and lists."""
+        return plain(self.record)
 
     @property
     def is_zero(self) -> bool:
         """Whether the optimum is no update at all (lambda at or above lambda_max)."""
-        return not any(self.data["optimum"]["ranks"].values())
+        return self.record.optimum.is_zero
 
     @property
     def lora_config(self) -> LoraConfig:
@@ -108,7 +109,7 @@ class PlanResult:
         Raises:
             AdapterError: the optimum is zero, so there is nothing to train.
         """
-        return self._config(self.data["recommended"]["rank_pattern"])
+        return self._config(self.record.recommended.rank_pattern)
 
     @property
     def pattern_lora_config(self) -> LoraConfig:
@@ -119,7 +120,7 @@ class PlanResult:
         Raises:
             AdapterError: the optimum is zero, so there is nothing to train.
         """
-        return self._config(self.data["recommended"]["linear_pattern"])
+        return self._config(self.record.recommended.linear_pattern)
 
     def _config(self, ranks: dict[str, int]) -> LoraConfig:
         task = self._prepared.task
@@ -132,102 +133,89 @@ class PlanResult:
         )
 
     @property
-    def _difference(self) -> float:
-        """Relative difference between the real network and its linearisation, the larger of training and held-out."""
-        linearity = self.data["linearity"]
-        return max((v for v in (linearity["train"], linearity["heldout"]) if v is not None), default=0.0)
-
-    @property
     def warnings(self) -> list[str]:
         """What a user should know before trusting the advice."""
         out: list[str] = []
-        linearity, worst = self.data["linearity"], self._difference
-        if worst > LINEARITY_WARNING:
+        record, linearity = self.record, self.record.linearity
+        if linearity.worst > LINEARITY_WARNING:
             out.append(
-                f"The real network differs from its linearisation by {worst:.0%} of the change: the certificate is for "
-                "the linearised problem, so treat the ranks as a guide, consider twice the rank, and certify the "
-                "trained run."
+                f"The real network differs from its linearisation by {linearity.worst:.0%} of the change: the "
+                "certificate is for the linearised problem, so treat the ranks as a guide, consider twice the rank, "
+                "and certify the trained run."
             )
-        losses = [point["selection_loss"] for point in self.data["path"]]
-        if len(losses) > 1 and None not in losses and min(losses) == losses[-1]:
+        losses = [point.selection_loss for point in record.path if point.selection_loss is not None]
+        if len(losses) > 1 and min(losses) == losses[-1]:
             out.append(
-                f"The held-out loss still fell at the end of the path of lambda ({self.data['weight_decay']:.3g}, "
-                f"{self.data['weight_decay'] / self.data['lambda_max']:.2g} of lambda_max): a weaker decay may be "
+                f"The held-out loss still fell at the end of the path of lambda ({record.weight_decay:.3g}, "
+                f"{record.weight_decay / record.lambda_max:.2g} of lambda_max): a weaker decay may be "
                 "better; give --weight-decay a smaller number to see."
             )
-        held, real = self.data["heldout"], linearity.get("heldout_real_loss")
-        if held is not None and real is not None and real > held["loss_without_adapter"]:
+        held, real = record.heldout, linearity.heldout_real_loss
+        if held is not None and real is not None and real > held.loss_without_adapter:
             out.append(
                 "With the solved update the real network does worse on held-out rows than without an adapter (loss "
-                f"{real:.4f} against {held['loss_without_adapter']:.4f})."
+                f"{real:.4f} against {held.loss_without_adapter:.4f})."
             )
-        optimum = self.data["optimum"]
-        if optimum["status"] != "converged":
+        optimum = record.optimum
+        if optimum.status != "converged":
             out.append(
-                f"The optimum was not certified to the tolerance: relative gap {optimum['relative_gap']:.1e}; "
-                f"{optimum['remedy']}."
+                f"The optimum was not certified to the tolerance: relative gap {optimum.relative_gap:.1e}; "
+                f"{optimum.remedy}."
             )
-        accuracies = self.data["head"]["accuracy"]
-        if accuracies.get("mean") is not None and accuracies.get("model") is not None:
-            gain = accuracies["mean"] - accuracies["model"]
-            if gain > 0.01 and self.data["pooling"] == "model":
-                out.append(
-                    f"Mean pooling is the better head here ({accuracies['mean']:.1%} against {accuracies['model']:.1%} "
-                    "before any adapter, on the rows that choose lambda): try --pooling mean, and look at its "
-                    "linearity before you trust it."
-                )
+        mean, model = record.head.accuracy.get("mean"), record.head.accuracy.get("model")
+        if mean is not None and model is not None and mean - model > 0.01 and record.pooling == "model":
+            out.append(
+                f"Mean pooling is the better head here ({mean:.1%} against {model:.1%} before any adapter, on the rows "
+                "that choose lambda): try --pooling mean, and look at its linearity before you trust it."
+            )
         return out
 
     def sentences(self) -> list[str]:
         """The answer in three plain sentences."""
-        data = self.data
-        bounds, optimum, advice = data["bounds"], data["optimum"], data["recommended"]
+        record, optimum, advice = self.record, self.record.optimum, self.record.recommended
         if self.is_zero:
             return [
-                f"No adapter is needed: at weight decay {data['weight_decay']:.3g} (lambda_max is "
-                f"{data['lambda_max']:.3g}) the certified optimum is no update at all, so the rank is 0.",
+                f"No adapter is needed: at weight decay {record.weight_decay:.3g} (lambda_max is "
+                f"{record.lambda_max:.3g}) the certified optimum is no update at all, so the rank is 0.",
                 "Held-out loss rises as the weight decay falls, so nothing is gained by a weaker one."
-                if len(data["path"]) > 1
+                if len(record.path) > 1
                 else "Lower the weight decay to let the data move the weights.",
             ]
-        share = f"{100 * data['captured_target']:.6g}%"  # 99.9% is not 100%
-        kept = advice["linear_pattern"]
+        share = f"{100 * record.captured_target:.6g}%"  # 99.9% is not 100%
+        kept = advice.linear_pattern
         ranks = set(kept.values())
         pattern = (
             f"rank {ranks.pop()} in {_count(len(kept), 'module')}"
             if len(ranks) == 1
             else f"ranks {min(ranks)} to {max(ranks)} in {_count(len(kept), 'module')}"
         )
-        left_out = len(data["target_modules"]) - len(kept)
-        far = self._difference > LINEARITY_WARNING
+        left_out = len(record.target_modules) - len(kept)
+        far = record.linearity.worst > LINEARITY_WARNING
         first = (
-            f"Rank {advice['r']} is enough in {_every(len(data['target_modules']))}: it captures at least {share} of "
-            f"what any rank could gain on these {data['n_samples']} rows."
+            f"Rank {advice.r} is enough in {_every(len(record.target_modules))}: it captures at least {share} of "
+            f"what any rank could gain on these {record.n_samples} rows."
         )
         if far:
             first = f"For the linearised network, which is far from the real one here, {first[0].lower()}{first[1:]}"
-        if advice["parameters_pattern"] < advice["parameters_uniform"]:
-            first += f" The linearised network needs only {pattern} ({advice['captured_pattern']:.2%})"
+        if advice.parameters_pattern < advice.parameters_uniform:
+            first += f" The linearised network needs only {pattern} ({advice.captured_pattern:.2%})"
             # measured in docs/does-the-advice-transfer.md
             first += ", but a trained one often uses the targets left out." if left_out else "."
-        existence = bounds["existence"]["numerical"] or bounds["existence"]["effective"]
-        landscape = bounds["landscape"]["numerical"] or bounds["landscape"]["effective"]
-        stuck = [row["rank"] for row in data["ranks"] if row["verdict"] == "rank-bound"]
+        stuck = [row.rank for row in record.ranks if row.verdict == "rank-bound"]
         trapped = f", and rank {_listed(stuck)} is stuck below it (rank-bound)" if stuck else ""
-        largest = max(optimum["ranks"].values())
         second = (
-            f"Theory promises an optimum of rank at most {existence} and, for almost every small perturbation of the "
-            f"objective, no spurious minima from rank {landscape}; the certified optimum has rank {largest} "
-            f"(relative gap {optimum['relative_gap']:.1e}){trapped}."
+            f"Theory promises an optimum of rank at most {record.bounds.existence.best} and, for almost every small "
+            f"perturbation of the objective, no spurious minima from rank {record.bounds.landscape.best}; the "
+            f"certified optimum has rank {optimum.largest_rank} (relative gap {optimum.relative_gap:.1e}){trapped}."
         )
-        held = data["heldout"]
+        held = record.heldout
         if held is None:
             return [first, second, "There were no held-out rows, so nothing is said about generalisation."]
         third = (
-            f"On {held['rows']} held-out rows that chose nothing, the smallest rank within one standard error of the "
-            f"best is {advice['heldout_r']}"
+            f"On {held.rows} held-out rows that chose nothing, the smallest rank within one standard error of the "
+            f"best is {advice.heldout_r}"
         )
-        if advice["heldout_r"] == 0:
+        if advice.heldout_r == 0:
             return [f"{third}: there the adapter shows no gain over the network without it.", first, second]
         return [first, second, f"{third}."]
 
@@ -240,8 +228,8 @@ class PlanResult:
 
     def to_json(self) -> str:
         """``plan.json`` as text; infinite values become null."""
-        content = {**self.data, "sentences": self.sentences(), "warnings": self.warnings}
-        return json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
+        self.record.sentences, self.record.warnings = self.sentences(), self.warnings
+        return encoded(self.record, indent=2).decode()
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write ``plan.json``, the configuration and the solved update; the folder appears whole or not at all.
@@ -269,7 +257,7 @@ class PlanResult:
         owner = f"{type(task.adapted).__name__}{', with a head of its own' if task.pooling == 'mean' else ''}"
         lines = [
             f"The smallest uniform rank found, in every target; module names are those of {owner}.",
-            f"Weight decay {self.data['weight_decay']:.6g}: L2 on the LoRA factors, as SGD applies it, not AdamW.",
+            f"Weight decay {self.record.weight_decay:.6g}: L2 on the LoRA factors, as SGD applies it, not AdamW.",
         ]
         if task.saved_modules:
             lines.append("Made for its own fitted head, frozen: ranksure.install_planned_head(peft_model, PLAN).")
@@ -278,9 +266,9 @@ class PlanResult:
         return "".join(f"# {line}\n" for line in lines)
 
     def _axolotl(self) -> str:
-        task, advice = self._prepared.task, self.data["recommended"]
+        task, advice = self._prepared.task, self.record.recommended
         return axolotl_yaml(
-            advice["rank_pattern"], weight_decay=advice["weight_decay"], modules_to_save=task.saved_modules
+            advice.rank_pattern, weight_decay=self.record.weight_decay, modules_to_save=task.saved_modules
         )
 
     def _usage(self) -> str:
@@ -342,11 +330,3 @@ def _count(n: int, noun: str) -> str:
 def _listed(values: list[int]) -> str:
     texts = [str(value) for value in values]
     return texts[0] if len(texts) == 1 else ", ".join(texts[:-1]) + " and " + texts[-1]
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 from torch import Tensor
@@ -15,19 +17,36 @@ from ranksure.network.logits import predict
 from ranksure.network.side_path import applied
 from ranksure.operators.factored import FactoredOperator
 from ranksure.planner.prepare import Linearised, Prepared, estimate, linearise, prepare
-from ranksure.planner.ranks import RankTable, clipped, parameters, rank_table, smallest_pattern
-from ranksure.planner.result import PlanResult, generalization_json
+from ranksure.planner.ranks import RankTable, TableRow, clipped, parameters, rank_table, smallest_pattern
+from ranksure.planner.result import PlanResult, generalization_record
 from ranksure.planner.settings import PlanSettings
 from ranksure.planner.subsets import extrapolate, subset_row, subset_rows
 from ranksure.problem import Problem
 from ranksure.progress import Advance, Clock, Reporter, Silent
 from ranksure.quantities import parse_share
+from ranksure.records.plan import (
+    Bound,
+    Estimate,
+    Extrapolation,
+    Generalization,
+    Head,
+    HeldOutFigures,
+    Linearity,
+    Optimum,
+    PathStep,
+    Plan,
+    PlanBounds,
+    RankRow,
+    Recommended,
+    Source,
+    Subset,
+)
 from ranksure.solvers.burer_monteiro import solve
 from ranksure.solvers.path import PathPoint, lambda_path
 from ranksure.solvers.solution import Solution
 from ranksure.tasks.linearise import HeldOut
-from ranksure.theory.bounds import existence_bounds, landscape_bounds, numerical_rank
-from ranksure.theory.generalization import GeneralizationBound, generalization_bound
+from ranksure.theory.bounds import Bounds, existence_bounds, landscape_bounds, numerical_rank
+from ranksure.theory.generalization import generalization_bound
 
 _PATIENCE = 3  # the path ends after this many points without a lower selection loss
 _SIGN_DRAWS = 32  # adjoints spent on the Rademacher average of the generalisation bound
@@ -67,24 +86,83 @@ def plan(
 
 def run_plan(prepared: Prepared, clock: Clock) -> PlanResult:
     """Everything after the data and the model are read."""
-    options, loss = prepared.settings, prepared.loss
+    options, task, train = prepared.settings, prepared.task, prepared.split.train
     guess = estimate(prepared)
     check_memory(guess.total_bytes, options.memory_bytes, "the captured factors and their working copies")
     lin = linearise(prepared, clock)
     bounds = _bounds(lin, clock)
     lam, path = _choose_lambda(lin, clock)
     problem = lin.problem.with_penalty(lam)
+    solution = _solve(problem, path, options, clock)
+    with clock.stage("generalization", "Computing the generalisation bound") as advance:
+        generalization = _generalization(lin, problem, advance)
+    ranks = _examine_ranks(problem, solution, options, clock)
+    subsets, extrapolation = _subsets(problem, solution, prepared, clock)
+    with clock.stage("linearity", "Comparing with the real network"):
+        linearity = _linearity(lin, solution.factors)
+    figures, heldout, heldout_rank = _held_out(lin, ranks.table)
+    record = Plan(
+        model=task.name,
+        revision=task.revision,
+        data=Source(source=train.source, sha256=train.sha256, rows=prepared.split.total),
+        n_samples=problem.operator.n_samples,
+        n_outputs=task.n_outputs,
+        loss=prepared.loss.name,
+        mean_per=prepared.loss.term,
+        pooling=task.pooling,
+        task=task.record(),
+        weight_decay=lam,
+        weight_decay_chosen_by="held-out loss on the path" if options.weight_decay == "auto" else "the user",
+        lambda_max=lin.lambda_max,
+        target_modules=list(problem.operator.shapes),
+        shapes=dict(problem.operator.shapes),
+        bounds=bounds,
+        path=_path_record(lin, path),
+        optimum=_optimum_record(solution),
+        ranks=[_row_record(problem, row, figures) for row in ranks.table.rows],
+        heldout=heldout,
+        recommended=_recommended(problem, ranks, lam, heldout_rank),
+        subsets=subsets,
+        extrapolation=extrapolation,
+        linearity=linearity,
+        generalization=generalization,
+        head=_head_record(lin),
+        captured_target=options.captured,
+        seed=options.seed,
+        estimate=Estimate(bytes=guess.total_bytes, seconds=guess.capture_seconds + guess.solve_seconds),
+        seconds={**clock.seconds, "total": round(sum(clock.seconds.values()), 3)},
+        notes=prepared.notes,
+        settings=options.to_json(),
+        versions={name: version(name) for name in ("torch", "transformers", "peft")},
+    )
+    return PlanResult(record, solution.factors, prepared)
+
+
+def _solve(problem: Problem, path: list[PathPoint], options: PlanSettings, clock: Clock) -> Solution:
+    """The certified optimum, from the nearest point of the path."""
+    lam = max(problem.penalty.values())
+    start = min(path, key=lambda point: abs(math.log(point.lam / lam))).solution.factors if path else None
     with clock.stage("solve", "Solving to a certified optimum") as advance:
-        start = min(path, key=lambda point: abs(math.log(point.lam / lam))).solution.factors if path else None
-        solution = solve(
+        return solve(
             problem,
             tolerance=options.tolerance,
             start=start,
             progress=lambda index, certificate: advance(_digits(certificate.relative_gap, options.tolerance), 100),
         )
-    zero = not any(solution.ranks.values())
-    with clock.stage("generalization", "Computing the generalisation bound") as advance:
-        generalization = generalization_json(_generalization(lin, problem, advance), lam, lin.lambda_max)
+
+
+@dataclass(frozen=True)
+class _Ranks:
+    """What each rank reaches; the smallest uniform rank and the smallest pattern found, with the shares captured."""
+
+    table: RankTable
+    smallest: int
+    captured_uniform: float
+    pattern: dict[str, int]
+    captured_pattern: float
+
+
+def _examine_ranks(problem: Problem, solution: Solution, options: PlanSettings, clock: Clock) -> _Ranks:
     with clock.stage("ranks", "Examining ranks") as advance:
         table, smallest = rank_table(
             problem,
@@ -95,69 +173,27 @@ def run_plan(prepared: Prepared, clock: Clock) -> PlanResult:
             random_starts=options.random_starts,
             advance=advance,
         )
-    pattern, captured = dict.fromkeys(solution.ranks, 0), 1.0
-    if not zero:
-        with clock.stage("pattern", "Finding the smallest rank pattern") as advance:
-            pattern, point = smallest_pattern(problem, solution, options.captured, advance)
-            captured = table.captured(point.certificate)[0]
-            if parameters(problem, clipped(problem, smallest)) < parameters(problem, pattern):
-                pattern, captured = clipped(problem, smallest), table.row(smallest).captured[0]
-    subsets: list[dict[str, Any]] = []
-    extrapolation = None
-    n = problem.operator.n_samples
-    if prepared.split.total > n and not zero:
-        with clock.stage("subsets", "Solving nested subsets") as advance:
-            sizes = [size for size in (n // 4, n // 2) if size >= 4]
-            rows = subset_rows(problem, sizes, options.ranks, options.captured, advance)
-            rows.append(subset_row(problem, solution, n, options.ranks, options.captured))
-            subsets = [row.to_json() for row in rows]
-            extrapolation = extrapolate(rows, prepared.split.total)
-    with clock.stage("linearity", "Comparing with the real network"):
-        linearity = _linearity(lin, solution.factors)
-    heldout, heldout_rank = _held_out(lin, table)
-    data = {
-        "schema": 1,
-        "model": prepared.task.name,
-        "revision": prepared.task.revision,
-        "data": {
-            "source": prepared.split.train.source,
-            "sha256": prepared.split.train.sha256,
-            "rows": prepared.split.total,
-        },
-        "n_samples": n,
-        "n_outputs": prepared.task.n_outputs,
-        "loss": loss.name,
-        "pooling": prepared.task.pooling,
-        "task": prepared.task.record(),
-        "weight_decay": lam,
-        "weight_decay_chosen_by": "held-out loss on the path" if options.weight_decay == "auto" else "the user",
-        "lambda_max": lin.lambda_max,
-        "target_modules": list(problem.operator.shapes),
-        "shapes": {name: list(shape) for name, shape in problem.operator.shapes.items()},
-        "bounds": bounds,
-        "path": _path_json(lin, path),
-        "optimum": _optimum_json(solution),
-        "ranks": [_row_json(problem, row, heldout) for row in table.rows],
-        "heldout": heldout["base"],
-        "recommended": {
-            **_recommended(problem, smallest, pattern, lam, heldout_rank, zero),
-            "captured_uniform": 1.0 if zero else table.row(smallest).captured[0],
-            "captured_pattern": captured,
-        },
-        "subsets": subsets,
-        "extrapolation": extrapolation,
-        "linearity": linearity,
-        "generalization": generalization,
-        "head": _head_json(lin),
-        "captured_target": options.captured,
-        "seed": options.seed,
-        "estimate": {"bytes": guess.total_bytes, "seconds": guess.capture_seconds + guess.solve_seconds},
-        "seconds": {**clock.seconds, "total": round(sum(clock.seconds.values()), 3)},
-        "notes": prepared.notes,
-        "settings": options.to_json(),
-        "versions": _versions(),
-    }
-    return PlanResult(data, solution.factors, prepared)
+    if not any(solution.ranks.values()):
+        return _Ranks(table, 0, 1.0, dict.fromkeys(solution.ranks, 0), 1.0)
+    uniform, reached = clipped(problem, smallest), table.row(smallest).captured[0]
+    with clock.stage("pattern", "Finding the smallest rank pattern") as advance:
+        pattern, point = smallest_pattern(problem, solution, options.captured, advance)
+    if parameters(problem, uniform) < parameters(problem, pattern):
+        return _Ranks(table, smallest, reached, uniform, reached)
+    return _Ranks(table, smallest, reached, pattern, table.captured(point.certificate)[0])
+
+
+def _subsets(
+    problem: Problem, solution: Solution, prepared: Prepared, clock: Clock
+) -> tuple[list[Subset], Extrapolation | None]:
+    n, options = problem.operator.n_samples, prepared.settings
+    if prepared.split.total <= n or not any(solution.ranks.values()):
+        return [], None
+    with clock.stage("subsets", "Solving nested subsets") as advance:
+        sizes = [size for size in (n // 4, n // 2) if size >= 4]
+        rows = subset_rows(problem, sizes, options.ranks, options.captured, advance)
+        rows.append(subset_row(problem, solution, n, options.ranks, options.captured))
+        return rows, extrapolate(rows, prepared.split.total)
 
 
 def _digits(gap: float, tolerance: float) -> int:
@@ -167,7 +203,7 @@ def _digits(gap: float, tolerance: float) -> int:
     return min(100, int(100 * math.log10(gap) / math.log10(tolerance)))
 
 
-def _bounds(lin: Linearised, clock: Clock) -> dict[str, Any]:
+def _bounds(lin: Linearised, clock: Clock) -> PlanBounds:
     problem, task = lin.problem, lin.prepared.task
     operator = problem.reduced[0].operator
     shapes = dict(problem.operator.shapes)
@@ -185,11 +221,15 @@ def _bounds(lin: Linearised, clock: Clock) -> dict[str, Any]:
                 advance(index + 1, len(shapes))
             assert total is not None
             whole = numerical_rank(total)
-    return {
-        "existence": existence_bounds(n, task.n_outputs, effective, whole, shapes).to_json(),
-        "landscape": landscape_bounds(n, task.n_outputs, effective, each, shapes).to_json(),
-        "operator_rank": whole,
-    }
+    return PlanBounds(
+        existence=_bound(existence_bounds(n, task.n_outputs, effective, whole, shapes)),
+        landscape=_bound(landscape_bounds(n, task.n_outputs, effective, each, shapes)),
+        operator_rank=whole,
+    )
+
+
+def _bound(bounds: Bounds) -> Bound:
+    return Bound(paper=bounds.paper, effective=bounds.effective, numerical=bounds.numerical)
 
 
 def _choose_lambda(lin: Linearised, clock: Clock) -> tuple[float, list[PathPoint]]:
@@ -214,45 +254,48 @@ def _choose_lambda(lin: Linearised, clock: Clock) -> tuple[float, list[PathPoint
     return path[losses.index(min(losses))].lam, path
 
 
-def _path_json(lin: Linearised, path: list[PathPoint]) -> list[dict[str, Any]]:
+def _path_record(lin: Linearised, path: list[PathPoint]) -> list[PathStep]:
     return [
-        {
-            "weight_decay": point.lam,
-            "selection_loss": float(lin.select.losses(point.solution.factors).mean()) if lin.select else None,
-            "objective": point.solution.certificate.objective,
-            "ranks": point.solution.ranks,
-            "relative_gap": point.solution.certificate.relative_gap,
-        }
+        PathStep(
+            weight_decay=point.lam,
+            selection_loss=float(lin.select.losses(point.solution.factors).mean()) if lin.select else None,
+            objective=point.solution.certificate.objective,
+            ranks=point.solution.ranks,
+            relative_gap=point.solution.certificate.relative_gap,
+        )
         for point in path
     ]
 
 
-def _optimum_json(solution: Solution) -> dict[str, Any]:
+def _optimum_record(solution: Solution) -> Optimum:
     certificate = solution.certificate
-    return {
-        "objective": certificate.objective,
-        "dual": certificate.dual,
-        "gap": certificate.gap,
-        "relative_gap": certificate.relative_gap,
-        "objective_at_zero": certificate.objective_at_zero,
-        "ranks": solution.ranks,
-        "spectral_ratio": certificate.spectral_ratio,
-        "status": solution.status,
-        "remedy": solution.remedy,
-    }
+    return Optimum(
+        objective=certificate.objective,
+        dual=certificate.dual,
+        gap=certificate.gap,
+        relative_gap=certificate.relative_gap,
+        objective_at_zero=certificate.objective_at_zero,
+        ranks=solution.ranks,
+        spectral_ratio=certificate.spectral_ratio,
+        status=solution.status,
+        remedy=solution.remedy,
+    )
 
 
-def _held_out(lin: Linearised, table: RankTable) -> tuple[dict[str, Any], int | None]:
-    """Held-out figures by rank, and the smallest rank within one paired standard error of the best."""
+_Figures = dict[int, tuple[float, float | None]]  # held-out loss and accuracy by rank
+
+
+def _held_out(lin: Linearised, table: RankTable) -> tuple[_Figures, HeldOutFigures | None, int | None]:
+    """Figures by rank, without an adapter, and the smallest rank within one paired standard error of the best."""
     held = lin.report
     if held is None:
-        return {"base": None, "rows": {}}, None
+        return {}, None, None
     base = held.losses({})
     losses: dict[int, Tensor] = {0: base}
-    rows: dict[int, dict[str, float | None]] = {}
+    figures: _Figures = {}
     for row in table.rows:
         losses[row.rank] = held.losses(row.factors)
-        rows[row.rank] = {"loss": float(losses[row.rank].mean()), "accuracy": held.accuracy(row.factors)}
+        figures[row.rank] = float(losses[row.rank].mean()), held.accuracy(row.factors)
     best = min(losses, key=lambda rank: float(losses[rank].mean()))
     chosen = best
     for rank in sorted(losses):
@@ -261,56 +304,56 @@ def _held_out(lin: Linearised, table: RankTable) -> tuple[dict[str, Any], int | 
         if float(difference.mean()) <= error:
             chosen = rank
             break
-    summary = {
-        "rows": len(held.rows),
-        "loss_without_adapter": float(base.mean()),
-        "accuracy_without_adapter": held.accuracy({}),
-        "best_rank": best,
-        "note": "rows that chose nothing; figures of the linearised network",
-    }
-    return {"base": summary, "rows": rows}, chosen
+    summary = HeldOutFigures(
+        rows=len(held.rows),
+        loss_without_adapter=float(base.mean()),
+        accuracy_without_adapter=held.accuracy({}),
+        best_rank=best,
+        note="rows that chose nothing; figures of the linearised network",
+    )
+    return figures, summary, chosen
 
 
-def _row_json(problem: Problem, row: Any, heldout: dict[str, Any]) -> dict[str, Any]:
-    figures = heldout["rows"].get(row.rank, {"loss": None, "accuracy": None})
-    return {
-        "rank": row.rank,
-        "objective": row.certificate.objective,
-        "gap": row.certificate.gap,
-        "spectral_ratio": row.certificate.spectral_ratio,
-        "captured": list(row.captured),
-        "heldout_loss": figures["loss"],
-        "heldout_accuracy": figures["accuracy"],
-        "parameters": parameters(problem, clipped(problem, row.rank)),
-        "verdict": row.verdict,
-        "starts": row.starts,
-        "stationary": row.stationary,
-        "negative_curvature": row.negative_curvature,
-        "requested": row.requested,
-    }
+def _row_record(problem: Problem, row: TableRow, figures: _Figures) -> RankRow:
+    loss, accuracy = figures.get(row.rank, (None, None))
+    return RankRow(
+        rank=row.rank,
+        objective=row.certificate.objective,
+        gap=row.certificate.gap,
+        spectral_ratio=row.certificate.spectral_ratio,
+        captured=row.captured,
+        heldout_loss=loss,
+        heldout_accuracy=accuracy,
+        parameters=parameters(problem, clipped(problem, row.rank)),
+        verdict=row.verdict,
+        starts=row.starts,
+        stationary=row.stationary,
+        negative_curvature=row.negative_curvature,
+        requested=row.requested,
+    )
 
 
-def _recommended(
-    problem: Problem, smallest: int, pattern: dict[str, int], lam: float, heldout_rank: int | None, zero: bool
-) -> dict[str, Any]:
-    kept = {name: rank for name, rank in pattern.items() if rank > 0}
+def _recommended(problem: Problem, ranks: _Ranks, lam: float, heldout_rank: int | None) -> Recommended:
+    kept = {name: rank for name, rank in ranks.pattern.items() if rank > 0}
     # Every target, though the linearised network may need fewer: a trained network often uses those too.
-    uniform = {} if zero else clipped(problem, smallest)
-    return {
-        "r": 0 if zero else smallest,
-        "lora_alpha": 0 if zero else smallest,
-        "rank_pattern": uniform,
-        "alpha_pattern": dict(uniform),
-        "target_modules": list(uniform),
-        "peft": _exact_fields(uniform),
-        "linear_pattern": kept,
-        "linear_peft": _exact_fields(kept),
-        "weight_decay": lam,
-        "heldout_r": heldout_rank,
-        "parameters_uniform": parameters(problem, clipped(problem, smallest)),
-        "parameters_pattern": parameters(problem, kept),
-        "note": "smallest found; weight_decay is L2 on LoRA factors at scale lora_alpha / r = 1: SGD's, not AdamW's",
-    }
+    uniform = clipped(problem, ranks.smallest) if ranks.smallest else {}
+    return Recommended(
+        r=ranks.smallest,
+        lora_alpha=ranks.smallest,
+        rank_pattern=uniform,
+        alpha_pattern=dict(uniform),
+        target_modules=list(uniform),
+        peft=_exact_fields(uniform),
+        linear_pattern=kept,
+        linear_peft=_exact_fields(kept),
+        weight_decay=lam,
+        heldout_r=heldout_rank,
+        parameters_uniform=parameters(problem, uniform),
+        parameters_pattern=parameters(problem, kept),
+        captured_uniform=ranks.captured_uniform,
+        captured_pattern=ranks.captured_pattern,
+        note="smallest found; weight_decay is L2 on LoRA factors at scale lora_alpha / r = 1: SGD's, not AdamW's",
+    )
 
 
 def _exact_fields(kept: dict[str, int]) -> dict[str, Any] | None:
@@ -322,7 +365,7 @@ def _exact_fields(kept: dict[str, int]) -> dict[str, Any] | None:
     return {name: getattr(config, name) for name in names}
 
 
-def _generalization(lin: Linearised, problem: Problem, advance: Advance) -> GeneralizationBound:
+def _generalization(lin: Linearised, problem: Problem, advance: Advance) -> Generalization:
     """Theorem 5.1 on the training rows, with what speaks against it here."""
     reasons = []
     if lin.head is not None:
@@ -330,23 +373,23 @@ def _generalization(lin: Linearised, problem: Problem, advance: Advance) -> Gene
     if lin.prepared.split.train.label_names is not None:
         reasons.append("the rows were drawn by class")  # in the classes' shares, hence not independent
     seed = lin.prepared.settings.seed
-    return generalization_bound(problem, draws=_SIGN_DRAWS, seed=seed, reasons=reasons, advance=advance)
+    bound = generalization_bound(problem, draws=_SIGN_DRAWS, seed=seed, reasons=reasons, advance=advance)
+    return generalization_record(bound, max(problem.penalty.values()), lin.lambda_max)
 
 
-def _head_json(lin: Linearised) -> dict[str, Any]:
+def _head_record(lin: Linearised) -> Head:
     fit = lin.head
-    out: dict[str, Any] = {"new": fit is not None, "accuracy": lin.pooling_accuracy}
-    if fit is not None:
-        out |= {"ridge": fit.ridge, "cross_validated_loss": min(fit.scores)}
-    return out
+    if fit is None:
+        return Head(accuracy=lin.pooling_accuracy)
+    return Head(new=True, accuracy=lin.pooling_accuracy, ridge=fit.ridge, cross_validated_loss=min(fit.scores))
 
 
-def _linearity(lin: Linearised, factors: Factors) -> dict[str, Any]:
+def _linearity(lin: Linearised, factors: Factors) -> Linearity:
     """``||z(W0 + delta) - z_lin|| / ||z_lin - z(W0)||`` in the logits that the loss can see."""
     prepared, loss = lin.prepared, lin.prepared.loss
-    out: dict[str, Any] = {"train": None, "heldout": None}
+    out: dict[str, Any] = {}
     if all(u.shape[1] == 0 for u, _ in factors.values()):
-        return {"train": 0.0, "heldout": 0.0 if lin.report else None, "note": "the update is zero"}
+        return Linearity(train=0.0, heldout=0.0 if lin.report else None, note="the update is zero")
     problem = lin.problem
     assert isinstance(problem.operator, FactoredOperator)
     train = HeldOut(problem.operator, problem.base_logits, problem.labels, loss, prepared.split.train)
@@ -363,10 +406,4 @@ def _linearity(lin: Linearised, factors: Factors) -> dict[str, Any]:
         out[f"{key}_real_loss"] = float(loss.value(real, labels).mean())
         out[f"{key}_linear_loss"] = float(loss.value(linear, labels).mean())
         out[f"{key}_real_accuracy"] = accuracy(real, labels, loss)
-    return out
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("torch", "transformers", "peft")}
+    return Linearity(**out)

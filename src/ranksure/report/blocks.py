@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
 from markupsafe import Markup
+
+from ranksure.report.svg import Canvas, render
 
 
 class Status(Enum):
@@ -107,6 +109,22 @@ class Figure:
     note: str = ""
 
     kind = "figure"
+
+
+def drawn(
+    id: str,
+    draw: Callable[[Canvas], None],
+    title: str,
+    status: Status | None,
+    summary: str,
+    shows: str,
+    table: Table,
+    legend: Sequence[Key] = (),
+    note: str = "",
+) -> Figure:
+    """A figure, drawn wide and narrow; ``shows`` says to who cannot see it what kind of picture it is."""
+    wide, narrow = render(id, draw)
+    return Figure(id, title, status, summary, f"{shows} {summary}", wide, narrow, table, legend, note)
 
 
 @dataclass(frozen=True)

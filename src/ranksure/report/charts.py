@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ranksure.report.module_places import clean
-from ranksure.report.svg import DASHES, INKS, MARKERS, SERIES, Canvas, label, log_ticks, plain_ticks, ticks
+from ranksure.report.svg import DASHES, INKS, MARKERS, SERIES, Canvas, label, layer_ticks, log_ticks, plain_ticks, ticks
 from ranksure.report.wording import percent
 
 VERDICT_MARK = {"optimal": ("o", "good"), "rank-bound": ("^", "warn"), "not-converged": ("s", "bad")}
@@ -32,21 +32,26 @@ def captured(
         target: share asked for.
     """
     left, right = canvas.axes(2, height=290)
-    positions = list(range(len(ranks)))
-    middle = [50 * (low + high) for low, high in intervals]
-    left.plot(positions, middle, color=INKS["c0"], linewidth=1.5, alpha=0.55, zorder=2)
-    left.axhline(100 * target, color=INKS["muted"], linewidth=1.2, linestyle=DASHES[1])
+    _shares(left, intervals, verdicts, target)
+    _missing(right, missing, verdicts, target)
+    for axes in (left, right):
+        _categories(axes, ranks)
+
+
+def _shares(axes: Any, intervals: Sequence[tuple[float, float]], verdicts: Sequence[str], target: float) -> None:
+    axes.plot([50 * (low + high) for low, high in intervals], color=INKS["c0"], linewidth=1.5, alpha=0.55, zorder=2)
+    axes.axhline(100 * target, color=INKS["muted"], linewidth=1.2, linestyle=DASHES[1])
     before, lower = "", False
-    for x, (low, high), verdict in zip(positions, intervals, verdicts, strict=True):
+    for x, ((low, high), verdict) in enumerate(zip(intervals, verdicts, strict=True)):
         marker, colour = VERDICT_MARK.get(verdict, ("o", "muted"))
-        left.plot([x, x], [100 * low, 100 * high], color=INKS[colour], linewidth=5, alpha=0.35, solid_capstyle="butt")
-        left.plot(x, 50 * (low + high), marker, color=INKS[colour], markersize=9, zorder=4, **_EDGE)
+        axes.plot([x, x], [100 * low, 100 * high], color=INKS[colour], linewidth=5, alpha=0.35, solid_capstyle="butt")
+        axes.plot(x, 50 * (low + high), marker, color=INKS[colour], markersize=9, zorder=4, **_EDGE)
         shown = percent(0.5 * (low + high), 1)
         if shown != before:
             above = high < 0.9
             lower = not above and not lower  # labels below the marks take turns at two heights
-            last = x == positions[-1]
-            left.annotate(
+            last = x == len(intervals) - 1
+            axes.annotate(
                 shown,
                 (x, 100 * (high if above else low)),
                 xytext=(0 if last else 7, (9 if last else 4) if above else -8 if lower else -23),
@@ -57,24 +62,25 @@ def captured(
             )
         before = shown
     floor = min(0.0, *(100 * low for low, _ in intervals))
-    left.set_ylim(floor - 6 if floor < 0 else -6, 108)
-    left.set_yticks([0, 25, 50, 75, 100])
-    plain_ticks(left.yaxis, lambda value: f"{value:g}%")
-    label(left, "rank", "share of the possible gain")
-    _categories(left, ranks)
-    kept = [(x, value, verdict) for x, value, verdict in zip(positions, missing, verdicts, strict=True) if value]
+    axes.set_ylim(floor - 6 if floor < 0 else -6, 108)
+    axes.set_yticks([0, 25, 50, 75, 100])
+    plain_ticks(axes.yaxis, lambda value: f"{value:g}%")
+    label(axes, "rank", "share of the possible gain")
+
+
+def _missing(axes: Any, missing: Sequence[float | None], verdicts: Sequence[str], target: float) -> None:
+    kept = [(x, value, verdict) for x, (value, verdict) in enumerate(zip(missing, verdicts, strict=True)) if value]
     for x, value, verdict in kept:
         marker, colour = VERDICT_MARK.get(verdict, ("o", "muted"))
-        right.plot(x, value, marker, color=INKS[colour], markersize=9, zorder=4, **_EDGE)
-    right.set_yscale("log")
+        axes.plot(x, value, marker, color=INKS[colour], markersize=9, zorder=4, **_EDGE)
+    axes.set_yscale("log")
     values = [value for _, value, _ in kept] or [1.0]
-    right.set_ylim(min(*values, 1e-4) / 6, max(*values, 1 - target, 1e-4) * 6)
-    right.axhline(1 - target, color=INKS["muted"], linewidth=1.2, linestyle=DASHES[1])
-    right.axhline(1e-4, color=INKS["good"], linewidth=1.2, linestyle=DASHES[2])
-    right.plot([x for x, _, _ in kept], values[: len(kept)], color=INKS["c0"], linewidth=1.5, alpha=0.55, zorder=2)
-    log_ticks(right.yaxis)
-    label(right, "rank", "certified: at most so much is missing")
-    _categories(right, ranks)
+    axes.set_ylim(min(*values, 1e-4) / 6, max(*values, 1 - target, 1e-4) * 6)
+    axes.axhline(1 - target, color=INKS["muted"], linewidth=1.2, linestyle=DASHES[1])
+    axes.axhline(1e-4, color=INKS["good"], linewidth=1.2, linestyle=DASHES[2])
+    axes.plot([x for x, _, _ in kept], values[: len(kept)], color=INKS["c0"], linewidth=1.5, alpha=0.55, zorder=2)
+    log_ticks(axes.yaxis)
+    label(axes, "rank", "certified: at most so much is missing")
 
 
 _EDGE: dict[str, Any] = {"markeredgecolor": INKS["card"], "markeredgewidth": 1.2}
@@ -212,9 +218,7 @@ def ratios(
         axes.plot(x, y, MARKERS[index % 8], color=SERIES[index % 8], **_EDGE)
     axes.axhline(verdict_line, color=INKS["muted"], linewidth=1.4, linestyle=DASHES[1])
     _roomy(axes, [verdict_line, *(y for points in series.values() for _, y in points)])
-    axes.set_xlim(-0.6, len(stops) - 0.4)
-    step = max(1, -(-len(stops) // (12 if canvas.narrow else 28)))
-    axes.set_xticks(range(0, len(stops), step), stops[::step])
+    layer_ticks(canvas, axes, stops)
 
 
 def growth(

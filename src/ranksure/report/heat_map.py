@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ranksure.report.blocks import Figure, Status, Table
+from ranksure.report.blocks import Figure, Status, Table, drawn
 from ranksure.report.module_places import NO_LAYER, labels, layers, places, shortened
-from ranksure.report.svg import INKS, Canvas, render
+from ranksure.report.svg import INKS, Canvas
 
 _STRIP = {False: 24, True: 6}  # columns of one strip: layers where wide, kinds of modules where narrow
 _LEVELS = 6
@@ -73,14 +73,19 @@ def heat_map(
         ]
         for name in names
     ]
-    wide, narrow = render(figure_id, lambda canvas: _draw(canvas, grids, found, largest))
     kinds, depth = labels(found), layers(found)
-    alt = (
-        f"Heat map of {len(names)} modules: {len(kinds)} kinds ({', '.join(kinds[:8])}) in {len(depth)} layers. "
-        f"{summary}"
-    )
+    shows = f"Heat map of {len(names)} modules: {len(kinds)} kinds ({', '.join(kinds[:8])}) in {len(depth)} layers."
     table = Table("Rank of every module", ["module", *(grid.title for grid in grids), *more], rows)
-    return Figure(figure_id, title, status, summary, alt, wide, narrow, table, note=note)
+    return drawn(
+        figure_id,
+        lambda canvas: _draw(canvas, grids, found, largest),
+        title,
+        status,
+        summary,
+        shows,
+        table,
+        note=note,
+    )
 
 
 @dataclass(frozen=True)

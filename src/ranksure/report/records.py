@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ranksure.errors import DataError, SettingError
-from ranksure.records.shape import fault
-from ranksure.records.specs import SPECS
+from ranksure.errors import SettingError
+from ranksure.records import KINDS, RunCertificate, checked, parsed, read
 
-SCHEMA = 1
 _DEPTH = 3  # folders below the one given that are looked into
 _MOST = 60  # records of one page
-_LARGEST = 64 * 2**20  # bytes of one record
 _SKIPPED = {"checkpoints", "parts", "__pycache__", "node_modules"}
 
 _KNOWN = {f"{kind}.json": kind for kind in ("plan", "certificate", "fit", "grow", "compress")}
@@ -27,16 +23,16 @@ class Record:
     """One result.
 
     Attributes:
-        kind: a key of :data:`~ranksure.records.specs.SPECS`.
+        kind: a key of :data:`KINDS`.
         path: its file.
         where: the file's folder, relative to the folder of the report; empty for that folder itself.
-        data: its content, checked against its spec.
+        data: its content, of the kind's type.
     """
 
     kind: str
     path: Path
     where: str
-    data: dict[str, Any]
+    data: Any
 
     @property
     def folder(self) -> Path:
@@ -73,7 +69,7 @@ def find(folder: Path) -> Found:
     found = Found()
     for place in _folders(folder, _DEPTH):
         _read_folder(place, folder, found)
-    order = list(SPECS)
+    order = list(KINDS)
     found.records.sort(key=lambda record: order.index(record.kind))  # else as found, from the folder down
     if not found.records:
         seen = f" ({found.skipped[0]} is no result of ranksure)" if found.skipped else ""
@@ -111,20 +107,20 @@ def _read_folder(place: Path, root: Path, found: Found) -> None:
         names = {path.name for path in known}
         for path in sorted(known, key=lambda entry: order.index(entry.name)):
             kind = _KNOWN[path.name]
-            content = _parsed(path)
+            content = parsed(path)
             if kind == "certificate" and "fit.json" in names:
                 continue  # shown by the fit, which it belongs to
-            found.records.append(_checked(kind, path, where, content))
+            found.records.append(Record(kind, path, where, checked(content, KINDS[kind], path)))
         return
     if (place / "adapter_config.json").is_file() or (place / "config.json").is_file():
         return
     for path in files:
-        content = _parsed(path)
+        content = parsed(path)
         kind = _kind(content)
         if kind is None:
             found.skipped.append(os.path.relpath(path, root))
         else:
-            found.records.append(_checked(kind, path, where, content))
+            found.records.append(Record(kind, path, where, checked(content, KINDS[kind], path)))
 
 
 def _kind(content: Any) -> str | None:
@@ -135,35 +131,10 @@ def _kind(content: Any) -> str | None:
     return "lab" if {"name", "claim", "checks", "verdict"} <= set(content) else None
 
 
-def _parsed(path: Path) -> Any:
-    try:
-        if path.stat().st_size > _LARGEST:
-            raise DataError(f"{path} is larger than {_LARGEST >> 20} MiB, too large for a result")
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        shown = " ".join(str(error).split())
-        raise DataError(f"{path} is damaged, no JSON ({shown}): make it again, or move it away") from None
-
-
-def certificate_beside(record: Record) -> dict[str, Any]:
+def certificate_beside(record: Record) -> RunCertificate:
     """The certificate of a fit, from the file beside ``fit.json``.
 
     Raises:
         DataError: it is missing or damaged.
     """
-    path = record.folder / "certificate.json"
-    return _checked("certificate", path, record.where, _parsed(path)).data
-
-
-def _checked(kind: str, path: Path, where: str, content: Any) -> Record:
-    schema = content.get("schema") if isinstance(content, dict) else None
-    if schema != SCHEMA or isinstance(schema, bool):
-        stated = "no schema" if schema is None else f"schema {schema!r}"
-        raise DataError(
-            f"{path} has {stated}; this version of ranksure reads schema {SCHEMA}: make it again, or update ranksure"
-        )
-    if wrong := fault(content, SPECS[kind]):
-        raise DataError(f"{path} is damaged: {wrong}; make it again, or move it away")
-    return Record(kind, path, where, content)
+    return read(record.folder / "certificate.json", RunCertificate)

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from ranksure.errors import DataError
-from ranksure.report.blocks import Figure, Key, Status, Table
+from ranksure.report.blocks import Figure, Key, Status, Table, drawn
 from ranksure.report.module_places import labels, layers, places
-from ranksure.report.svg import INKS, MARKERS, SERIES, Canvas, label, log_ticks, render
+from ranksure.report.svg import INKS, MARKERS, SERIES, Canvas, label, layer_ticks, log_ticks
 from ranksure.report.wording import counted, number
 
 _SMALLEST = 1e-6  # of the largest: below it a singular value is rounding
@@ -99,82 +99,72 @@ def spectrum_figure(figure_id: str, folder: Path, status: Status, what: str) -> 
         what: what it is, such as ``the certified optimum``.
     """
     found = singular_values(folder)
-    if not found or sum(len(values) for values in found.values()) < 2:
+    total = sum(len(values) for values in found.values()) if found else 0
+    if not found or total < 2:
         return None  # one number needs no picture
     where = places(found)
-    depth, kinds = layers(where), labels(where)
-    one_layer = len(depth) == 1
-    stops = kinds if one_layer else depth
-
-    def draw(canvas: Canvas) -> None:
-        (axes,) = canvas.axes(height=280 if not canvas.narrow else 270)
-        spread = 0.0 if one_layer else min(0.6, 0.12 * (len(kinds) - 1))
-        for index, kind in enumerate(kinds):
-            points: list[tuple[float, float]] = []
-            for name, values in found.items():
-                layer, own = where[name]
-                if own == kind:
-                    shift = spread * (index / max(len(kinds) - 1, 1) - 0.5)
-                    x = stops.index(own if one_layer else layer) + shift
-                    points += [(x, float(value)) for value in values]
-            if points:
-                x_values, y_values = zip(*points, strict=True)
-                colour = SERIES[index % len(SERIES)]
-                axes.plot(
-                    x_values,
-                    y_values,
-                    MARKERS[index % len(MARKERS)],
-                    color=colour,
-                    markersize=6 if len(stops) < 30 else 4,
-                    markeredgecolor=INKS["card"],
-                    markeredgewidth=0.6,
-                )
-        axes.set_yscale("log")
-        low, high = axes.get_ylim()
-        axes.set_ylim(low / 1.3, high * 1.3)
-        log_ticks(axes.yaxis)
-        axes.set_xlim(-0.6, len(stops) - 0.4)
-        step = max(1, -(-len(stops) // (12 if canvas.narrow else 28)))
-        axes.set_xticks(range(0, len(stops), step), stops[::step])
-        label(axes, "module" if one_layer else "layer", "singular value of the update (log scale)")
-
-    wide, narrow = render(figure_id, draw)
+    kinds, one_layer = labels(where), len(layers(where)) == 1
     most = max(len(values) for values in found.values())
-    total = sum(len(values) for values in found.values())
     used = sum(1 for values in found.values() if len(values))
-    largest = max((float(values[0]), name) for name, values in found.items() if len(values))
+    largest, place = max((float(values[0]), name) for name, values in found.items() if len(values))
     summary = (
         f"{what[0].upper()}{what[1:]} has {counted(total, 'singular value')} in "
         f"{used} of {counted(len(found), 'module')}, "
-        f"at most {most} in one; the largest, {number(largest[0], '.3g')}, is in {largest[1]}."
-    )
-    shown = min(most, 8)
-    rows = [
-        [
-            name,
-            str(len(values)),
-            *(number(float(v), ".3g") for v in values[:shown]),
-            *[""] * (shown - len(values[:shown])),
-        ]
-        for name, values in found.items()
-    ]
-    more = f"Only the first {shown} of each module are listed." if most > shown else ""
-    table = Table(
-        "Singular values of the update",
-        ["module", "numerical rank", *(f"σ{i + 1}" for i in range(shown))],
-        rows,
-        more=more,
+        f"at most {most} in one; the largest, {number(largest, '.3g')}, is in {place}."
     )
     legend = [Key(kind, f"c{index % len(SERIES)}", MARKERS[index % len(MARKERS)]) for index, kind in enumerate(kinds)]
-    return Figure(
+    return drawn(
         figure_id,
+        lambda canvas: _draw(canvas, found, where),
         "How large is the update in each layer?",
         status,
         summary,
-        f"Dots on a logarithmic scale, by {'module' if one_layer else 'layer'}. {summary}",
-        wide,
-        narrow,
-        table,
+        f"Dots on a logarithmic scale, by {'module' if one_layer else 'layer'}.",
+        _table(found, min(most, 8), most),
         legend if len(kinds) > 1 and not one_layer else (),
         note=f"Singular values below {_SMALLEST:g} of the largest are rounding and left out.",
+    )
+
+
+def _draw(canvas: Canvas, found: dict[str, np.ndarray], where: dict[str, tuple[str, str]]) -> None:
+    depth, kinds = layers(where), labels(where)
+    one_layer = len(depth) == 1
+    stops = kinds if one_layer else depth
+    spread = 0.0 if one_layer else min(0.6, 0.12 * (len(kinds) - 1))
+    (axes,) = canvas.axes(height=280 if not canvas.narrow else 270)
+    for index, kind in enumerate(kinds):
+        shift = spread * (index / max(len(kinds) - 1, 1) - 0.5)
+        points = [
+            (stops.index(kind if one_layer else where[name][0]) + shift, float(value))
+            for name, values in found.items()
+            if where[name][1] == kind
+            for value in values
+        ]
+        if points:
+            axes.plot(
+                *zip(*points, strict=True),
+                MARKERS[index % len(MARKERS)],
+                color=SERIES[index % len(SERIES)],
+                markersize=6 if len(stops) < 30 else 4,
+                markeredgecolor=INKS["card"],
+                markeredgewidth=0.6,
+            )
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.set_ylim(low / 1.3, high * 1.3)
+    log_ticks(axes.yaxis)
+    layer_ticks(canvas, axes, stops)
+    label(axes, "module" if one_layer else "layer", "singular value of the update (log scale)")
+
+
+def _table(found: dict[str, np.ndarray], shown: int, most: int) -> Table:
+    rows = []
+    for name, values in found.items():
+        cells = [number(float(value), ".3g") for value in values[:shown]]
+        rows.append([name, str(len(values)), *cells, *[""] * (shown - len(cells))])
+    return Table(
+        "Singular values of the update",
+        ["module", "numerical rank", *(f"σ{i + 1}" for i in range(shown))],
+        rows,
+        more=f"Only the first {shown} of each module are listed." if most > shown else "",
     )

@@ -11,7 +11,7 @@ import io
 import re
 import warnings
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -169,6 +169,13 @@ def log_ticks(axis: Any, most: int = 6) -> None:
     axis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if tight else (1,), numticks=most))
     axis.set_minor_locator(LogLocator(10, subs=(), numticks=most))
     plain_ticks(axis, power)
+
+
+def layer_ticks(canvas: Canvas, axes: Axes, stops: Sequence[str]) -> None:
+    """One place for each layer (or module), named where there is room."""
+    axes.set_xlim(-0.6, len(stops) - 0.4)
+    step = max(1, -(-len(stops) // (12 if canvas.narrow else 28)))
+    axes.set_xticks(range(0, len(stops), step), stops[::step])
 
 
 def render(name: str, draw: Draw) -> tuple[Markup, Markup]:

@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 
 from ranksure.data.texts import Rows
 from ranksure.errors import SettingError
+from ranksure.losses import get_loss
 from ranksure.network.checkpoints import device_named, load_tokenizer, settle_padding, token_limit
 from ranksure.tasks.classifiers import Classifier, head_name, load_classifier, own_label_order
 from ranksure.tasks.task import Task
@@ -173,7 +174,7 @@ def load_text_task(
         ModelError: the model cannot be found, loaded or used for these labels.
         SettingError: an option has no meaning here.
     """
-    n_outputs = _n_outputs(rows, loss)
+    n_outputs = get_loss(loss).outputs_for(None if rows.label_names is None else len(rows.label_names))
     if isinstance(model, PreTrainedModel):
         if tokenizer is None:
             raise SettingError("a model in memory needs its tokenizer: pass tokenizer=")
@@ -233,14 +234,3 @@ def _mean_pooled(task: TextTask, encoder: PreTrainedModel) -> TextTask:
         model_task=task,
         notes=list(task.notes),
     )
-
-
-def _n_outputs(rows: Rows, loss: str) -> int:
-    if loss == "cross-entropy":
-        if rows.label_names is None:
-            raise SettingError("cross-entropy needs class labels; for float targets use --loss squared-error")
-        return len(rows.label_names)
-    if loss == "logistic" and (rows.label_names is None or len(rows.label_names) != 2):
-        found = "float targets" if rows.label_names is None else f"{len(rows.label_names)} classes"
-        raise SettingError(f"the logistic loss needs two classes, but {rows.source} has {found}: use cross-entropy")
-    return 1

@@ -47,8 +47,6 @@ def radius_of(here: Point, least: float, flatness: float, margin: float) -> floa
     docs/theory/stationarity.md); where that is positive, the ball holds a local minimum in its interior.
     """
     problem, loss = here.working, here.problem.loss
-    if loss.name not in ("squared-error", "logistic", "cross-entropy"):
-        return None  # the lower bound below is proved for these
     error = norm_of(here.gradient) + here.gradient_error
     sine = flatness / least
     mu = least * (1 - sine**2) - flatness * sine**2
@@ -65,8 +63,8 @@ def radius_of(here: Point, least: float, flatness: float, margin: float) -> floa
     rho = 2.1 * error / mu
     for _ in range(60):
         theta = rho * math.sqrt(smooth / (4 * (mu + m)))
-        change = 0.0 if loss.name == "squared-error" else math.sqrt(2) * steepest * (widest * rho + rho**2 / 2)
-        if theta >= 1 or change > 1 or error * rho >= margin:
+        change = loss.self_concordance * steepest * (widest * rho + rho**2 / 2)
+        if theta >= 1 or not change <= 1 or error * rho >= margin:
             return None
         # 2 (exp(-s) + s - 1) / s^2 >= 1 - s / 3
         a = (1 - change / 3) * (1 - theta)

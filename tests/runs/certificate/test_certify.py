@@ -390,7 +390,7 @@ def test_json_and_advice():
     model, batches, _ = small_run()
     for found in (certify(model, batches, lam=0.01), certify(model, batches)):
         data = json.loads(json.dumps(found.to_json(), allow_nan=False))
-        assert data["verdict"] == found.verdict and data["schema"] == 1
+        assert data["verdict"] == found.verdict and data["schema"] == 2
         assert data["modules"]["first"]["rank"] == 2 and data["objective"] == found.objective
         text = " ".join(found.advice())
         assert "both are bounds" in text and "Below 5% of the objective a gain counts as none" in text

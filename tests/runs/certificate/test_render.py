@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from ranksure.records.certificate import ModuleVerdict, Probe, RunCertificate
 from ranksure.runs.certificate.record import sampled
 from ranksure.runs.certificate.render import show_certificate
-from ranksure.runs.certificate.result import ModuleVerdict, Probe, RunCertificate
 
 
 def module(verdict: str, slope: float, lam: float | None = 0.01) -> ModuleVerdict:

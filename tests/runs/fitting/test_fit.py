@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 from ranksure.cli import app
 from ranksure.data.texts import load_rows
 from ranksure.errors import RanksureError, SettingError
+from ranksure.records.record import plain
 from ranksure.runs.fitting.fit import fit
 from ranksure.runs.fitting.plan_folder import read_plan
 from ranksure.runs.fitting.settings import FitSettings
@@ -40,7 +41,7 @@ def reload(folder, tiny):
 
 def test_at_a_sufficient_rank_it_ends_first_order_optimal_as_the_plan_predicted(tiny, done):
     assert done.certificate.verdict == "first-order-optimal"
-    plan = read_plan(tiny / "plan2").data
+    plan = plain(read_plan(tiny / "plan2").record)
     assert done.data["ranks"] == plan["recommended"]["rank_pattern"]
     assert done.data["lambda"] == plan["weight_decay"] and done.data["n_samples"] == 24
     predicted = done.data["prediction"]
@@ -57,7 +58,7 @@ def test_at_a_sufficient_rank_it_ends_first_order_optimal_as_the_plan_predicted(
 def test_the_objective_is_that_of_the_adapter_on_disk(tiny, done):
     """Loss by transformers and PEFT alone, the penalty from the files' own matrices."""
     model = reload(done.folder, tiny)
-    plan = read_plan(tiny / "plan2").data
+    plan = plain(read_plan(tiny / "plan2").record)
     rows = load_rows(str(tiny / "two.csv")).shuffled(plan["seed"]).subset(range(24))
     encoded = AutoTokenizer.from_pretrained(str(tiny / "bert"))(rows.texts, padding=True, return_tensors="pt")
     with torch.no_grad():
@@ -86,7 +87,7 @@ def test_what_is_written(tiny, done):
     ]
     data = strict_json((done.folder / "fit.json").read_text())
     found = strict_json((done.folder / "certificate.json").read_text())
-    assert data["schema"] == 1 and found["verdict"] == data["verdict"] == "first-order-optimal"
+    assert data["schema"] == 2 and found["verdict"] == data["verdict"] == "first-order-optimal"
     assert data["steps"] == 100 and data["gradient_clipping"] == 0 and data["head_trained"] is False
     assert [entry["step"] for entry in data["history"]] == list(range(5, 101, 5))
     assert sorted(path.name for path in done.folder.parent.iterdir()) == ["adapter", "run.json"]
@@ -109,7 +110,7 @@ def test_the_linear_optimum_as_it_is_and_as_a_start(tiny, tmp_path):
     assert set(planned) == set(written)
     assert all(torch.equal(value, written[key]) for key, value in planned.items())
     assert linear.data["steps"] == 0 and "without any training" in linear.sentences()[0]
-    assert linear.data["prediction"]["objective"] == read_plan(tiny / "plan2").data["optimum"]["objective"]
+    assert linear.data["prediction"]["objective"] == read_plan(tiny / "plan2").record.optimum.objective
     started = fitted(tiny, tmp_path / "start", init="linear", max_steps=10, learning_rate=1e-3)
     assert started.data["history"][0]["loss"] == pytest.approx(linear.data["final"]["loss"], rel=0.1)
     assert started.objective < linear.objective
@@ -148,7 +149,7 @@ def test_mean_pooling(tiny, tmp_path):
     planned = load_file(tiny / "mean" / "adapter" / "head.safetensors")
     written = load_file(found.folder / "head.safetensors")
     assert all(torch.equal(value, written[key]) for key, value in planned.items())
-    assert found.data["ranks"] == read_plan(tiny / "mean").data["recommended"]["rank_pattern"]
+    assert found.data["ranks"] == read_plan(tiny / "mean").record.recommended.rank_pattern
     assert found.certificate.verdict == "first-order-optimal"
     assert found.objective == pytest.approx(found.data["prediction"]["objective"], rel=0.02)  # 3% from linear
 
@@ -286,7 +287,7 @@ def test_a_damaged_plan_is_one_line(tiny, tmp_path):
     with pytest.raises(RanksureError, match="cannot be read"):
         fit(data=str(tiny / "two.csv"), out=tmp_path / "out", plan=folder)
     (folder / "plan.json").write_text("{")
-    with pytest.raises(SettingError, match="no readable plan"):
+    with pytest.raises(RanksureError, match=r"plan\.json is damaged, no JSON"):
         fit(data=str(tiny / "two.csv"), out=tmp_path / "out", plan=folder)
 
 

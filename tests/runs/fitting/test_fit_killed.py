@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,8 +11,8 @@ import pytest
 import ranksure
 from ranksure.runs.fitting.fit import fit
 from tests.commands import call
+from tests.processes import ended_at, run, script
 from tests.runs.tiny_fits import QUICK, same
-from tests.test_cli import command, environment
 
 pytestmark = pytest.mark.usefixtures("quick_collections")
 
@@ -32,24 +29,37 @@ def arguments(tiny: Path, out: Path) -> list[str]:
     return ["fit", "--plan", str(tiny / "plan3"), "--data", str(tiny / "three.csv"), *options, "--out", str(out)]
 
 
-def ended_by(number: signal.Signals, tiny: Path, out: Path, marker: str) -> tuple[int, str]:
-    """Run the command, send it a signal as soon as a file is there, and give its exit status and standard error."""
-    process = subprocess.Popen(
-        command(*arguments(tiny, out)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
-    )
-    until = time.monotonic() + 120
-    while not any(out.glob(marker)) and process.poll() is None and time.monotonic() < until:
-        time.sleep(0.005)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    return process.returncode, errors
+# The command line, with a fit that waits at its first checkpoint of a stage: it cannot end before its signal comes.
+HELD = """
+import sys
+import ranksure.runs.fitting.fit as module
+from ranksure.cli import main
+from transformers import TrainerCallback
+
+fit, stage = module.fit, sys.argv.pop(1)
+
+class Hold(TrainerCallback):
+    def on_save(self, args, state, control, **kwargs):
+        if args.output_dir.endswith(stage):
+            print("saved", flush=True)
+            sys.stdin.read()
+
+module.fit = lambda *args, **settings: fit(*args, **settings, callbacks=[Hold()])
+main()
+"""
+
+
+def ended_by(number: signal.Signals, tiny: Path, out: Path, stage: str) -> tuple[int, str]:
+    """Run the command to the first checkpoint of a stage, send it a signal, and give its exit status and errors."""
+    status, _, errors = ended_at("saved", number, script(HELD, stage, *arguments(tiny, out)))
+    return status, errors
 
 
 @pytest.fixture(scope="module")
 def interrupted(tiny, tmp_path_factory):
     """The folder of a fit that Ctrl-C ended in its first stage, and what it said."""
     out = tmp_path_factory.mktemp("interrupted") / "out"
-    status, errors = ended_by(signal.SIGINT, tiny, out, "checkpoints/stage-0/checkpoint-*/trainer_state.json")
+    status, errors = ended_by(signal.SIGINT, tiny, out, "stage-0")
     return out, status, errors
 
 
@@ -67,7 +77,7 @@ def test_after_ctrl_c_and_kill_9_a_grown_fit_ends_with_the_same_bits(tiny, inter
     """Ctrl-C in the first stage, SIGKILL in the second (after growing), then to the end."""
     out = tmp_path / "out"
     shutil.copytree(interrupted[0], out)
-    status, errors = ended_by(signal.SIGKILL, tiny, out, "checkpoints/stage-1/checkpoint-*/trainer_state.json")
+    status, errors = ended_by(signal.SIGKILL, tiny, out, "stage-1")
     assert status == -signal.SIGKILL, errors
     assert (out / "stage-1.safetensors").is_file() and not (out / "adapter").exists()
     resumed = fit(plan=tiny / "plan3", data=str(tiny / "three.csv"), out=out, **SETTINGS)
@@ -125,9 +135,8 @@ def test_the_commands_after_training_are_public():
     """Loaded on first use, and the same objects as where they are defined."""
     code = "import sys, ranksure; print('torch' in sys.modules, *(name in dir(ranksure) for name in sys.argv[1:]))"
     names = ["grow", "compress", "reduce_rank"]
-    ran = subprocess.run(
-        [sys.executable, "-c", code, *names], capture_output=True, text=True, env=environment(), check=True
-    )
+    ran = run(script(code, *names))
+    assert ran.returncode == 0, ran.stderr
     assert ran.stdout.split() == ["False", "True", "True", "True"]
     from ranksure.runs.resizing.compress import compress
     from ranksure.runs.resizing.grow import grow

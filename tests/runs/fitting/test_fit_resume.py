@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 from transformers import (
@@ -15,6 +12,7 @@ from transformers import (
 
 from ranksure.errors import SettingError
 from ranksure.runs.fitting.trainer import last_checkpoint
+from tests.processes import run, script
 from tests.runs.tiny_fits import ADAPTER, fitted, same
 
 pytestmark = pytest.mark.usefixtures("quick_collections")
@@ -47,9 +45,7 @@ def killed(tiny, tmp_path_factory):
     """The folder of a run that kill -9 ended at step 17 of 25 (dropout, shuffled batches, accumulation)."""
     out = tmp_path_factory.mktemp("killed") / "out"
     arguments = [str(tiny / "two.csv"), str(tiny / "plan2"), str(out)]
-    ended = subprocess.run(
-        [sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, env=dict(os.environ), check=False
-    )
+    ended = run(script(KILLED, *arguments))
     assert ended.returncode == -9, ended.stderr
     return out
 

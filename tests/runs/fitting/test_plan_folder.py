@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from msgspec.structs import replace
 from peft import get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
@@ -11,6 +12,7 @@ from transformers import AutoModelForSequenceClassification
 import ranksure
 from ranksure.errors import AdapterError
 from ranksure.planner.result import PlanResult
+from ranksure.records.plan import PathStep
 from tests.runs.tiny_fits import make_tiny
 from tests.tiny_text import save_bert, save_bert_classifier, save_csv
 
@@ -68,13 +70,14 @@ def test_the_end_of_the_path_and_a_far_network_are_told(tmp_path):
         ranks=[1],
         layers_to_transform="last",
     )
-    data = result.data
-    data["linearity"] |= {"train": 0.1, "heldout": None}
+    result.record.linearity = near = replace(result.record.linearity, train=0.1, heldout=None)
     assert result.sentences()[0].startswith("Rank ") and not any("path" in text for text in result.warnings)
-    points = [{"weight_decay": lam, "selection_loss": loss} for lam, loss in ((0.5, 0.6), (0.1, 0.4), (0.05, 0.3))]
-    told = PlanResult({**data, "path": points, "weight_decay": 0.05}, result.factors, result._prepared)
+    points = ((0.5, 0.6), (0.1, 0.4), (0.05, 0.3))
+    path = [PathStep(weight_decay=lam, selection_loss=loss, ranks={}) for lam, loss in points]
+    told = PlanResult(replace(result.record, path=path, weight_decay=0.05), result.factors, result._prepared)
     assert any("still fell at the end of the path" in text for text in told.warnings)
-    points[-1]["selection_loss"] = 0.5
+    path[-1] = replace(path[-1], selection_loss=0.5)
     assert not any("still fell" in text for text in told.warnings)
-    far = PlanResult({**data, "linearity": {**data["linearity"], "train": 0.9}}, result.factors, result._prepared)
+    record = replace(result.record, linearity=replace(near, train=0.9))
+    far = PlanResult(record, result.factors, result._prepared)
     assert "linearised network, which is far from the real one here, rank" in far.sentences()[0]

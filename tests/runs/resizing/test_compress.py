@@ -172,7 +172,7 @@ def test_a_budget_is_never_exceeded_and_is_used(run, base, tmp_path, budget):
     assert found.parameters_after < 0.7 * found.parameters_before
     assert found.passes <= 20
     record = json.loads((tmp_path / "small" / "compress.json").read_text())
-    assert record["schema"] == 1 and record["level"] == "budget"
+    assert record["schema"] == 2 and record["level"] == "budget"
     assert record["ranks_after"] == found.ranks_after and record["after"]["loss"] == found.after.loss
     assert "merged_bfloat16" in record["logit_changes"]
 

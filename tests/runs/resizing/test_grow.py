@@ -5,10 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +25,7 @@ from ranksure.runs.saved.open import load_run
 from ranksure.solvers.burer_monteiro import solve
 from ranksure.spectral import top_pairs
 from tests.commands import call
+from tests.processes import ended_at, script
 from tests.runs.networks import Linear, Small, gradients, largest_lambda, linear_run, place, small_run, stuck_run
 from tests.runs.tiny_runs import copy_runs, save_runs
 from tests.tiny_text import strict_json
@@ -118,7 +116,7 @@ def test_growing_a_stuck_run_reaches_the_optimum_of_every_rank(stuck, tmp_path):
     assert after.verdict == "first-order-optimal"
     assert after.objective < before - 0.9 * (before - best)
     record = json.loads((tmp_path / "grown" / "grow.json").read_text())
-    assert record["schema"] == 1 and record["verdict"] == "rank-bound"
+    assert record["schema"] == 2 and record["verdict"] == "rank-bound"
     assert record["modules"]["layer"]["rank_after"] == done.ranks["layer"]
     assert record["penalty_added"] == pytest.approx(0.5 * lam * sum(found.sizes["layer"]))
 
@@ -313,15 +311,15 @@ def test_mistakes_of_the_command(here, monkeypatch, capfd, options, parts):
     assert sorted(here.rglob("*")) == before
 
 
-SLOW = """
-import time
+HALFWAY = """
+import sys
 import ranksure.adapters.rewrite as rewrite
 real = rewrite.save_file
-def slow(tensors, path, metadata):
+def half(tensors, path, metadata):
     real(tensors, path, metadata=metadata)
     print("half", flush=True)
-    time.sleep(60)
-rewrite.save_file = slow
+    sys.stdin.read()
+rewrite.save_file = half
 from ranksure.cli import main
 main()
 """
@@ -331,18 +329,8 @@ def test_killed_while_growing_in_place(here, monkeypatch, capfd):
     """Kill -9 in the middle of the write: the old adapter is whole, and the same command again grows it."""
     before = {path.name: path.read_bytes() for path in (here / "texts").iterdir()}
     arguments = ["grow", "texts", "--data", "data.csv", "--lambda", "1e-3", "--force", "--out", "texts"]
-    source = str(Path(__file__).parents[3] / "src")
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env={**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "half\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait(timeout=30)
+    status, _, errors = ended_at("half", signal.SIGKILL, script(HALFWAY, *arguments))
+    assert status == -signal.SIGKILL, errors
     assert {path.name: path.read_bytes() for path in (here / "texts").iterdir()} == before
     assert call(*arguments, monkeypatch=monkeypatch) == 0
     assert (here / "texts" / "grow.json").is_file()

@@ -137,7 +137,7 @@ def gaussian_problem(n: int, seed: int) -> Problem:
 def flat_problem(n: int, seed: int) -> Problem:
     """One square block with many optima: the first equation reads the trace, the others are Gaussian.
 
-    The labels are the readings of a positive definite ``X_0``, the first raised by ``N lambda``. At ``X_0`` the
+    The labels are the readings of a positive definite ``X_0``, the first raised by ``N lambda / 2``. At ``X_0`` the
     weighted residual is ``-lambda`` on the first equation and zero elsewhere, so ``g = A^*(R) = -lambda I``, and
     every positive semidefinite ``X`` with the same readings is optimal.
     """
@@ -146,8 +146,8 @@ def flat_problem(n: int, seed: int) -> Problem:
     gradients[0, 0] = torch.eye(SIDE, dtype=torch.float64)
     planted = torch.diag(0.5 + torch.rand(SIDE, generator=generator, dtype=torch.float64))
     labels = torch.einsum("icmn,mn->ic", gradients, planted)
-    penalty = 0.1
-    labels[0] += n * penalty
+    penalty = 0.2
+    labels[0] += n * penalty / 2
     return _squared_error(gradients, labels, penalty)
 
 

@@ -6,6 +6,7 @@ import base64
 import struct
 from typing import Any
 
+from ranksure.records.claims import LabRecord
 from ranksure.report.blocks import Picture, Prose, Section, Status, Table
 from ranksure.report.records import Record
 from ranksure.report.sections.shared import reproduce
@@ -19,25 +20,25 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 
 def build(record: Record, section_id: str, command: str | None = None, pictures: bool = True) -> Section:
     """The section of a lab entry."""
-    data = record.data
-    held = sum(check["holds"] for check in data["checks"])
+    data: LabRecord = record.data
+    held = sum(check.holds for check in data.checks)
     answer = {
         "reproduced": "Reproduced: every part of the claim agrees with what was measured.",
-        "partly": f"Partly: {held} of {len(data['checks'])} parts of the claim agree with what was measured.",
+        "partly": f"Partly: {held} of {len(data.checks)} parts of the claim agree with what was measured.",
         "not-reproduced": "Not reproduced: no part of the claim agrees with what was measured.",
-    }.get(data["verdict"], f"Verdict: {data['verdict']}.")
-    section = Section(section_id, "Lab", data["title"], answer, _TONES.get(data["verdict"], "bad"))
-    section.sentences = [f"The claim: {data['claim']}", f"Source: {data['source']}."]
-    checks = [(check["holds"], check["claim"], check["measured"]) for check in data["checks"]]
+    }.get(data.verdict, f"Verdict: {data.verdict}.")
+    section = Section(section_id, "Lab", data.title, answer, _TONES.get(data.verdict, "bad"))
+    section.sentences = [f"The claim: {data.claim}", f"Source: {data.source}."]
+    checks = [(check.holds, check.claim, check.measured) for check in data.checks]
     blocks: list[Any] = [Prose("What was checked", Status.ESTIMATED, checks=checks)]
     if pictures and (image := picture(record, section_id)):
         blocks.append(image)
-    if tables := _tables(data.get("measured") or {}, record.path.name):
+    if tables := _tables(data.measured, record.path.name):
         blocks.append(Prose("All numbers", Status.ESTIMATED, details=tables))
-    command = command or f"ranksure lab {data['name']}" + (" --full" if data.get("size") == "full" else "") + (
-        f" --seed {data['seed']}" if data.get("seed") else ""
+    command = command or f"ranksure lab {data.name}" + (" --full" if data.size == "full" else "") + (
+        f" --seed {data.seed}" if data.seed else ""
     )
-    facts = [("seed", data.get("seed")), ("size", data.get("size")), ("seconds", data.get("seconds"))]
+    facts = [("seed", data.seed), ("size", data.size), ("seconds", data.seconds)]
     section.blocks = blocks + reproduce(section_id, record, command, facts)
     return section
 
@@ -57,9 +58,7 @@ def picture(record: Record, i: str) -> Picture | None:
     if not 0 < width <= 8000 or not 0 < height <= 8000:
         return None
     data = record.data
-    alt = f"Figure of {data['title']}. " + " ".join(
-        f"{c['claim']} Measured: {c['measured']}." for c in data.get("checks") or []
-    )
+    alt = f"Figure of {data.title}. " + " ".join(f"{c.claim} Measured: {c.measured}." for c in data.checks)
     source = "data:image/png;base64," + base64.b64encode(content).decode()
     return Picture(f"{i}-picture", "The measurement", alt, source, width, height)
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from ranksure.records.plan import Plan
 from ranksure.report import charts
-from ranksure.report.blocks import Code, Figure, Key, Prose, Section, Status, Table, Tile
+from ranksure.report.blocks import Code, Figure, Key, Prose, Section, Status, Table, Tile, drawn
 from ranksure.report.heat_map import Grid, heat_map
 from ranksure.report.lora_source import pattern, source, written
 from ranksure.report.records import Record
 from ranksure.report.sections.plan_figures import growth, held_out, linearity, path
 from ranksure.report.sections.shared import reproduce
 from ranksure.report.spectrum import spectrum_figure
-from ranksure.report.svg import render
 from ranksure.report.wording import NONE, after, counted, listed, number, percent, power, share, short
 
 _FAR = 0.5  # relative difference from the linearisation above which a plan warns
@@ -25,18 +25,19 @@ _VERDICTS = {
 
 def build(record: Record, section_id: str, command: str | None = None) -> Section:
     """The section of a plan."""
-    data, i = record.data, section_id
-    zero = not any(data["optimum"]["ranks"].values())
+    data: Plan = record.data
+    i = section_id
+    zero = not any(data.optimum.ranks.values())
     answer = _answer(data, zero)
-    optimum = data["optimum"]
+    optimum = data.optimum
     section = Section(
         i,
         "Plan",
-        f"{short(data['model'])} on {data['data']['source']}",
+        f"{short(data.model)} on {data.data.source}",
         answer,
-        "warn" if data.get("warnings") else "good",
-        [after(_enough(data), text) for text in data.get("sentences") or []],
-        [*(data.get("warnings") or []), *(data.get("notes") or [])],
+        "warn" if data.warnings else "good",
+        [after(_enough(data), text) for text in data.sentences],
+        [*data.warnings, *data.notes],
         _tiles(data, zero),
     )
     blocks: list[Any] = [_captured(data, i)]
@@ -51,79 +52,102 @@ def build(record: Record, section_id: str, command: str | None = None) -> Sectio
     if not zero:
         blocks += _configurations(record, i)
     facts = [
-        ("model", data["model"]),
-        ("revision", data.get("revision")),
-        ("data", f"{data['data']['source']}, {data['n_samples']:,} of {data['data']['rows']:,} rows"),
-        ("data SHA-256", data["data"].get("sha256")),
-        ("seed", data["seed"]),
-        ("weight decay λ", f"{data['weight_decay']!r} ({data['weight_decay_chosen_by']})"),
-        ("certified optimum", f"{optimum['objective']!r}, dual bound {optimum['dual']!r}"),
+        ("model", data.model),
+        ("revision", data.revision),
+        ("data", f"{data.data.source}, {data.n_samples:,} of {data.data.rows:,} rows"),
+        ("data SHA-256", data.data.sha256),
+        ("seed", data.seed),
+        ("weight decay λ", f"{data.weight_decay!r} ({data.weight_decay_chosen_by})"),
+        ("certified optimum", f"{optimum.objective!r}, dual bound {optimum.dual!r}"),
     ]
     blocks += reproduce(i, record, command, facts)
     section.blocks = blocks
     return section
 
 
-def _answer(data: dict[str, Any], zero: bool) -> str:
+def _answer(data: Plan, zero: bool) -> str:
     if zero:
         return "No adapter is needed: the certified optimum is no update at all."
-    advice, measured = data["recommended"], data.get("linearity") or {}
+    advice, measured = data.recommended, data.linearity
     enough = _enough(data)
-    if any((measured.get(key) or 0) > _FAR for key in ("train", "heldout")):
+    if measured.worst > _FAR:
         return f"{enough} of the linearised network, which is far from the real one here."
-    if data.get("heldout") and advice.get("heldout_r") == 0:
+    if data.heldout and advice.heldout_r == 0:
         return f"{enough} for the training rows; held-out rows show no gain from it."
     return f"{enough}."
 
 
-def _enough(data: dict[str, Any]) -> str:
+def _enough(data: Plan) -> str:
     """How the plan's own sentence begins: ``Rank 2 is enough in both targets``."""
-    start = f"Rank {data['recommended']['r']} is enough"
-    said = next((text for text in data.get("sentences") or [] if text.startswith(start) and ":" in text), None)
+    start = f"Rank {data.recommended.r} is enough"
+    said = next((text for text in data.sentences if text.startswith(start) and ":" in text), None)
     return said.partition(":")[0] if said else f"{start} in every target"
 
 
-def _worth(data: dict[str, Any]) -> Status:
-    return Status.CERTIFIED if data["optimum"]["status"] == "converged" else Status.NOT_CHECKED
+def _worth(data: Plan) -> Status:
+    return Status.CERTIFIED if data.optimum.status == "converged" else Status.NOT_CHECKED
 
 
-def _tiles(data: dict[str, Any], zero: bool) -> list[Tile]:
-    optimum, advice, held = data["optimum"], data["recommended"], data.get("heldout")
-    rows = {row["rank"]: row for row in data["ranks"]}
-    out = [Tile("Rank", str(0 if zero else advice["r"]), _worth(data), "the same for every target")]
-    if not zero and advice["r"] in rows:
-        low, high = rows[advice["r"]]["captured"]
+def _tiles(data: Plan, zero: bool) -> list[Tile]:
+    optimum, advice, held = data.optimum, data.recommended, data.heldout
+    rows = {row.rank: row for row in data.ranks}
+    out = [Tile("Rank", str(0 if zero else advice.r), _worth(data), "the same for every target")]
+    if not zero and advice.r in rows:
+        low, high = rows[advice.r].captured
         out.append(Tile("Captured", share(low, high, 1), Status.CERTIFIED, "of what any rank could gain"))
-    gap = power(optimum["relative_gap"])
+    gap = power(optimum.relative_gap)
     out.append(Tile("Optimality gap", gap, _worth(data), "of the possible gain, at most"))
-    if advice.get("parameters_uniform") and not zero:
-        out.append(Tile("Parameters", f"{advice['parameters_uniform']:,}", None, "in all targets"))
-    row = rows.get(advice["r"])
-    if held and row and row["heldout_loss"] is not None:
-        change = row["heldout_loss"] - held["loss_without_adapter"]
+    if advice.parameters_uniform and not zero:
+        out.append(Tile("Parameters", f"{advice.parameters_uniform:,}", None, "in all targets"))
+    row = rows.get(advice.r)
+    if held and row and row.heldout_loss is not None:
+        change = row.heldout_loss - held.loss_without_adapter
         out.append(
             Tile(
                 "Change of held-out loss",
                 number(change, "+.2g"),
                 Status.ESTIMATED,
-                f"against {held['loss_without_adapter']:.4f}",
+                f"against {held.loss_without_adapter:.4f}",
             )
         )
     return out
 
 
-def _captured(data: dict[str, Any], i: str) -> Figure:
-    optimum, target, rows = data["optimum"], data["captured_target"], data["ranks"]
-    ranks = [0, *(row["rank"] for row in rows)]
-    intervals = [(0.0, 0.0), *((row["captured"][0], row["captured"][1]) for row in rows)]
-    missing = [None, *(max(1 - row["captured"][0], 0.0) for row in rows)]
-    verdicts = ["", *(row["verdict"] for row in rows)]
-    wide, narrow = render(
-        f"{i}-captured", lambda canvas: charts.captured(canvas, ranks, intervals, missing, verdicts, target)
+def _captured(data: Plan, i: str) -> Figure:
+    target, rows = data.captured_target, data.ranks
+    ranks = [0, *(row.rank for row in rows)]
+    intervals = [(0.0, 0.0), *((row.captured[0], row.captured[1]) for row in rows)]
+    missing = [None, *(max(1 - row.captured[0], 0.0) for row in rows)]
+    verdicts = ["", *(row.verdict for row in rows)]
+    present: list[str] = list(dict.fromkeys(row.verdict for row in rows))
+    legend = [
+        Key(_VERDICTS.get(verdict, verdict), charts.VERDICT_MARK.get(verdict, ("o", "muted"))[1], marker)
+        for verdict in present
+        for marker in [charts.VERDICT_MARK.get(verdict, ("o", "muted"))[0]]
+    ]
+    legend.append(Key(f"asked for: {percent(target, 2)}", "muted", line="dashed"))
+    legend.append(Key("counts as optimal: 10⁻⁴ missing", "good", line="dotted"))
+    return drawn(
+        f"{i}-captured",
+        lambda canvas: charts.captured(canvas, ranks, intervals, missing, verdicts, target),
+        "How much of the possible gain does each rank capture?",
+        Status.CERTIFIED,
+        _reached(data),
+        "Two charts over rank: the share captured, and on a logarithmic scale the most that is missing.",
+        _rank_table(data),
+        legend,
+        note="The gain is what any rank could take off the training objective of the linearised network, against no "
+        "adapter. The duality gap bounds it: the bar at each mark is the interval that holds its true share. Whether "
+        "another point of the same rank is better than one that is rank-bound is not checked.",
     )
-    enough = [row["rank"] for row in rows if row["captured"][0] >= target]
-    bound = [row["rank"] for row in rows if row["verdict"] == "rank-bound"]
-    optimal = [row["rank"] for row in rows if row["verdict"] == "optimal"]
+
+
+def _reached(data: Plan) -> str:
+    """What each rank reaches, in words."""
+    target, rows = data.captured_target, data.ranks
+    enough = [row.rank for row in rows if row.captured[0] >= target]
+    bound = [row.rank for row in rows if row.verdict == "rank-bound"]
+    optimal = [row.rank for row in rows if row.verdict == "optimal"]
     parts = []
     if enough:
         parts.append(f"Rank {min(enough)} is the smallest examined that surely captures {percent(target, 2)}.")
@@ -137,58 +161,40 @@ def _captured(data: dict[str, Any], i: str) -> Figure:
     if bound:
         which = f"Rank {bound[0]} is" if len(bound) == 1 else f"Ranks {listed(bound)} are"
         parts.append(f"{which} stuck below the optimum (rank-bound).")
-    table = Table(
+    return " ".join(parts)
+
+
+def _rank_table(data: Plan) -> Table:
+    optimum = data.optimum
+    return Table(
         "What each rank reaches; the certified optimum is "
-        f"F = {optimum['objective']:.6f}, relative gap {optimum['relative_gap']:.1e}",
+        f"F = {optimum.objective:.6f}, relative gap {optimum.relative_gap:.1e}",
         ["rank", "objective", "gap, at most", "captured", "parameters", "spectral ratio", "verdict"],
         [
-            ["0", f"{optimum['objective_at_zero']:.6f}", NONE, "0%", "0", NONE, "no adapter"],
+            ["0", f"{optimum.objective_at_zero:.6f}", NONE, "0%", "0", NONE, "no adapter"],
             *(
                 [
-                    str(row["rank"]),
-                    f"{row['objective']:.6f}",
-                    number(row["gap"], ".1e"),
-                    share(*row["captured"]),
-                    f"{row['parameters']:,}",
-                    number(row["spectral_ratio"], ".3f"),
-                    row["verdict"],
+                    str(row.rank),
+                    f"{row.objective:.6f}",
+                    number(row.gap, ".1e"),
+                    share(*row.captured),
+                    f"{row.parameters:,}",
+                    number(row.spectral_ratio, ".3f"),
+                    row.verdict,
                 ]
-                for row in rows
+                for row in data.ranks
             ),
         ],
         frozenset({6}),
     )
-    present: list[str] = list(dict.fromkeys(row["verdict"] for row in rows))
-    legend = [
-        Key(_VERDICTS.get(verdict, verdict), charts.VERDICT_MARK.get(verdict, ("o", "muted"))[1], marker)
-        for verdict in present
-        for marker in [charts.VERDICT_MARK.get(verdict, ("o", "muted"))[0]]
-    ]
-    legend.append(Key(f"asked for: {percent(target, 2)}", "muted", line="dashed"))
-    legend.append(Key("counts as optimal: 10⁻⁴ missing", "good", line="dotted"))
-    summary = " ".join(parts)
-    return Figure(
-        f"{i}-captured",
-        "How much of the possible gain does each rank capture?",
-        Status.CERTIFIED,
-        summary,
-        f"Two charts over rank: the share captured, and on a logarithmic scale the most that is missing. {summary}",
-        wide,
-        narrow,
-        table,
-        legend,
-        note="The gain is what any rank could take off the training objective of the linearised network, against no "
-        "adapter. The duality gap bounds it: the bar at each mark is the interval that holds its true share. Whether "
-        "another point of the same rank is better than one that is rank-bound is not checked.",
-    )
 
 
-def _heat(data: dict[str, Any], i: str) -> Figure:
-    names, kept = data["target_modules"], _pattern(data["recommended"])
-    optimum = {name: data["optimum"]["ranks"].get(name, 0) for name in names}
+def _heat(data: Plan, i: str) -> Figure:
+    names, kept = data.target_modules, data.recommended.linear_pattern or data.recommended.rank_pattern
+    optimum = {name: data.optimum.ranks.get(name, 0) for name in names}
     small = {name: kept.get(name, 0) for name in names}
     used = [name for name in names if optimum[name]]
-    shapes = {name: " × ".join(map(str, data["shapes"].get(name, []))) or NONE for name in names}
+    shapes = {name: " × ".join(map(str, data.shapes.get(name, []))) or NONE for name in names}
     if used:
         summary = (
             f"The certified optimum uses {len(used)} of {counted(len(names), 'module')}, with rank "
@@ -209,16 +215,16 @@ def _heat(data: dict[str, Any], i: str) -> Figure:
     )
 
 
-def _theory(data: dict[str, Any]) -> Prose:
-    bounds = data["bounds"]
+def _theory(data: Plan) -> Prose:
+    bounds = data.bounds
     rows = [
-        [text, str(bound["paper"]), str(bound["effective"]), number(bound["numerical"], "d")]
+        [text, str(bound.paper), str(bound.effective), number(bound.numerical, "d")]
         for text, bound in (
-            ("an optimum exists at rank, at most", bounds["existence"]),
-            ("no spurious minima, if perturbed a little, from rank", bounds["landscape"]),
+            ("an optimum exists at rank, at most", bounds.existence),
+            ("no spurious minima, if perturbed a little, from rank", bounds.landscape),
         )
     ]
-    largest = max(data["optimum"]["ranks"].values(), default=0)
+    largest = max(data.optimum.ranks.values(), default=0)
     table = Table(
         "Rank of each module",
         ["claim", "paper, KN (proved)", "outputs that the loss sees (proved)", "operator rank (estimated)"],
@@ -236,21 +242,16 @@ def _theory(data: dict[str, Any]) -> Prose:
 
 def _configurations(record: Record, i: str) -> list[Code]:
     data = record.data
-    advice = data["recommended"]
+    advice = data.recommended
     found = written(record.folder)
-    arguments = found[1] if found else dict(advice.get("peft") or {})
+    arguments = found[1] if found else dict(advice.peft or {})
     if not arguments:
         return []
     decay = "Its weight decay is L2 on the factors, as SGD applies it, not AdamW's."
     text = found[0] if found else source(arguments)
-    out = [Code(f"{i}-config", f"LoraConfig: rank {advice['r']} in every target", text, f"The one to train. {decay}")]
-    small = advice.get("linear_pattern")
-    if small and (advice.get("parameters_pattern") or 0) < (advice.get("parameters_uniform") or 0):
+    out = [Code(f"{i}-config", f"LoraConfig: rank {advice.r} in every target", text, f"The one to train. {decay}")]
+    small = advice.linear_pattern
+    if small and (advice.parameters_pattern or 0) < (advice.parameters_uniform or 0):
         why = "The fewest parameters for the linearised network; a trained one often uses what it leaves out."
         out.append(Code(f"{i}-pattern", "LoraConfig: the smallest pattern found", pattern(arguments, small), why))
     return out
-
-
-def _pattern(advice: dict[str, Any]) -> dict[str, int]:
-    """The smallest pattern; in older plans it was the recommendation itself."""
-    return advice.get("linear_pattern") or advice["rank_pattern"]

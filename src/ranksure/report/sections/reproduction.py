@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ranksure.report.blocks import Figure, Key, Prose, Section, Status, Table
+from ranksure.records.claims import Columns, ReproductionRecord
+from ranksure.report.blocks import Figure, Key, Prose, Section, Status, Table, drawn
 from ranksure.report.module_places import clean, shortened
 from ranksure.report.records import Record
 from ranksure.report.sections.lab import picture
 from ranksure.report.sections.shared import reproduce, settings_text
-from ranksure.report.svg import DASHES, INKS, Canvas, log_ticks, render, ticks
+from ranksure.report.svg import DASHES, INKS, Canvas, log_ticks, ticks
 from ranksure.report.wording import NONE, counted, number, power
 
 _POINTS = 6000  # drawn in one figure, over all curves
@@ -52,15 +53,16 @@ class _Panel:
 
 def build(record: Record, section_id: str, command: str | None = None, detail: bool = True) -> Section:
     """The section of a reproduced claim; without ``detail`` curves are drawn and listed with fewer points."""
-    data, i = record.data, section_id
-    answer, tone = _ANSWERS.get(data["verdict"], (f"Verdict: {data['verdict']}.", "warn"))
-    section = Section(i, "Reproduction", data["title"], answer, tone)
-    checks = [(check["holds"], check["claim"], check["measured"]) for check in data.get("checks") or []]
-    section.sentences = [f"The claim ({data['where']}): {data['claim']}"]
-    section.sentences += [] if checks else data.get("summary") or []
-    settings = data.get("settings") or {}
+    data: ReproductionRecord = record.data
+    i = section_id
+    answer, tone = _ANSWERS.get(data.verdict, (f"Verdict: {data.verdict}.", "warn"))
+    section = Section(i, "Reproduction", data.title, answer, tone)
+    checks = [(check.holds, check.claim, check.measured) for check in data.checks]
+    section.sentences = [f"The claim ({data.where}): {data.claim}"]
+    section.sentences += [] if checks else data.summary
+    settings = data.settings
     missing = settings.get("missing") if isinstance(settings.get("missing"), list) else []
-    section.warnings = [*(data.get("notes") or []), *map(str, missing or [])]
+    section.warnings = [*data.notes, *map(str, missing or [])]
     blocks: list[Any] = [Prose("What was checked", Status.ESTIMATED, checks=checks)] if checks else []
     panels = _panels(data, _POINTS if detail else _POINTS // 4)
     for start in range(0, len(panels), _PANELS):
@@ -71,48 +73,44 @@ def build(record: Record, section_id: str, command: str | None = None, detail: b
             blocks.append(_distance(data, some, f"{i}-distance{tag}"))
     if not panels and detail and (image := picture(record, i)):
         blocks.append(image)
-    if table := data.get("table"):
+    if table := data.table:
         blocks.append(_table(table))
-    facts = [("seed", data.get("seed")), ("settings", _settings(settings) or None)]
-    for key in ("model", "data", "sha256"):
-        if key in data:
-            facts.append((key, data[key]))
+    facts = [("seed", data.seed), ("settings", _settings(settings) or None)]
     section.blocks = blocks + reproduce(i, record, command, facts)
     return section
 
 
-def _panels(data: dict[str, Any], budget: int) -> list[_Panel]:
-    curves, reference = data.get("curves") or [], data.get("reference") or {}
-    per_group = reference.get("per_group") or {}
+def _panels(data: ReproductionRecord, budget: int) -> list[_Panel]:
+    curves, reference = data.curves, data.reference
+    per_group, level = (reference.per_group, reference.value) if reference else ({}, None)
     most = max(20, budget // max(len(curves), 1))
     groups: dict[str, list[_Line]] = {}
     for curve in curves:
-        spreads = curve.get("spread") or [None] * len(curve["x"])
-        points = [(x, y, s or 0.0) for x, y, s in zip(curve["x"], curve["y"], spreads, strict=False) if y is not None]
+        spreads = curve.spread or [None] * len(curve.x)
+        points = [(x, y, s or 0.0) for x, y, s in zip(curve.x, curve.y, spreads, strict=False) if y is not None]
         step = max(1, -(-len(points) // most))
         kept = points[::step] + (points[-1:] if points and (len(points) - 1) % step else [])
-        spread = [s for _, _, s in kept] if curve.get("spread") else []
-        line = _Line(curve["label"], [x for x, _, _ in kept], [y for _, y, _ in kept], spread)
+        spread = [s for _, _, s in kept] if curve.spread else []
+        line = _Line(curve.label, [x for x, _, _ in kept], [y for _, y, _ in kept], spread)
         if kept:
-            groups.setdefault(curve.get("group") or "", []).append(line)
-    return [_Panel(name, lines, per_group.get(name, reference.get("value"))) for name, lines in groups.items()]
+            groups.setdefault(curve.group or "", []).append(line)
+    return [_Panel(name, lines, per_group.get(name, level)) for name, lines in groups.items()]
 
 
 def _names(panels: Sequence[_Panel]) -> list[str]:
     return list(dict.fromkeys(line.text for panel in panels for line in panel.lines))
 
 
-def _objective(data: dict[str, Any], panels: Sequence[_Panel], figure_id: str, detail: bool) -> Figure:
-    names, reference = _names(panels), data.get("reference") or {}
-    wide, narrow = render(figure_id, lambda canvas: _draw(canvas, panels, names, _axis(data, "x"), log=False))
+def _objective(data: ReproductionRecord, panels: Sequence[_Panel], figure_id: str, detail: bool) -> Figure:
+    names, reference = _names(panels), data.reference
     summary = f"{counted(len(names), 'curve')} in {counted(len(panels), 'setting')}."
     if reference and any(panel.level is not None for panel in panels):
-        summary += f" The level line is the {reference['label']} of the linearised network."
+        summary += f" The level line is the {reference.label} of the linearised network."
     if any(line.spread for panel in panels for line in panel.lines):
         summary += " A bar is one standard deviation over seeds, up and down."
     legend = _legend(names)
     if any(panel.level is not None for panel in panels):
-        legend.append(Key(reference.get("label", "reference"), "ink", line="dotted"))
+        legend.append(Key(reference.label if reference else "reference", "ink", line="dotted"))
     listed = _LISTED if detail else 5
     rows = []
     for panel in panels:
@@ -122,25 +120,23 @@ def _objective(data: dict[str, Any], panels: Sequence[_Panel], figure_id: str, d
             rows += [[panel.title or NONE, line.text, f"{line.x[k]:g}", number(line.y[k], ".6g")] for k in kept]
     columns = ["setting", "curve", _axis(data, "x"), _axis(data, "y")]
     table = Table("Points of the curves", columns, rows, frozenset({1}), "Some are left out.")
-    return Figure(
+    return drawn(
         figure_id,
+        lambda canvas: _draw(canvas, panels, names, _axis(data, "x"), log=False),
         f"{_axis(data, 'y')[:1].upper()}{_axis(data, 'y')[1:]}, by {_axis(data, 'x')}",
         Status.ESTIMATED,
         summary,
-        f"Lines over {columns[2]}, a panel for each setting: {', '.join(panel.title for panel in panels)}. {summary}",
-        wide,
-        narrow,
+        f"Lines over {columns[2]}, a panel for each setting: {', '.join(panel.title for panel in panels)}.",
         table,
         legend,
     )
 
 
-def _distance(data: dict[str, Any], whole: Sequence[_Panel], figure_id: str) -> Figure:
+def _distance(data: ReproductionRecord, whole: Sequence[_Panel], figure_id: str) -> Figure:
     panels = [panel.above() for panel in whole if panel.level is not None]
-    names, drawn = _names(whole), _names(panels)  # colours as in the figure before
-    legend = [key for name, key in zip(names, _legend(names), strict=True) if name in drawn]
-    wide, narrow = render(figure_id, lambda canvas: _draw(canvas, panels, names, _axis(data, "x"), log=True))
-    shown = (data.get("reference") or {}).get("label", "reference")
+    names, present = _names(whole), _names(panels)  # colours as in the figure before
+    legend = [key for name, key in zip(names, _legend(names), strict=True) if name in present]
+    shown = data.reference.label if data.reference else "reference"
     ends = [
         (line.y[0] - panel.level, line.y[-1] - panel.level, panel.title, line.text)
         for panel in whole
@@ -156,14 +152,13 @@ def _distance(data: dict[str, Any], whole: Sequence[_Panel], figure_id: str) -> 
             f"{len(above)} of {counted(len(ends), 'curve')} end above the {shown}, the nearest by {power(low[0], 1)} "
             f"({low[2]}{_at(low[1])}), the farthest by {power(high[0], 1)} ({high[2]}{_at(high[1])})."
         )
-    return Figure(
+    return drawn(
         figure_id,
+        lambda canvas: _draw(canvas, panels, names, _axis(data, "x"), log=True),
         f"How far above the {shown}?",
         Status.ESTIMATED,
         summary,
-        f"The same on a logarithmic scale, less the {shown}. {summary}",
-        wide,
-        narrow,
+        f"The same on a logarithmic scale, less the {shown}.",
         Table(f"Distance to the {shown}", ["setting", "curve", "first", "last"], rows, frozenset({1})),
         legend,
         note="Points at it or below cannot be drawn on this scale; the table has them. The reference is certified, the "
@@ -187,9 +182,9 @@ def _title(text: str, most: int) -> str:
     return "\n".join(line if len(line) <= most else line[: most - 1] + "…" for line in lines)
 
 
-def _axis(data: dict[str, Any], which: str) -> str:
+def _axis(data: ReproductionRecord, which: str) -> str:
     """Name of an axis, on one line."""
-    return clean((data.get("axes") or {}).get(which) or {"x": "step", "y": "objective"}[which])
+    return clean(data.axes.get(which) or {"x": "step", "y": "objective"}[which])
 
 
 def _settings(settings: dict[str, Any]) -> str:
@@ -233,11 +228,11 @@ def _draw(canvas: Canvas, panels: Sequence[_Panel], names: Sequence[str], x_name
         axes.set_xlabel(shortened(x_name, 30), loc="right")
 
 
-def _table(table: dict[str, Any]) -> Prose:
-    width = len(table["columns"])
-    rows = [[_cell(value) for value in [*row, *[None] * width][:width]] for row in table["rows"]]
-    words = frozenset(n for n in range(width) if any(isinstance(row[n], str) for row in table["rows"] if n < len(row)))
-    return Prose("The numbers", Status.ESTIMATED, table=Table("Measured", table["columns"], rows, words))
+def _table(table: Columns) -> Prose:
+    width = len(table.columns)
+    rows = [[_cell(value) for value in [*row, *[None] * width][:width]] for row in table.rows]
+    words = frozenset(n for n in range(width) if any(isinstance(row[n], str) for row in table.rows if n < len(row)))
+    return Prose("The numbers", Status.ESTIMATED, table=Table("Measured", table.columns, rows, words))
 
 
 def _cell(value: Any) -> str:

@@ -19,8 +19,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from ranksure.adapters.loaded import read_adapter
 from ranksure.errors import DataError, SettingError
 from ranksure.network.logits import Batch
+from ranksure.records.certificate import RunCertificate, Verdict
 from ranksure.runs.certificate.certify import certify_adapter
-from ranksure.runs.certificate.result import RunCertificate, Verdict
 from ranksure.runs.certificate.settings import CertifySettings
 
 STOPPED = "ranksure/stopped"

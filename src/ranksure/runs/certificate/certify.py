@@ -16,8 +16,8 @@ from ranksure.adapters.loaded import Adapter, read_adapter
 from ranksure.adapters.merging import merged
 from ranksure.network.gradient import Progress, gradient_pass
 from ranksure.network.logits import Batch
+from ranksure.records.certificate import RunCertificate
 from ranksure.relinearised import Examiner, ModuleState, ball_gaps, penalised_gaps
-from ranksure.runs.certificate.result import RunCertificate
 from ranksure.runs.certificate.settings import TOLERANCE, CertifySettings
 from ranksure.runs.certificate.verdict import Network, Point, judged
 
@@ -70,12 +70,12 @@ def certify_adapter(
     """As :func:`certify`, of an adapter that was read from the model already."""
     began = time.perf_counter()
     if read.untested:
-        return RunCertificate.not_checked(read, read.untested, settings.tolerance)
+        return RunCertificate.not_checked(read.name, read.outside, read.untested, settings.tolerance)
     penalty = settings.penalty(read)
     examine = _Timed(Examiner(read.factors, penalty))
     if penalty is None and not examine.examiner.threshold:
         reason = "the adapter's update is zero (untrained?), and without a penalty its ball is a point: train first"
-        return RunCertificate.not_checked(read, [reason], settings.tolerance)
+        return RunCertificate.not_checked(read.name, read.outside, [reason], settings.tolerance)
     batches = list(batches) if iter(batches) is batches else batches
     found = gradient_pass(
         model,

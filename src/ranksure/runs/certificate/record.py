@@ -7,12 +7,13 @@ import tempfile
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ranksure.errors import SettingError
 from ranksure.files import write_file
 from ranksure.network.targets import base_network, block_shape
-from ranksure.runs.certificate.result import RunCertificate
+from ranksure.records.certificate import RunCertificate
+from ranksure.records.record import encoded
 
 if TYPE_CHECKING:
     from ranksure.runs.saved.data import RunData
@@ -31,30 +32,21 @@ def sampled(found: RunCertificate, seen: int, total: int) -> RunCertificate:
     return replace(found, verdict="not-checked", modules=modules, reasons=[*found.reasons, reason])
 
 
-def full_record(found: RunCertificate, run: LoadedRun, data: RunData) -> dict[str, Any]:
-    """The content of ``certificate.json``: the certificate, and what it is a certificate of."""
-    record = found.to_json()
+def full_record(found: RunCertificate, run: LoadedRun, data: RunData, command: str | None = None) -> RunCertificate:
+    """The certificate with what it is a certificate of."""
     network = base_network(run.model)
-    for name, entry in record["modules"].items():
-        entry["parameters"] = entry["rank"] * sum(block_shape(network.get_submodule(name)))
-    record["run"] = {
-        "adapter": str(run.folder),
-        "adapter_sha256": run.adapter_sha256,
-        "base": run.base,
-        "task_type": run.task_type,
-        "dtype": str(run.dtype).removeprefix("torch."),
+    modules = {
+        name: replace(state, parameters=state.rank * sum(block_shape(network.get_submodule(name))))
+        for name, state in found.modules.items()
     }
-    record["data"] = {
-        "source": data.source,
-        "sha256": data.sha256,
-        "form": data.form,
-        "rows": data.n_rows,
-        "rows_in_source": data.total_rows,
-        "max_length": data.max_length,
-        "notes": data.notes,
-    }
-    record["ranksure_version"] = version("ranksure")
-    return record
+    return replace(
+        found,
+        modules=modules,
+        run=run.source,
+        data=data.described,
+        command=command,
+        ranksure_version=version("ranksure"),
+    )
 
 
 def check_place(folder: Path, *, create: bool) -> None:
@@ -85,16 +77,15 @@ def check_place(folder: Path, *, create: bool) -> None:
         ) from None
 
 
-def write_record(folder: Path, record: dict[str, Any]) -> Path:
+def write_record(folder: Path, found: RunCertificate) -> Path:
     """Write ``certificate.json`` into ``folder``, replacing an earlier one.
 
     Raises:
         SettingError: it cannot be written; an earlier one is then left as it was.
     """
     path = folder / NAME
-    text = json.dumps(record, indent=1, allow_nan=False) + "\n"
     try:
-        write_file(path, text.encode())
+        write_file(path, encoded(found.to_json()))
     except OSError as error:
         raise SettingError(f"{path} cannot be written: {error.strerror or error}") from None
     return path

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
-from ranksure.runs.certificate.result import ModuleVerdict, RunCertificate
+from ranksure.losses import get_loss
+from ranksure.records.certificate import ModuleVerdict, RunCertificate
 
 _WIDE = 110  # columns that the full table needs
 _COLOURS = {
@@ -39,9 +40,9 @@ def show_certificate(
 
 
 def _objective(found: RunCertificate) -> str:
-    assert found.loss is not None and found.objective is not None
+    assert found.loss is not None and found.objective is not None and found.loss_kind is not None
     mean = f"mean {found.loss_kind} of {found.n_terms:,} terms of {found.n_samples:,} rows"
-    if found.loss_kind == "cross-entropy" and found.n_terms != found.n_samples:
+    if get_loss(found.loss_kind).term == "sample" and found.n_terms != found.n_samples:
         mean += f", every {found.weighting} alike"
     text = f"{found.objective:.6g} = loss {found.loss:.6g} + penalty {found.penalty:.4g}  ({mean})"
     if found.objective_at_zero is not None:

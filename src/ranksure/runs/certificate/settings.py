@@ -9,8 +9,8 @@ from typing import Any, Self
 
 from ranksure.adapters.loaded import Adapter
 from ranksure.errors import SettingError, settings_of
+from ranksure.loss_terms import Weighting
 from ranksure.losses import Kind
-from ranksure.network.batch_losses import Weighting
 
 TOLERANCE = 0.05
 """A possible gain below this share of the objective counts as none."""

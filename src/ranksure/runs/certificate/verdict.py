@@ -21,8 +21,8 @@ from ranksure.network.batch_losses import Weighting
 from ranksure.network.gradient import mean_loss
 from ranksure.network.logits import Batch
 from ranksure.network.side_path import applied
+from ranksure.records.certificate import ModuleVerdict, Probe, Verdict
 from ranksure.relinearised import Gaps, ModuleState
-from ranksure.runs.certificate.result import ModuleVerdict, Probe, Verdict
 
 WORSE = 1e-6
 """Share by which an objective must exceed the one without the adapter to count as worse."""

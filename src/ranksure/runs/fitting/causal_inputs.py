@@ -8,6 +8,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ranksure.errors import ModelError, SettingError, one_line
+from ranksure.losses import CrossEntropy
 from ranksure.network.checkpoints import (
     check_checkpoint,
     device_named,
@@ -65,7 +66,7 @@ def causal_setup(model: Any, data: Any, settings: FitSettings, tokenizer: Any, c
         prefix="",
         heads=[],
         task_type="CAUSAL_LM",
-        kind="cross-entropy",
+        kind=CrossEntropy.name,
         features=rows.features,
         held=None if held is None else held.features,
         collator=rows.collator,

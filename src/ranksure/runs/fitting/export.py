@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +18,8 @@ from ranksure.losses import accuracy, get_loss
 from ranksure.network.gradient import Weighting, mean_loss
 from ranksure.network.logits import Batch, predict, unlabelled
 from ranksure.network.side_path import applied
+from ranksure.records.fit import FitHeldOut
+from ranksure.records.record import encoded
 from ranksure.runs.fitting.inputs import Setup
 from ranksure.runs.fitting.result import FitResult
 from ranksure.tasks.text import MeanPooled
@@ -26,7 +27,7 @@ from ranksure.tasks.text import MeanPooled
 
 def evaluate(
     model: nn.Module, read: Adapter, setup: Setup, batches: Sequence[Batch], weighting: Weighting
-) -> tuple[float, dict[str, Any] | None]:
+) -> tuple[float, FitHeldOut | None]:
     """Training loss without the adapter; held-out loss and accuracy with it and without it."""
     removed: Factors = {name: (-u, v) for name, (u, v) in read.factors.items()}
     with applied(read.modules, removed):
@@ -39,7 +40,7 @@ def evaluate(
         with applied(read.modules, factors):
             out[f"loss{suffix}"] = mean_loss(model, held, kind=setup.kind, weighting=weighting)
             out[f"accuracy{suffix}"] = None if setup.n_outputs is None else _accuracy(model, held, setup.kind)
-    return zero, out
+    return zero, FitHeldOut(**out)
 
 
 def write_adapter(model: PeftModel, factors: Factors, setup: Setup, result: FitResult) -> None:
@@ -75,14 +76,10 @@ def write_adapter(model: PeftModel, factors: Factors, setup: Setup, result: FitR
             )
         if setup.task is not None:
             setup.task.write_record(stage)
-        (stage / "certificate.json").write_text(_json(result.certificate.to_json()), encoding="utf-8")
-        (stage / "fit.json").write_text(_json(result.data), encoding="utf-8")
+        (stage / "certificate.json").write_bytes(encoded(result.certificate.to_json()))
+        (stage / "fit.json").write_bytes(encoded(result.record))
 
 
 def _accuracy(model: nn.Module, batches: Sequence[Batch], kind: str) -> float | None:
     logits = predict(model, list(map(unlabelled, batches)))
     return accuracy(logits, torch.cat([batch["labels"] for batch in batches]), get_loss(kind))
-
-
-def _json(content: Any) -> str:
-    return json.dumps(content, indent=1) + "\n"

@@ -23,16 +23,17 @@ from ranksure.factors import Factors, ranks_of
 from ranksure.network.checkpoints import quiet
 from ranksure.progress import Clock, Reporter, Silent
 from ranksure.quantities import parse_memory
+from ranksure.records.certificate import RunCertificate
+from ranksure.records.fit import Stage
 from ranksure.runs.certificate.callback import preserved_randomness
 from ranksure.runs.certificate.certify import certify_adapter
-from ranksure.runs.certificate.result import RunCertificate
 from ranksure.runs.certificate.settings import CertifySettings
 from ranksure.runs.fitting.causal_inputs import causal_setup
 from ranksure.runs.fitting.export import evaluate, write_adapter
 from ranksure.runs.fitting.folder import Workspace
 from ranksure.runs.fitting.inputs import Setup, place_factors
 from ranksure.runs.fitting.plan_folder import PlanFolder, read_plan
-from ranksure.runs.fitting.result import FitResult, summary
+from ranksure.runs.fitting.result import FitResult, fit_record
 from ranksure.runs.fitting.settings import FitSettings
 from ranksure.runs.fitting.stage import train_stage
 from ranksure.runs.fitting.task_inputs import SHARED, task_setup
@@ -160,18 +161,18 @@ class _Run:
             self._check_finite(model)
             read = read_adapter(model)
             verdict = self._certify(model, read)
-            facts = {
-                "ranks": ranks,
-                "steps": steps,
-                "verdict": verdict.verdict,
-                "objective": verdict.objective,
-                "loss": verdict.loss,
-                "history": self.history,
-            }
+            last = Stage(
+                ranks=ranks,
+                steps=steps,
+                verdict=verdict.verdict,
+                objective=verdict.objective,
+                loss=verdict.loss,
+                history=self.history,
+            )
             if not options.grow or verdict.verdict != "rank-bound" or stage >= options.grow_stages:
                 break
-            self._grow(model, verdict, facts)
-        return self._finish(model, read, verdict, {**facts, "resumed": resumed}, began)
+            self._grow(model, verdict, last)
+        return self._finish(model, read, verdict, last, resumed, began)
 
     def _ranks(self) -> dict[str, int]:
         if self.start is not None:
@@ -194,15 +195,15 @@ class _Run:
             return self.options.lam
         if self.options.weight_decay is not None:
             return self.options.weight_decay / self.scale
-        return 0.0 if self.plan is None else self.plan.lam
+        return 0.0 if self.plan is None else self.plan.record.weight_decay
 
     def _as_planned(self) -> bool:
         """Whether what was trained is what the plan speaks of."""
         if self.plan is None or not self.setup.same_data or self.work.stages or self.options.train_head:
             return False
-        if self.options.rank is not None and set(self.ranks) != set(self.plan.data["target_modules"]):
+        if self.options.rank is not None and set(self.ranks) != set(self.plan.record.target_modules):
             return False
-        return math.isclose(self.lam, self.plan.lam, rel_tol=1e-9)
+        return math.isclose(self.lam, self.plan.record.weight_decay, rel_tol=1e-9)
 
     def _wrapped(self, ranks: dict[str, int], factors: Factors | None) -> PeftModel:
         base = self.setup.base
@@ -225,13 +226,13 @@ class _Run:
         trained = (found.outside or ["the head"]) if self.options.train_head else []
         return dataclasses.replace(found, outside=trained)
 
-    def _grow(self, model: PeftModel, verdict: RunCertificate, facts: dict[str, Any]) -> None:
+    def _grow(self, model: PeftModel, verdict: RunCertificate, last: Stage) -> None:
         """Add the missing directions, and record them as the next stage's start."""
         from ranksure.runs.resizing.grow import grow
 
         with self.clock.stage("grow", "Adding the missing directions"):
             growth = grow(model, self.batches, certificate=verdict, **vars(self.asks))
-        self.work.close_stage(facts, self.setup.named_as_planned(growth.factors))
+        self.work.close_stage(last, self.setup.named_as_planned(growth.factors))
 
     def _check_finite(self, model: nn.Module) -> None:
         for name, parameter in model.named_parameters():
@@ -239,7 +240,7 @@ class _Run:
                 raise SettingError("training diverged: the factors are not finite; lower the learning rate")
 
     def _finish(
-        self, model: PeftModel, read: Adapter, verdict: RunCertificate, facts: dict[str, Any], began: float
+        self, model: PeftModel, read: Adapter, verdict: RunCertificate, last: Stage, resumed: bool, began: float
     ) -> FitResult:
         setup, options = self.setup, self.options
         with self.clock.stage("evaluate", "Evaluating"):
@@ -247,14 +248,22 @@ class _Run:
         predicted = None
         if self.plan is not None and self._as_planned():
             predicted = self.plan.prediction(options.rank, options.linear)
-        facts = {**facts, "objective_at_zero": zero, "heldout": held, "prediction": predicted}
-        content = summary(setup, options, verdict, facts, self.work.stages, self.lam, self.scale)
-        content |= {
-            "command": self.command,
-            "resumed": facts["resumed"],
-            "seconds": {**self.clock.seconds, "total": time.perf_counter() - began},
-        }
-        result = FitResult(content, verdict, self.work.adapter, model)
+        record = fit_record(
+            setup,
+            options,
+            verdict,
+            last,
+            self.work.stages,
+            self.lam,
+            self.scale,
+            objective_at_zero=zero,
+            heldout=held,
+            prediction=predicted,
+            command=self.command,
+            resumed=resumed,
+            seconds={**self.clock.seconds, "total": time.perf_counter() - began},
+        )
+        result = FitResult(record, verdict, self.work.adapter, model)
         with self.clock.stage("export", "Writing and checking the adapter"):
             write_adapter(model, read.factors, setup, result)
         self.work.tidy(options.keep_checkpoints)

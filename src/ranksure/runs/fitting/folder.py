@@ -16,12 +16,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from ranksure.errors import RanksureError, SettingError
 from ranksure.factors import Factors
 from ranksure.files import write_file
+from ranksure.records.fit import Stage
+from ranksure.records.record import plain
 
 ADAPTER, RUN = "adapter", "run.json"
 _OWN = {RUN, ADAPTER, "checkpoints", "plan", "runs", "report.html"}
@@ -40,7 +43,7 @@ class Workspace:
     def __init__(self, out: str | os.PathLike[str]) -> None:
         self.out = Path(out)
         self._new = not self.out.exists()
-        self.stages: list[dict[str, Any]] = []
+        self.stages: list[Stage] = []
         self._asked: dict[str, Any] = {}
         if self.out.exists() and not self.out.is_dir():
             raise SettingError(f"--out {self.out} is a file; name a folder")
@@ -102,8 +105,8 @@ class Workspace:
             return False
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            known, self.stages = content["asked"], content["stages"]
-        except (OSError, ValueError, KeyError, TypeError):
+            known, self.stages = content["asked"], msgspec.convert(content["stages"], list[Stage])
+        except (OSError, ValueError, KeyError, TypeError):  # ValidationError is a ValueError
             raise SettingError(f"{path} cannot be read; name a new folder, or delete {self.out}") from None
         if not self.finished and (restart or (known != self._asked and not self._begun())):
             self.tidy(keep_checkpoints=False)
@@ -121,15 +124,13 @@ class Workspace:
                 )
         return True
 
-    def close_stage(self, facts: Mapping[str, Any], factors: Factors) -> None:
+    def close_stage(self, stage: Stage, factors: Factors) -> None:
         """Record a finished stage, and the factors that the next one starts from."""
-        stage = len(self.stages) + 1
         tensors = {}
         for name, (u, v) in factors.items():
             tensors |= {f"{name}.u": u.contiguous(), f"{name}.v": v.contiguous()}
-        path = self.out / f"stage-{stage}.safetensors"
-        write_file(path, save(tensors))
-        self.stages.append(json.loads(json.dumps(dict(facts))))
+        write_file(self.out / f"stage-{len(self.stages) + 1}.safetensors", save(tensors))
+        self.stages.append(stage)
         self._write()  # last: only now does the next stage count as begun
 
     def factors(self) -> Factors | None:
@@ -162,7 +163,7 @@ class Workspace:
         return list(self.out.iterdir()) if self.out.is_dir() else []
 
     def _write(self) -> None:
-        content = {"schema": 1, "asked": self._asked, "stages": self.stages}
+        content = {"schema": 1, "asked": self._asked, "stages": plain(self.stages)}
         write_file(self.out / RUN, (json.dumps(content, indent=1) + "\n").encode())
 
 

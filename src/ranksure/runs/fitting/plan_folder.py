@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft.utils import ModulesToSaveWrapper
@@ -20,19 +17,17 @@ from ranksure.adapters.matrices import PREFIX, file_factors, is_factor
 from ranksure.errors import AdapterError, SettingError
 from ranksure.factors import Factors
 from ranksure.network.targets import base_network
+from ranksure.records.fit import Prediction
+from ranksure.records.plan import Plan
+from ranksure.records.record import read
 
 
 @dataclass(frozen=True)
 class PlanFolder:
-    """What ``ranksure plan --out`` wrote; ``data`` is the content of ``plan.json``."""
+    """What ``ranksure plan --out`` wrote; ``record`` is the content of ``plan.json``."""
 
     folder: Path
-    data: dict[str, Any]
-
-    @property
-    def lam(self) -> float:
-        """The penalty that was solved for."""
-        return float(self.data["weight_decay"])
+    record: Plan
 
     @property
     def pattern(self) -> dict[str, int]:
@@ -41,7 +36,7 @@ class PlanFolder:
         Raises:
             SettingError: the plan's optimum is no update at all.
         """
-        ranks = {name: int(rank) for name, rank in self.data["recommended"]["rank_pattern"].items()}
+        ranks = self.record.recommended.rank_pattern
         if not ranks:
             raise SettingError(
                 f"the plan in {self.folder} needs no adapter: at its weight decay the optimum is no update at all, "
@@ -67,7 +62,7 @@ class PlanFolder:
             AdapterError: as :meth:`tensors`.
         """
         tensors = self.tensors()
-        found = {name: file_factors(tensors, name) for name in self.data["target_modules"]}
+        found = {name: file_factors(tensors, name) for name in self.record.target_modules}
         out: Factors = {name: pair for name, pair in found.items() if pair is not None}
         if not out:
             raise AdapterError(f"the adapter in {self.folder} holds none of the plan's modules")
@@ -79,69 +74,58 @@ class PlanFolder:
         Raises:
             AdapterError: as :meth:`tensors`.
         """
-        if self.data["pooling"] == "mean":
+        if self.record.pooling == "mean":
             return _read(self.folder / "adapter" / "head.safetensors")
         return {key.removeprefix(PREFIX): value for key, value in self.tensors().items() if not is_factor(key)}
 
-    def prediction(self, rank: int | None, linear: bool) -> dict[str, Any] | None:
+    def prediction(self, rank: int | None, linear: bool) -> Prediction | None:
         """The linearised problem's figures for what is trained; None where the plan says nothing of this rank.
 
         Args:
             rank: a uniform rank on every target, or None for the recommended ranks.
             linear: the optimum's own ranks instead.
         """
-        optimum, rows = self.data["optimum"], self.data["ranks"]
-        zero, dual = optimum["objective_at_zero"], optimum["dual"]
-        largest = max(optimum["ranks"].values(), default=0)
-        held: dict[str, Any] | None = None
+        record, optimum = self.record, self.record.optimum
+        zero, dual = optimum.objective_at_zero, optimum.dual
+        wanted = record.recommended.r if rank is None else rank
+        row = next((row for row in record.ranks if row.rank == wanted), None)
+        loss = accuracy = None
         if linear:
-            of, objective = "the optimum", optimum["objective"]
-            held = {
-                "heldout_loss": self.data["linearity"].get("heldout_linear_loss"),
-                "heldout_accuracy": None,
-            }
-        elif rank is None:
-            captured = self.data["recommended"]["captured_uniform"]
-            of, objective = "the recommended rank", zero - captured * (zero - dual)
-            held = next((row for row in rows if row["rank"] == self.data["recommended"]["r"]), None)
+            of, objective = "the optimum", optimum.objective
+            loss = record.linearity.heldout_linear_loss
         else:
-            held = next((row for row in rows if row["rank"] == rank), None)
-            if held is None and rank < largest:
+            if rank is None:
+                captured = record.recommended.captured_uniform or 0.0
+                of, objective = "the recommended rank", zero - captured * (zero - dual)
+            elif row is None and rank < optimum.largest_rank:
                 return None
-            of, objective = f"rank {rank}", optimum["objective"] if held is None else held["objective"]
-        held = held or {}
-        return {
-            "of": of,
-            "objective": objective,
-            "objective_at_zero": zero,
-            "optimum": optimum["objective"],
-            "captured": (zero - objective) / (zero - dual) if zero > dual else 1.0,
-            "heldout_loss": held.get("heldout_loss"),
-            "heldout_accuracy": held.get("heldout_accuracy"),
-            "linearity": self.data["linearity"].get("train"),
-        }
+            else:
+                of, objective = f"rank {rank}", optimum.objective if row is None else row.objective
+            if row is not None:
+                loss, accuracy = row.heldout_loss, row.heldout_accuracy
+        return Prediction(
+            of=of,
+            objective=objective,
+            objective_at_zero=zero,
+            optimum=optimum.objective,
+            captured=(zero - objective) / (zero - dual) if zero > dual else 1.0,
+            heldout_loss=loss,
+            heldout_accuracy=accuracy,
+            linearity=record.linearity.train,
+        )
 
 
 def read_plan(folder: str | os.PathLike[str]) -> PlanFolder:
     """Read a plan's folder.
 
     Raises:
-        SettingError: it holds no plan, or one that this version cannot read.
+        SettingError: it holds no plan.
+        DataError: it holds one that this version cannot read.
     """
     path = Path(folder)
-    try:
-        data = json.loads((path / "plan.json").read_text(encoding="utf-8"))
-        known = data["schema"] == 1
-        for key in ("recommended", "optimum", "ranks", "weight_decay", "target_modules", "pooling", "loss", "data"):
-            data[key]
-        sound = math.isfinite(float(data["weight_decay"])) and isinstance(data["recommended"]["rank_pattern"], dict)
-    except FileNotFoundError:
-        raise SettingError(f"{path} holds no plan.json: `ranksure plan ... --out {path}` writes one") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SettingError(f"{path / 'plan.json'} is no readable plan: {type(error).__name__} {error}") from None
-    if not known or not sound:
-        raise SettingError(f"{path / 'plan.json'} was written by another version of ranksure: plan again")
-    return PlanFolder(path, data)
+    if not (path / "plan.json").is_file():
+        raise SettingError(f"{path} holds no plan.json: `ranksure plan ... --out {path}` writes one")
+    return PlanFolder(path, read(path / "plan.json", Plan))
 
 
 def install_planned_head(model: nn.Module, plan: str | os.PathLike[str]) -> list[str]:
@@ -163,12 +147,12 @@ def install_planned_head(model: nn.Module, plan: str | os.PathLike[str]) -> list
             or does not fit.
     """
     found = read_plan(plan)
-    if found.data["pooling"] == "mean":
+    if found.record.pooling == "mean":
         raise AdapterError(
             f"the plan in {found.folder} has a head on averaged states, which is no part of this model: it lies in "
             "adapter/head.safetensors"
         )
-    if not found.data["head"]["new"]:
+    if not found.record.head.new:
         return []
     base = base_network(model)
     modules = dict(base.named_modules())

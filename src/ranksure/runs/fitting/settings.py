@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from ranksure.errors import SettingError
 from ranksure.network.gradient import Weighting
-from ranksure.runs.certificate.result import Verdict
+from ranksure.records.certificate import Verdict
 from ranksure.runs.fitting.optimizer import OptimizerKind
 from ranksure.tasks.load import KINDS
 

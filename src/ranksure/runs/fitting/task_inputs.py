@@ -63,18 +63,18 @@ def task_setup(
     """
     if model is None and plan is None:
         raise SettingError("give --model, or --plan with a plan's folder")
-    model = plan.data["model"] if model is None and plan is not None else model
+    model = plan.record.model if model is None and plan is not None else model
     if data is None:
-        if plan is None or plan.data["data"]["sha256"] != REVIEWS_SHA256:
+        if plan is None or plan.record.data.sha256 != REVIEWS_SHA256:
             raise SettingError("give --data: the rows to train on")
         data = rotten_tomatoes()
     options = _plan_settings(settings, plan)
     rows = read_samples(data, options, options.split)
-    same = plan is not None and rows.sha256 == plan.data["data"]["sha256"]
+    same = plan is not None and rows.sha256 == plan.record.data.sha256
     samples = settings.samples
     if samples is None:
-        samples = int(plan.data["n_samples"]) if plan is not None and same else len(rows)
-    same = same and plan is not None and samples == plan.data["n_samples"]
+        samples = plan.record.n_samples if plan is not None and same else len(rows)
+    same = same and plan is not None and samples == plan.record.n_samples
     prepared = prepare(model, rows, replace(options, samples=samples), tokenizer, clock)
     task, notes = prepared.task, list(prepared.notes)
     if plan is not None and not same:
@@ -92,7 +92,7 @@ def task_setup(
         prefix=task.prefix,
         heads=heads,
         task_type=None if task.prefix else task.peft_task_type,
-        kind=options.loss,  # pyright: ignore[reportArgumentType]
+        kind=options.loss,
         features=task.features(prepared.split.train),
         held=None if held is None else task.features(held),
         collator=task.collator,
@@ -115,12 +115,12 @@ def _plan_settings(settings: FitSettings, plan: PlanFolder | None) -> PlanSettin
     """How a plan would read the same rows and model."""
     values: dict[str, Any] = {"samples": 4, "seed": settings.seed}
     defaults = FitSettings()
-    made = {} if plan is None else plan.data.get("settings", {})
+    made = {} if plan is None else plan.record.settings
     offsets = None
     if plan is not None:
-        values |= {"pooling": plan.data["pooling"], "loss": plan.data["loss"], "seed": plan.data["seed"]}
-        values["target_modules"] = plan.data["target_modules"]
-        offsets = plan.data.get("task", {}).get("offsets")
+        values |= {"pooling": plan.record.pooling, "loss": plan.record.loss, "seed": plan.record.seed}
+        values["target_modules"] = plan.record.target_modules
+        offsets = plan.record.task.get("offsets")
     for name in SHARED:
         if name in made and not isinstance(made[name], dict):  # not data that was in memory
             values[name] = made[name]
@@ -142,11 +142,11 @@ def _head(task: Task[Any], rows: Samples, settings: FitSettings, plan: PlanFolde
     """Install the plan's head, or fit one where the checkpoint has none; a trained one stays."""
     if not task.head_is_new:
         return
-    if plan is not None and plan.data["pooling"] == task.pooling:
+    if plan is not None and plan.record.pooling == task.pooling:
         _load_head(task, plan)
         return
     assert task.head is not None
-    loss = get_loss(plan.data["loss"] if plan is not None else settings.loss)
+    loss = get_loss(plan.record.loss if plan is not None else settings.loss)
     with clock.stage("head", "Fitting the new head") as advance:
         batches, back = task.batches_by_length(rows)
         features = head_features(task.model, task.head, batches, task.n_outputs, advance)[back]

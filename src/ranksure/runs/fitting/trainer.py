@@ -13,71 +13,13 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ranksure.errors import DataError, SettingError
-from ranksure.loss_terms import IGNORED
+from ranksure.loss_terms import Weighting, count_terms, mean_loss_function
 from ranksure.losses import Kind
-from ranksure.network.gradient import Weighting
-from ranksure.network.logits import logits_in
-
-LossFunction = Callable[..., Tensor]
-
-
-def mean_loss_function(kind: Kind, weighting: Weighting = "token") -> LossFunction:
-    """A ``compute_loss_func`` for ``Trainer``: a mean over all terms of an optimizer step, however it is accumulated.
-
-    The terms are those of :func:`ranksure.certify`: labels of a classifier, tokens of a causal language model (or
-    its samples), outputs of the two others. Without it, ``Trainer`` 5.23 adds up a classifier's micro-batch means
-    instead of averaging them (its model takes the loss arguments, and ignores the number of items).
-
-    Args:
-        kind: which loss.
-        weighting: of a causal language model's tokens. ``sample`` needs the number of samples of the step as
-            ``num_items_in_batch``, which ``Trainer`` does not count by itself (``ranksure fit`` does).
-
-    Returns:
-        ``(outputs, labels, num_items_in_batch=None) -> loss``; without a number, that of the batch is taken.
-    """
-
-    def compute(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        logits = logits_in(outputs)
-        labels = labels.to(logits.device)
-        total = _total_loss(kind, weighting, logits, labels)
-        count = count_terms(kind, weighting, labels) if num_items_in_batch is None else num_items_in_batch
-        return total / count
-
-    return compute
-
-
-def count_terms(kind: Kind, weighting: Weighting, labels: Tensor) -> int:
-    """Number of terms that a batch adds to the mean."""
-    if kind != "cross-entropy":
-        return labels.numel()
-    if labels.dim() < 2:
-        return int((labels != IGNORED).sum())
-    told = labels[:, 1:] != IGNORED
-    return int(told.any(1).sum() if weighting == "sample" else told.sum())
-
-
-def _total_loss(kind: Kind, weighting: Weighting, logits: Tensor, labels: Tensor) -> Tensor:
-    if kind != "cross-entropy" or logits.dim() == 2:
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if kind == "logistic":
-        return F.binary_cross_entropy_with_logits(logits, labels.to(logits).reshape(logits.shape), reduction="sum")
-    if kind == "squared-error":
-        return F.mse_loss(logits, labels.to(logits).reshape(logits.shape), reduction="sum")
-    if logits.dim() == 2:
-        return F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
-    told = labels[:, 1:] != IGNORED
-    rows, places = told.nonzero(as_tuple=True)  # a large vocabulary is wide: only where there is a loss
-    chosen = logits[rows, places]
-    chosen = chosen.to(torch.promote_types(chosen.dtype, torch.float32))
-    losses = F.cross_entropy(chosen, labels[rows, places + 1], reduction="none")
-    return losses.sum() if weighting == "token" else (losses / told.sum(1)[rows]).sum()
 
 
 class FitTrainer(Trainer):

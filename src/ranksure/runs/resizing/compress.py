@@ -29,6 +29,7 @@ from ranksure.losses import get_loss
 from ranksure.network.gradient import mean_loss
 from ranksure.network.logits import Batch, batch_rows, predict, unlabelled
 from ranksure.network.targets import base_layer
+from ranksure.records.change import Measured
 from ranksure.runs.certificate.settings import RunSettings
 from ranksure.runs.resizing.compress_result import Compression, Level
 from ranksure.runs.resizing.directions import (
@@ -39,7 +40,7 @@ from ranksure.runs.resizing.directions import (
     ranked_directions,
     without,
 )
-from ranksure.runs.resizing.measured import Measured, largest_changes, tied_modules
+from ranksure.runs.resizing.measured import largest_changes, tied_modules
 from ranksure.theory.rank_reduction import reduce_factors
 
 _WORK = 4  # float64 copies of what is captured, while it is reduced
@@ -119,7 +120,8 @@ class _Run:
         with nullcontext() if factors is None else placed(self.read, factors, self.dtype):
             value = mean_loss(self.model, self.rows, kind=self.settings.loss, weighting=self.settings.weighting)
         norms = nuclear_norms(self.read.factors if factors is None else factors)
-        return Measured(value, sum(self.penalty[n] * norm for n, norm in norms.items()) if self.penalty else 0.0)
+        penalty = sum(self.penalty[n] * norm for n, norm in norms.items()) if self.penalty else 0.0
+        return Measured(loss=value, penalty=penalty, objective=value + penalty)
 
 
 def _data_exact(run: _Run, seed: int) -> tuple[Factors, dict[str, Any]]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
 
 from ranksure.factors import Factors
-from ranksure.runs.resizing.measured import Measured
-from ranksure.runs.resizing.resized import Resized, plain
+from ranksure.records.change import CompressRecord, Measured
+from ranksure.records.record import plain
+from ranksure.runs.resizing.resized import Resized
 
 Level = Literal["lossless", "data-exact", "budget"]
 
@@ -68,14 +69,11 @@ class Compression(Resized):
         gain = self.at_zero.objective - self.before.objective
         return (self.at_zero.objective - self.after.objective) / gain if gain > 0 else None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self, **more: Any) -> dict[str, Any]:
         """What ``compress.json`` holds."""
-        data = {key: value for key, value in vars(self).items() if key != "factors"}
-        for name in ("before", "after", "at_zero"):
-            point: Measured | None = data[name]
-            data[name] = None if point is None else {**asdict(point), "objective": point.objective}
-        data |= {"dtype": str(self.dtype).removeprefix("torch."), "captured": self.captured}
-        return plain(data)
+        own = {name: getattr(self, name) for name in CompressRecord.__struct_fields__ if hasattr(self, name)}
+        own["dtype"] = str(self.dtype).removeprefix("torch.")
+        return plain(CompressRecord(**own | more))
 
     def told(self) -> dict[str, Any]:
         """As :class:`~ranksure.runs.resizing.resized.Resized`."""

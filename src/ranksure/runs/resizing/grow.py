@@ -23,11 +23,13 @@ from ranksure.errors import AdapterError, SettingError
 from ranksure.factors import Factors, ranks_of, thin_svd
 from ranksure.network.gradient import Progress, gradient_pass
 from ranksure.network.logits import Batch
+from ranksure.records.certificate import RunCertificate
+from ranksure.records.change import GrownModule, GrowRecord
+from ranksure.records.record import plain
 from ranksure.relinearised import USED
 from ranksure.runs.certificate.certify import certify_adapter
-from ranksure.runs.certificate.result import RunCertificate
 from ranksure.runs.certificate.settings import CertifySettings
-from ranksure.runs.resizing.resized import Resized, plain
+from ranksure.runs.resizing.resized import Resized
 from ranksure.spectral import top_pairs
 
 MOST_NEW = 8
@@ -65,28 +67,28 @@ class Growth(Resized):
         lams = {name: state.lam or 0.0 for name, state in self.certificate.modules.items()}
         return sum(0.5 * lams[name] * sum(sizes) for name, sizes in self.sizes.items())
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self, **more: Any) -> dict[str, Any]:
         """What ``grow.json`` holds."""
         ranks = ranks_of(self.factors)
-        return plain(
-            {
-                "verdict": self.certificate.verdict,
-                "forced": self.forced,
-                "modules": {
-                    name: {
-                        "rank_before": rank - self.added.get(name, 0),
-                        "rank_after": rank,
-                        "slopes": self.slopes.get(name, []),
-                        "sizes": self.sizes.get(name, []),
-                    }
-                    for name, rank in ranks.items()
-                },
-                "rank_before": sum(ranks.values()) - sum(self.added.values()),
-                "rank_after": sum(ranks.values()),
-                "penalty_added": self.penalty_added,
-                "certificate": self.certificate.to_json(),
-            }
+        record = GrowRecord(
+            verdict=self.certificate.verdict,
+            forced=self.forced,
+            modules={
+                name: GrownModule(
+                    rank_before=rank - self.added.get(name, 0),
+                    rank_after=rank,
+                    slopes=self.slopes.get(name, []),
+                    sizes=self.sizes.get(name, []),
+                )
+                for name, rank in ranks.items()
+            },
+            rank_before=sum(ranks.values()) - sum(self.added.values()),
+            rank_after=sum(ranks.values()),
+            penalty_added=self.penalty_added,
+            certificate=self.certificate,
+            **more,
         )
+        return {**plain(record), "certificate": self.certificate.to_json()}
 
     def told(self) -> dict[str, Any]:
         """As :class:`Resized`."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,21 +53,3 @@ def tied_modules(model: nn.Module, read: Adapter) -> list[str]:
     """Adapted modules whose weight another module uses too: merging would change that one as well."""
     users = parameter_users(model)
     return [name for name, module in read.modules.items() if len(users.get(id(base_layer(module).weight), ())) > 1]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """The network on the rows given, at one point.
-
-    Attributes:
-        loss: mean loss.
-        penalty: ``sum_j lambda_j ||delta_j||_*``; 0 without a penalty.
-    """
-
-    loss: float
-    penalty: float
-
-    @property
-    def objective(self) -> float:
-        """Loss and penalty."""
-        return self.loss + self.penalty

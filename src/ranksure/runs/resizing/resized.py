@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import nn
 
 from ranksure.adapters.rewrite import Rewritten, rewrite_adapter
 from ranksure.factors import Factors
+from ranksure.records.record import encoded
 
 
 class Resized:
@@ -22,8 +22,8 @@ class Resized:
 
     factors: Factors
 
-    def to_json(self) -> dict[str, Any]:
-        """What the record holds."""
+    def to_json(self, **more: Any) -> dict[str, Any]:
+        """What the record holds, with further fields."""
         raise NotImplementedError
 
     def told(self) -> dict[str, Any]:
@@ -46,14 +46,14 @@ class Resized:
             out_dir: the folder to create, or an earlier adapter's to replace.
             source: the folder that the adapter came from; see :func:`~ranksure.adapters.rewrite.rewrite_adapter`.
             prefix: of the names here, where ``model`` is inside the network that was measured.
-            extra: more entries for the record (where the data came from).
+            extra: more fields of the record (where the data came from).
 
         Raises:
             AdapterError: as ``rewrite_adapter``.
         """
 
         def write(stage: Path) -> None:
-            (stage / self.record).write_text(json.dumps({**self.to_json(), **(extra or {})}, indent=1) + "\n")
+            (stage / self.record).write_bytes(encoded(self.to_json(**(extra or {}))))
 
         return rewrite_adapter(
             model,
@@ -64,8 +64,3 @@ class Resized:
             write_more=write,
             **self.told(),
         )
-
-
-def plain(data: Mapping[str, Any]) -> dict[str, Any]:
-    """A record as JSON holds it: what is not finite becomes null."""
-    return json.loads(json.dumps({"schema": 1, **data}), parse_constant=lambda text: None)

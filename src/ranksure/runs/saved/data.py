@@ -13,9 +13,10 @@ from ranksure.data.conversations import LossOn, encode, load_examples
 from ranksure.data.samples import Samples
 from ranksure.data.texts import Rows, load_rows
 from ranksure.errors import DataError, SettingError
-from ranksure.losses import Kind
+from ranksure.losses import CrossEntropy, Kind, Loss, loss_meant
 from ranksure.network.checkpoints import token_limit
 from ranksure.network.targets import base_network
+from ranksure.records.record import DataSource
 from ranksure.tasks.classifiers import own_label_order
 from ranksure.tasks.collate import Collator, PackedCollator, check_packing, in_batches, packed
 
@@ -127,6 +128,19 @@ class RunData:
     label_names: list[str] | None = None
     kind_is_known: bool = False
 
+    @property
+    def described(self) -> DataSource:
+        """What a record says of it."""
+        return DataSource(
+            source=self.source,
+            sha256=self.sha256,
+            form=self.form,
+            rows=self.n_rows,
+            rows_in_source=self.total_rows,
+            max_length=self.max_length,
+            notes=self.notes,
+        )
+
 
 def run_data(
     rows: Any,
@@ -203,7 +217,7 @@ def _causal(base: PreTrainedModel, model: nn.Module, tokenizer: Any, data: Any, 
         collator,
         settings,
         settings.batch_size or 4,
-        kind="cross-entropy",
+        kind=CrossEntropy.name,
         form=examples.form,
         notes=notes,
         n_rows=len(encoded.features),
@@ -217,14 +231,14 @@ def _causal(base: PreTrainedModel, model: nn.Module, tokenizer: Any, data: Any, 
 
 
 def _texts(base: PreTrainedModel, tokenizer: Any, data: Any, settings: DataSettings) -> RunData:
-    kind = _kind(base)
+    loss = _loss(base)
     rows = load_rows(
         data,
         **settings.named("text_column", "label_column", "text_pair_column", "split"),
-        regression=kind == "squared-error",
+        regression=not loss.of_classes,
     )
     notes = list(rows.notes)
-    if kind != "squared-error":
+    if loss.of_classes:
         rows = rows.with_label_names(_class_names(base, rows, notes))
     total, rows = len(rows), settings.few(rows)
     max_length = token_limit(base, tokenizer, settings.max_length)
@@ -234,16 +248,17 @@ def _texts(base: PreTrainedModel, tokenizer: Any, data: Any, settings: DataSetti
     if cut := sum(len(ids) > max_length for ids in long):
         notes.append(f"{cut} of {len(rows)} texts were cut at {max_length} tokens.")
     keys = [key for key in ("input_ids", "token_type_ids", "attention_mask") if key in encoded]
-    labels = [[float(label)] for label in rows.labels] if kind == "logistic" else rows.labels
+    targets = loss.targets(rows.labels)
+    labels = targets.tolist()
     features = [{**{key: list(encoded[key][i]) for key in keys}, "labels": labels[i]} for i in range(len(rows))]
-    collator = Collator(tokenizer.pad_token_id, torch.long if kind == "cross-entropy" else torch.float32)
+    collator = Collator(tokenizer.pad_token_id, torch.float32 if targets.is_floating_point() else torch.long)
     return run_data(
         rows,
         features,
         collator,
         settings,
         settings.batch_size or 32,
-        kind=kind,
+        kind=loss.name,
         form="labelled texts",
         notes=notes,
         n_rows=len(rows),
@@ -253,16 +268,13 @@ def _texts(base: PreTrainedModel, tokenizer: Any, data: Any, settings: DataSetti
     )
 
 
-def _kind(base: PreTrainedModel) -> Kind:
+def _loss(base: PreTrainedModel) -> Loss:
     """The loss of a sequence classifier, by transformers' rules."""
-    stated, outputs = getattr(base.config, "problem_type", None), _outputs(base)
-    if stated == "multi_label_classification" and outputs == 1:
-        return "logistic"
-    if stated == "multi_label_classification":
-        raise SettingError("several labels per text (multi_label_classification) are not read: pass your own batches")
-    if stated == "regression" and outputs > 1:
-        raise SettingError(f"regression with {outputs} targets per text is not read: pass your own batches")
-    return "squared-error" if stated == "regression" or (stated is None and outputs == 1) else "cross-entropy"
+    outputs = _outputs(base)
+    loss = loss_meant(getattr(base.config, "problem_type", None), outputs)
+    if loss.term == "output" and outputs > 1:
+        raise SettingError(f"{outputs} labels or targets per text ({loss.name}) are not read: pass your own batches")
+    return loss
 
 
 def _outputs(base: PreTrainedModel) -> int:
@@ -272,7 +284,7 @@ def _outputs(base: PreTrainedModel) -> int:
 def _class_names(base: PreTrainedModel, rows: Rows, notes: list[str]) -> list[str]:
     """The data's label names in the order of the model's outputs."""
     own = rows.label_names or []
-    outputs = max(2, _outputs(base))  # one output of the logistic loss: the classes 0 and 1
+    outputs = max(2, _outputs(base))  # one output: the classes 0 and 1
     if len(own) == outputs:
         return list(own_label_order(base, rows, notes) or own)
     id2label = cast("dict[int, str]", base.config.id2label)

@@ -22,7 +22,9 @@ from torch import nn
 from ranksure.adapters.matrices import is_factor
 from ranksure.adapters.saved import AdapterFiles, read_files
 from ranksure.errors import AdapterError, SettingError, settings_of
+from ranksure.losses import CrossEntropy
 from ranksure.network.checkpoints import check_checkpoint, device_named
+from ranksure.records.record import RunSource
 from ranksure.runs.saved.base import (
     Places,
     TaskType,
@@ -153,7 +155,7 @@ def _made(
         made.collator,
         settings,
         made.batch_size,
-        kind="cross-entropy",
+        kind=CrossEntropy.name,
         form=f"labelled {samples.noun}s",
         notes=[*notes, *made.notes, *made.remarks(samples)],
         n_rows=len(samples),
@@ -225,6 +227,17 @@ class LoadedRun:
     def rewritten(self) -> dict[str, Any]:
         """What ``save`` of a growth or compression has to know of the run."""
         return {"model": self.adapted or self.model, "prefix": self.prefix, "source": self.folder}
+
+    @property
+    def source(self) -> RunSource:
+        """What a record says of it."""
+        return RunSource(
+            adapter=str(self.folder),
+            adapter_sha256=self.adapter_sha256,
+            base=self.base,
+            task_type=self.task_type,
+            dtype=str(self.dtype).removeprefix("torch."),
+        )
 
     @property
     def dtype(self) -> torch.dtype:

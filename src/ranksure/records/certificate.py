@@ -1,13 +1,12 @@
-"""What ``ranksure.certify`` returns: a verdict, the bounds behind it, and advice in plain language."""
+"""``certificate.json``, which ``ranksure.certify`` returns: a verdict, the bounds behind it, and advice."""
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
-from ranksure.adapters.loaded import Adapter
+from ranksure.records.record import SCHEMA, DataSource, RunSource, plain
 
 Verdict = Literal["first-order-optimal", "rank-bound", "not-converged", "failed-loudly", "not-checked"]
 
@@ -29,6 +28,7 @@ class ModuleVerdict:
         nuclear_norm: ``||delta_j||_*``.
         lam: ``lambda_j``; None without a penalty.
         seconds: time that its spectral norms took.
+        parameters: numbers in its factors, where the adapter is a file.
     """
 
     verdict: Verdict
@@ -43,6 +43,7 @@ class ModuleVerdict:
     nuclear_norm: float
     lam: float | None
     seconds: float = 0.0
+    parameters: int | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,8 @@ class RunCertificate:
         outside: what was trained and is outside the certificate.
         unreached: modules that the loss does not depend on.
         reasons: why nothing was checked.
+        run: adapter and base, where they are files; ``data`` the rows.
+        schema: number of the layout of ``certificate.json``.
     """
 
     verdict: Verdict
@@ -111,11 +114,18 @@ class RunCertificate:
     unreached: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    run: RunSource | None = None
+    data: DataSource | None = None
+    command: str | None = None
+    notes: list[str] = field(default_factory=list)
+    ranksure_version: str | None = None
+    SCHEMA: ClassVar[int] = SCHEMA
+    schema: int = SCHEMA
 
     @classmethod
-    def not_checked(cls, read: Adapter, reasons: list[str], tolerance: float) -> RunCertificate:
+    def not_checked(cls, adapter: str, outside: list[str], reasons: list[str], tolerance: float) -> RunCertificate:
         """A certificate that says why there is none."""
-        return cls("not-checked", read.name, tolerance, outside=read.outside, reasons=reasons)
+        return cls("not-checked", adapter, tolerance, outside=outside, reasons=reasons)
 
     @property
     def objective(self) -> float | None:
@@ -130,8 +140,7 @@ class RunCertificate:
 
     def to_json(self) -> dict[str, Any]:
         """What ``certificate.json`` holds: plain numbers, no NaN."""
-        data = {"schema": 1, **asdict(self), "objective": self.objective, "advice": self.advice()}
-        return json.loads(json.dumps(data, default=str), parse_constant=lambda text: None)
+        return {**plain(self), **plain({"objective": self.objective, "advice": self.advice()})}
 
     def advice(self) -> list[str]:
         """Two or three sentences in plain language."""
@@ -188,9 +197,13 @@ class RunCertificate:
             "tolerance": f"{self.tolerance:.0%}",
             "used": str(used),
             "given": str(given),
-            "objective": f"{self.objective:.4g}",
-            "zero": "unknown" if self.objective_at_zero is None else f"{self.objective_at_zero:.4g}",
+            "objective": _known(self.objective),
+            "zero": _known(self.objective_at_zero),
         }
+
+
+def _known(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4g}"
 
 
 def _list(names: list[str], most: int = 4) -> str:

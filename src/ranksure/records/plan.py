@@ -1,0 +1,274 @@
+"""``plan.json``: what ``ranksure plan`` found."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from msgspec import Meta, Struct
+
+from ranksure.records.record import SCHEMA, Count, Ranks, Record
+
+Interval = tuple[float, float]
+Positive = Annotated[float, Meta(gt=0)]
+
+
+class Source(Struct, kw_only=True, frozen=True):
+    """Where rows came from; ``rows`` is how many it holds in all."""
+
+    source: str
+    rows: Count
+    sha256: str | None = None
+
+
+class Bound(Struct, kw_only=True, frozen=True):
+    """A bound on ranks by the dimension that it counts; see :class:`ranksure.theory.bounds.Bounds`."""
+
+    paper: Count
+    effective: Count
+    numerical: Count | None = None
+
+    @property
+    def best(self) -> int:
+        """The sharpest."""
+        return self.effective if self.numerical is None else self.numerical
+
+
+class PlanBounds(Struct, kw_only=True, frozen=True):
+    """What theory says, whatever the data."""
+
+    existence: Bound
+    landscape: Bound
+    operator_rank: Count | None = None
+
+
+class PathStep(Struct, kw_only=True, frozen=True):
+    """One point of the path of lambda."""
+
+    weight_decay: float
+    ranks: Ranks
+    selection_loss: float | None = None
+    objective: float | None = None
+    relative_gap: float | None = None
+
+
+class Optimum(Struct, kw_only=True, frozen=True):
+    """The certified optimum of the linearised problem."""
+
+    objective: float
+    dual: float
+    gap: float
+    relative_gap: float
+    objective_at_zero: float
+    ranks: Ranks
+    status: str
+    spectral_ratio: float | None = None
+    remedy: str = ""
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether it is no update at all."""
+        return not any(self.ranks.values())
+
+    @property
+    def largest_rank(self) -> int:
+        """Of any module."""
+        return max(self.ranks.values(), default=0)
+
+
+class RankRow(Struct, kw_only=True, frozen=True):
+    """What one rank, the same in every target, reaches.
+
+    Attributes:
+        gap: no rank can be lower than the objective by more.
+        captured: share of what any rank could gain, as an interval that holds the true share.
+        requested: asked for, and not added to find the smallest sufficient rank.
+    """
+
+    rank: Count
+    objective: float
+    captured: Interval
+    verdict: str
+    parameters: Count
+    gap: float | None = None
+    spectral_ratio: float | None = None
+    heldout_loss: float | None = None
+    heldout_accuracy: float | None = None
+    starts: Count | None = None
+    stationary: bool | None = None
+    negative_curvature: Count | None = None
+    requested: bool = True
+
+
+class HeldOutFigures(Struct, kw_only=True, frozen=True):
+    """Rows that chose nothing; figures of the linearised network."""
+
+    rows: Count
+    loss_without_adapter: float
+    accuracy_without_adapter: float | None = None
+    best_rank: Count | None = None
+    note: str = ""
+
+
+class Recommended(Struct, kw_only=True, frozen=True):
+    """The advice.
+
+    Attributes:
+        r: one rank for every target.
+        rank_pattern: the same by module.
+        linear_pattern: smallest pattern found for the linearised network; it may leave targets out.
+        peft: the first as fields of ``LoraConfig`` that match these modules only; ``linear_peft`` the second.
+        heldout_r: smallest rank within one standard error of the best on held-out rows.
+    """
+
+    r: Count
+    rank_pattern: Ranks
+    lora_alpha: Count = 0
+    alpha_pattern: Ranks = {}
+    target_modules: list[str] = []
+    peft: dict[str, Any] | None = None
+    linear_pattern: Ranks = {}
+    linear_peft: dict[str, Any] | None = None
+    weight_decay: float | None = None
+    heldout_r: Count | None = None
+    parameters_uniform: Count = 0
+    parameters_pattern: Count = 0
+    captured_uniform: float | None = None
+    captured_pattern: float | None = None
+    note: str = ""
+
+
+class Subset(Struct, kw_only=True, frozen=True):
+    """The answer on the first ``n_samples`` rows; ``captured`` by requested rank."""
+
+    n_samples: Count
+    largest_rank: Count
+    rank_needed: Count | None = None
+    relative_gap: float | None = None
+    weight_decay: float | None = None
+    ranks: Ranks = {}
+    captured: dict[str, float] = {}
+
+
+class Extrapolation(Struct, kw_only=True, frozen=True):
+    """A power law through the subsets; not certified."""
+
+    n_samples: Count
+    rank_needed: float
+    exponent: float
+    rms_log_residual: float | None = None
+    points: list[tuple[int, int]] = []
+    note: str = ""
+
+
+class Linearity(Struct, kw_only=True, frozen=True):
+    """``||z(W0 + delta) - z_lin|| / ||z_lin - z(W0)||`` on training and held-out rows, and the losses behind it."""
+
+    train: float | None = None
+    heldout: float | None = None
+    note: str | None = None
+    train_real_loss: float | None = None
+    train_linear_loss: float | None = None
+    train_real_accuracy: float | None = None
+    heldout_real_loss: float | None = None
+    heldout_linear_loss: float | None = None
+    heldout_real_accuracy: float | None = None
+
+    @property
+    def worst(self) -> float:
+        """The larger of the two."""
+        return max((v for v in (self.train, self.heldout) if v is not None), default=0.0)
+
+
+class Generalization(Struct, kw_only=True, frozen=True):
+    """Theorem 5.1: the bound, and the lambda that it prescribes beside the one that was used.
+
+    ``theorem``, ``sharper`` and ``data_dependent`` each hold ``kappa``, ``slope`` and ``prescribed``; see
+    :class:`ranksure.theory.generalization.GeneralizationBound`. What is infinite is null.
+    """
+
+    theorem: dict[str, float | None]
+    sharper: dict[str, float | None]
+    data_dependent: dict[str, float | None]
+    lipschitz: float | None
+    norm: float
+    total_norm: float
+    norm_from: Literal["given", "rows"]
+    n_samples: Count
+    n_outputs: Count
+    n_contrasts: Count
+    eta: float
+    rademacher: float
+    rademacher_error: float
+    rademacher_upper: float
+    draws: Count
+    heuristic: list[str]
+    prescribed_weight_decay: float | None
+    prescribed_over_used: float | None
+    prescribed_over_lambda_max: float | None
+
+
+class Head(Struct, kw_only=True, frozen=True):
+    """The head: whether it is new, and accuracies before any adapter by pooling."""
+
+    new: bool = False
+    accuracy: dict[str, float | None] = {}
+    ridge: float | None = None
+    cross_validated_loss: float | None = None
+
+
+class Estimate(Struct, kw_only=True, frozen=True):
+    """What the work was expected to take."""
+
+    bytes: int
+    seconds: float
+
+
+class Plan(Record, kw_only=True):
+    """The content of ``plan.json``.
+
+    Attributes:
+        mean_per: what the loss is averaged over: ``sample`` or ``output``.
+        weight_decay: lambda, an L2 decay of LoRA factors at scale one.
+        weight_decay_chosen_by: the user, or held-out loss on the path.
+        lambda_max: at or above it the optimum is no update.
+        shapes: ``(m, n)`` by module.
+        ranks: what each rank reaches, smallest first.
+        captured_target: the share asked for.
+        seconds: by stage, and in total.
+        sentences: the answer in plain language.
+    """
+
+    SCHEMA: ClassVar[int] = SCHEMA
+    schema: int = SCHEMA
+    model: str
+    data: Source
+    n_samples: Count
+    n_outputs: Count
+    loss: str
+    weight_decay: Positive
+    weight_decay_chosen_by: str
+    lambda_max: float
+    target_modules: list[str]
+    shapes: dict[str, tuple[int, int]]
+    bounds: PlanBounds
+    optimum: Optimum
+    ranks: list[RankRow]
+    recommended: Recommended
+    generalization: Generalization | None = None
+    captured_target: float
+    seed: int
+    revision: str | None = None
+    mean_per: str | None = None
+    pooling: str = "model"
+    task: dict[str, Any] = {}
+    path: list[PathStep] = []
+    heldout: HeldOutFigures | None = None
+    subsets: list[Subset] = []
+    extrapolation: Extrapolation | None = None
+    linearity: Linearity = Linearity()
+    head: Head = Head()
+    estimate: Estimate | None = None
+    seconds: dict[str, float] = {}
+    settings: dict[str, Any] = {}
+    sentences: list[str] = []
+    warnings: list[str] = []
