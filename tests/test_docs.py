@@ -19,6 +19,8 @@ from transformers import Trainer, TrainingArguments
 import ranksure
 from ranksure.cli import app
 from ranksure.planner.settings import PlanSettings
+from ranksure.runs.certificate.settings import CertifySettings, RunSettings
+from ranksure.runs.fitting.settings import FitSettings
 from scripts.docs.examples import BLOCK, RUN, run
 from tests.runs.certificate.test_callback import Net, rows
 
@@ -121,13 +123,17 @@ def test_the_readme_certifies_and_attaches_as_written(tmp_path: Path, capsys: py
 
 def test_the_other_ways_into_growing_and_compressing_are_written_as_they_are_called() -> None:
     """Calls of ranksure's functions in README and docs have arguments that exist."""
+    settings: dict[str, type] = dict.fromkeys(("certify", "grow", "CertificateCallback"), CertifySettings)
+    settings |= {"compress": RunSettings, "fit": FitSettings, "plan": PlanSettings}
     seen = set()
     for page, _, text in PYTHON:
         for node in ast.walk(ast.parse(text, page)):
             name = ast.unparse(node.func).removeprefix("ranksure.") if isinstance(node, ast.Call) else ""
             if isinstance(node, ast.Call) and f"ranksure.{name}" == ast.unparse(node.func) and name in ranksure.__all__:
                 signature = inspect.signature(getattr(ranksure, name))
-                signature.bind_partial(*node.args, **{str(k.arg): k.value for k in node.keywords})
+                bound = signature.bind_partial(*node.args, **{str(k.arg): k.value for k in node.keywords})
+                more = bound.arguments.get("settings", {})
+                assert not more or more.keys() <= {field.name for field in dataclasses.fields(settings[name])}
                 seen.add(name)
     assert {"certify", "compress", "grow", "plan", "CertificateCallback"} <= seen
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from ranksure.runs.certificate.certify import certify
     from ranksure.runs.fitting.fit import fit
     from ranksure.runs.fitting.optimizer import l2_optimizer, parameter_groups
-    from ranksure.runs.fitting.planned_head import install_planned_head
+    from ranksure.runs.fitting.plan_folder import install_planned_head
     from ranksure.runs.fitting.result import FitResult
     from ranksure.runs.fitting.trainer import mean_loss_function
     from ranksure.runs.resizing.compress import compress
@@ -88,7 +88,7 @@ _WHERE = {
     "fit": "runs.fitting.fit:fit",
     "get_loss": "losses:get_loss",
     "grow": "runs.resizing.grow:grow",
-    "install_planned_head": "runs.fitting.planned_head:install_planned_head",
+    "install_planned_head": "runs.fitting.plan_folder:install_planned_head",
     "l2_optimizer": "runs.fitting.optimizer:l2_optimizer",
     "lambda_max": "certificate:lambda_max",
     "mean_loss_function": "loss_terms:mean_loss_function",

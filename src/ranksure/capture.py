@@ -136,7 +136,7 @@ def _run(
             "no target module reaches the logits with a gradient: check target_modules, and whether a reentrant "
             "checkpoint cuts them off (call model.enable_input_require_grads() or turn checkpointing off)"
         )
-    recorder.backward = True
+    recorder.backward()
     columns = contrasts.shape[1]
     for c in range(columns):
         seed = torch.zeros_like(z)

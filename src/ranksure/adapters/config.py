@@ -33,7 +33,7 @@ def kept_ranks(factors_or_ranks: Mapping[str, int | tuple[Tensor, Tensor]]) -> d
     """Ranks of the modules that an adapter keeps: those of rank at least 1.
 
     Raises:
-        AdapterError: every rank is zero, or one is negative or not an integer.
+        AdapterError: every rank is zero, or one is no whole number.
     """
     ranks: dict[str, int] = {}
     for name, value in factors_or_ranks.items():
@@ -71,19 +71,17 @@ def lora_config(
     """Build the ``LoraConfig`` for these ranks, with scale exactly 1 in every module.
 
     Args:
-        factors_or_ranks: rank, or the factors (u of shape (m, r), v of shape (n, r)), by qualified
-            module name; modules of rank 0 are left out.
-        model: the base network; if given, every name must be one of its modules, and
-            ``fan_in_fan_out`` is read from it.
+        factors_or_ranks: rank, or the factors (u of shape (m, r), v of shape (n, r)), by qualified module name; modules
+            of rank 0 are left out.
+        model: the base network; if given, every name must be one of its modules.
         task_type: as PEFT's, such as ``"SEQ_CLS"``.
         modules_to_save: qualified names of new heads.
-        base_model_name_or_path: recorded in the configuration.
-        revision: the base model's revision, recorded in the configuration.
-        uniform: one rank (the largest) for all and no patterns, for consumers that read only ``r``
-            and ``lora_alpha``; the factors must then be zero-padded to it.
-        fan_in_fan_out: whether the targets store (in, out) weights, as GPT-2's Conv1D. Default: read
-            from ``model``. PEFT decides per module whatever is set; with both kinds among the
-            targets it warns, and sets each one right.
+        base_model_name_or_path: recorded.
+        revision: of the base model, recorded.
+        uniform: one rank (the largest) for all and no patterns, for consumers that read only ``r`` and ``lora_alpha``;
+            the factors must then be zero-padded to it.
+        fan_in_fan_out: whether the targets store (in, out) weights, as GPT-2's Conv1D; read from ``model`` by default.
+            PEFT decides per module whatever is set; where it warns of both kinds, it sets each one right.
 
     Returns:
         The configuration, ready for ``get_peft_model``.
@@ -119,15 +117,7 @@ def lora_config(
 
 
 def config_snippet(config: LoraConfig, variable: str = "lora_config") -> str:
-    """Python source that rebuilds ``config``: what differs from PEFT's defaults, and the scale's parts.
-
-    Args:
-        config: any ``LoraConfig`` without callables.
-        variable: the name that the source assigns to.
-
-    Returns:
-        Source that runs on its own (it imports ``LoraConfig``).
-    """
+    """Python source that runs on its own and rebuilds ``config`` as ``variable``: what differs from PEFT's defaults."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         defaults = LoraConfig()
@@ -155,19 +145,11 @@ def axolotl_yaml(
     modules_to_save: Sequence[str] | None = None,
     uniform: bool = False,
 ) -> str:
-    """The adapter part of an axolotl configuration for these ranks.
+    """The adapter part of an axolotl configuration for these ranks (see :func:`lora_config`), as YAML.
 
-    axolotl passes ``lora_rank_pattern`` and ``lora_alpha_pattern`` to PEFT since its pull request
-    3673 (May 2026); older versions have no such option, and train every module at ``lora_r``.
-
-    Args:
-        factors_or_ranks: as for :func:`lora_config`.
-        weight_decay: the L2 weight decay (lambda, the scale being 1); written with a note on AdamW.
-        modules_to_save: qualified names of new heads.
-        uniform: one rank for all and no patterns.
-
-    Returns:
-        YAML text.
+    axolotl passes ``lora_rank_pattern`` and ``lora_alpha_pattern`` to PEFT since its pull request 3673 (May 2026);
+    older versions have no such option, and train every module at ``lora_r``. ``weight_decay`` is L2 (lambda, the scale
+    being 1), written with a note on AdamW.
 
     Raises:
         AdapterError: all ranks are zero, or a rank is invalid.

@@ -17,18 +17,13 @@ from ranksure.errors import AdapterError, DataError, ModelError, RanksureError, 
 from ranksure.runs.certificate.certify import certify
 from ranksure.runs.saved.data import DataSettings, read_data
 from ranksure.runs.saved.open import load_run
-from tests.runs.tiny_runs import PAIRS, classifier, language_model, save_gpt2_lm, save_llama, save_pairs
-from tests.tiny_text import frame, loaded, save_bert, save_bert_classifier, save_gpt2
+from tests.runs.tiny_runs import PAIRS, classifier, language_model, save_gpt2_lm, save_pairs, save_runs
+from tests.tiny_text import frame, loaded, save_bert_classifier, save_gpt2
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    bert, llama = save_bert(folder / "bert"), save_llama(folder / "llama")
-    classifier(bert).save_pretrained(folder / "texts")
-    language_model(llama, target_modules=["q_proj", "down_proj"]).save_pretrained(folder / "causal")
-    save_pairs(folder / "pairs.jsonl")
-    return folder
+    return save_runs(tmp_path_factory.mktemp("runs"))
 
 
 def same_logits(a: torch.nn.Module, b: torch.nn.Module, **batch: torch.Tensor) -> None:

@@ -9,9 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ranksure.adapters.loaded import read_adapter
 from ranksure.errors import SettingError
 from ranksure.files import write_file
+from ranksure.network.targets import base_network, block_shape
 from ranksure.records.certificate import RunCertificate
 from ranksure.records.record import encoded
 
@@ -34,10 +34,11 @@ def sampled(found: RunCertificate, seen: int, total: int) -> RunCertificate:
 
 def full_record(found: RunCertificate, run: LoadedRun, data: RunData, command: str | None = None) -> RunCertificate:
     """The certificate with what it is a certificate of."""
-    modules = dict(found.modules)
-    for name, block in read_adapter(run.model, found.adapter).blocks.items():
-        if name in modules:
-            modules[name] = replace(modules[name], parameters=sum(part.numel() for part in block.factors))
+    network = base_network(run.model)
+    modules = {
+        name: replace(state, parameters=state.rank * sum(block_shape(network.get_submodule(name))))
+        for name, state in found.modules.items()
+    }
     return replace(
         found,
         modules=modules,

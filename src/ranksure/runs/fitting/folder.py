@@ -18,10 +18,11 @@ from typing import Any
 
 import msgspec
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from ranksure.errors import RanksureError, SettingError
 from ranksure.factors import Factors
+from ranksure.files import write_file
 from ranksure.records.fit import Stage
 from ranksure.records.record import plain
 
@@ -30,10 +31,7 @@ _OWN = {RUN, ADAPTER, "checkpoints", "plan", "runs", "report.html"}
 
 
 class Workspace:
-    """The folder of one fit.
-
-    Args:
-        out: the folder; made if it is missing.
+    """The folder of one fit; made if it is missing.
 
     Attributes:
         stages: what is known of the finished stages, oldest first.
@@ -90,14 +88,10 @@ class Workspace:
         return self.out / "checkpoints" / f"stage-{stage}"
 
     def open(self, asked: Mapping[str, Any], restart: bool = False) -> bool:
-        """Start a run, or take up an unfinished (or finished) one of the same settings.
+        """Start a run, or take up an unfinished (or finished) one of the same settings; whether there was such a run.
 
-        Args:
-            asked: all that the result depends on; compared by its JSON.
-            restart: throw an unfinished run away. One that has made no checkpoint yet is, where settings differ.
-
-        Returns:
-            Whether there was such a run.
+        ``asked`` is all that the result depends on, compared by its JSON. ``restart`` throws an unfinished run away;
+        one that has made no checkpoint yet is thrown away where settings differ.
 
         Raises:
             SettingError: the folder holds a run of other settings, or one that cannot be read.
@@ -135,10 +129,7 @@ class Workspace:
         tensors = {}
         for name, (u, v) in factors.items():
             tensors |= {f"{name}.u": u.contiguous(), f"{name}.v": v.contiguous()}
-        path = self.out / f"stage-{len(self.stages) + 1}.safetensors"
-        aside = path.with_name(f".{path.name}.tmp")
-        save_file(tensors, aside)
-        os.replace(aside, path)
+        write_file(self.out / f"stage-{len(self.stages) + 1}.safetensors", save(tensors))
         self.stages.append(stage)
         self._write()  # last: only now does the next stage count as begun
 
@@ -173,9 +164,7 @@ class Workspace:
 
     def _write(self) -> None:
         content = {"schema": 1, "asked": self._asked, "stages": plain(self.stages)}
-        aside = self.out / f".{RUN}.tmp"
-        aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(aside, self.out / RUN)
+        write_file(self.out / RUN, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def _own(name: str) -> bool:

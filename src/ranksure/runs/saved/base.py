@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,16 +21,40 @@ from transformers import (
 
 from ranksure.adapters.saved import AdapterFiles, check_fit
 from ranksure.errors import AdapterError, ModelError, one_line, shown
-from ranksure.network.checkpoints import (
-    load_weights,
-    looks_local,
-    quiet,
-)
+from ranksure.network.checkpoints import load_tokenizer, load_weights, looks_local, quiet, settle_padding
 
 TaskType = Literal["SEQ_CLS", "CAUSAL_LM"]
 _HEADS = ("score", "classifier", "classifier.out_proj", "classification_head.out_proj")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "tokenizer.model", "vocab.json")
-PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a run's parts are, and how they are loaded.
+
+    Attributes:
+        base: the base model, where it is no longer where the adapter's configuration says.
+        adapter: which adapter of a folder with several.
+        task: ``SEQ_CLS``, ``CAUSAL_LM``, ``text``, ``prompt``, ``image`` or ``speech``, where nothing in the folder
+            tells.
+        device: ``auto`` or a torch device.
+        dtype: of the base model: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``. PEFT keeps
+            the adapter's matrices in float32 at least.
+        revision: Hub revision of the base model; by default the one that the adapter records.
+        trust_remote_code: allow the base model's own code to run.
+    """
+
+    base: str | os.PathLike[str] | None = None
+    adapter: str | None = None
+    task: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def of_hub(self, files: AdapterFiles) -> dict[str, Any]:
+        """What every ``from_pretrained`` of the base model is told."""
+        return {"revision": self.revision or files.config.revision, "trust_remote_code": self.trust_remote_code}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -58,8 +83,8 @@ def base_name(files: AdapterFiles, base: str | os.PathLike[str] | None) -> str:
 def saved_outputs(files: AdapterFiles) -> int | None:
     """Number of outputs of the head that was saved with the adapter, if any."""
     for name, tensor in files.head.items():
-        module = name.removeprefix(PEFT_PREFIX).rpartition(".")[0]
-        if name.endswith(".weight") and tensor.dim() == 2 and module in _HEADS:
+        module, _, key = name.rpartition(".")
+        if key == "weight" and tensor.dim() == 2 and module in _HEADS:
             return int(tensor.shape[0])
     return None
 
@@ -81,7 +106,7 @@ def base_config(name: str, common: dict[str, Any], **more: Any) -> Any:
         raise ModelError(f"the configuration of base model {name} cannot be read: {one_line(error)}") from None
 
 
-def _load_base(
+def load_base(
     name: str, task: TaskType, files: AdapterFiles, dtype: str, common: dict[str, Any], notes: list[str]
 ) -> tuple[PreTrainedModel, set[str]]:
     """The base model, and the names of parameters that its checkpoint does not hold."""
@@ -107,10 +132,40 @@ def _fit_embeddings(network: PreTrainedModel, files: AdapterFiles) -> None:
     """Resize the embeddings where the run did (added tokens), which PEFT then saves with the adapter."""
     embedding: Any = network.get_input_embeddings()
     place = next((name for name, module in network.named_modules() if module is embedding), None)
-    saved = files.tensors.get(f"{PEFT_PREFIX}{place}.weight")
+    saved = files.head.get(f"{place}.weight")
     if saved is not None and saved.dim() == 2 and saved.shape[0] != embedding.weight.shape[0]:
         with quiet():
             network.resize_token_embeddings(saved.shape[0], mean_resizing=False)
+
+
+def tokenizer_of(network: PreTrainedModel, files: AdapterFiles, base: str, common: dict[str, Any]) -> Any:
+    """The adapter folder's own tokenizer, else the base model's; both know a padding token afterwards.
+
+    Raises:
+        ModelError: it cannot be read, or has more tokens than the model.
+    """
+    own = any((files.folder / file).is_file() for file in _TOKENIZER_FILES)
+    place = str(files.folder) if own else base
+    tokenizer = load_tokenizer(place, None if own else common["revision"], common["trust_remote_code"])
+    settle_padding(network, tokenizer, place)
+    embedding: Any = network.get_input_embeddings()
+    if len(tokenizer) > (rows := embedding.weight.shape[0]):
+        raise ModelError(f"the tokenizer of {place} has {len(tokenizer)} tokens, but {base} only {rows}")
+    return tokenizer
+
+
+def refuse_lost(untrained: Iterable[str], files: AdapterFiles, base: str) -> None:
+    """Refuse parameters (or modules) that the base model does not hold, where the adapter's file does not either.
+
+    Raises:
+        ModelError: names the first one.
+    """
+    for name in untrained:
+        if not any(key == name or key.startswith(name + ".") for key in files.head):
+            raise ModelError(
+                f"{name} is neither in {base} nor saved with the adapter, so it is random here and was lost: save the "
+                "head with the adapter (modules_to_save), or give the checkpoint that holds it with --base"
+            )
 
 
 def with_adapter(network: PreTrainedModel, files: AdapterFiles, base: str, trainable: bool) -> PeftModel:

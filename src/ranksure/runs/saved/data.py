@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import nn
 
 from ranksure.data.conversations import LossOn, encode, load_examples
+from ranksure.data.samples import Samples
 from ranksure.data.texts import Rows
 from ranksure.errors import DataError, SettingError
 from ranksure.losses import CrossEntropy, Kind, Loss, loss_meant
 from ranksure.network.checkpoints import token_limit
+from ranksure.network.targets import base_network
 from ranksure.records.record import DataSource
 from ranksure.tasks.classifiers import own_label_order
 from ranksure.tasks.collate import Collator, PackedCollator, check_packing, in_batches, packed
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ranksure.runs.saved.open import LoadedRun
+
+Sampled = TypeVar("Sampled", bound=Samples)
 
 CAUSAL_LENGTH = 1024
 """Tokens per row of a causal language model, unless the model's limit or the user says less."""
@@ -42,7 +46,6 @@ class DataSettings(RowOptions):
         batch_size: rows per batch; by default 32 for texts and 4 for causal models.
         by_length: put rows of like length together in batches, which pads less; else in the data's order.
         samples: read so many rows only (chosen by ``seed``), or None for all.
-        seed: of the choice of rows.
         loss_on: ``completion``, or ``all`` tokens.
         packing: join rows into sequences of ``max_length`` tokens that do not see one another.
     """
@@ -68,6 +71,25 @@ class DataSettings(RowOptions):
         if self.loss_on not in ("completion", "all"):
             raise SettingError(f"unknown loss_on {self.loss_on!r}: use completion or all")
 
+    def named(self, *names: str) -> dict[str, Any]:
+        """Some of the settings, for a loader that takes them by the same names."""
+        return {name: getattr(self, name) for name in names}
+
+    def few(self, rows: Sampled) -> Sampled:
+        """The rows that are asked for, chosen by the seed."""
+        if self.samples is None or self.samples >= len(rows):
+            return rows
+        return rows.shuffled(self.seed).subset(range(self.samples))
+
+    def refuse_packing(self, instead: str) -> None:
+        """Refuse what only causal language models have.
+
+        Raises:
+            SettingError: says what this is ``instead``.
+        """
+        if self.packing or self.loss_on != "completion":
+            raise SettingError(f"packing and loss_on are for causal language models; {instead}")
+
 
 @dataclass(frozen=True)
 class RunData:
@@ -78,16 +100,12 @@ class RunData:
         features: ``input_ids``, ``attention_mask`` (``position_ids`` where packed) and ``labels`` by row (or packed
             sequence), in the data's order: a Trainer's ``train_dataset``.
         collator: pads such rows to a batch: a Trainer's ``data_collator``.
-        kind: which loss the model has on them.
+        kind: which loss the model has on them; ``kind_is_known``: whatever loss it would compute itself.
         form: ``labelled texts`` (images, ...), ``prompt and completion`` or ``messages``.
-        source: where the rows come from.
         sha256: of the file, or of the rows.
         notes: sentences for the user.
-        n_rows: rows that are used.
-        total_rows: rows that the source has.
+        n_rows: rows that are used, of the ``total_rows`` that the source has.
         max_length: tokens per row, at most; None where rows are no texts.
-        label_names: of the classes.
-        kind_is_known: whether ``kind`` holds whatever loss the model would compute itself.
     """
 
     batches: list[dict[str, Any]]
@@ -118,6 +136,19 @@ class RunData:
         )
 
 
+def run_data(
+    rows: Any,
+    features: list[dict[str, Any]],
+    collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]],
+    settings: DataSettings,
+    batch_size: int,
+    **more: Any,
+) -> RunData:
+    """A run's data from its source and its tokenised rows, in batches."""
+    batches = [dict(collator(part)) for part in in_batches(features, batch_size, settings.by_length)]
+    return RunData(batches, features, collator, source=rows.source, sha256=rows.sha256, **more)
+
+
 def read_data(run: LoadedRun | tuple[nn.Module, Any], data: Any, settings: DataSettings | None = None) -> RunData:
     """Read and tokenise a run's data.
 
@@ -133,16 +164,11 @@ def read_data(run: LoadedRun | tuple[nn.Module, Any], data: Any, settings: DataS
     """
     settings = settings or DataSettings()
     model, tokenizer = run if isinstance(run, tuple) else (run.model, run.tokenizer)
-    base = base_network(model)
-    return (
-        _causal(base, model, tokenizer, data, settings) if is_causal(base) else _texts(base, tokenizer, data, settings)
-    )
-
-
-def base_network(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a PEFT model; a plain one as it is."""
-    get = getattr(model, "get_base_model", None)
-    return cast("PreTrainedModel", get() if callable(get) else model)
+    base: Any = base_network(model)
+    if is_causal(base):
+        return _causal(base, model, tokenizer, data, settings)
+    settings.refuse_packing("this one classifies texts")
+    return _texts(base, tokenizer, data, settings)
 
 
 def is_causal(model: nn.Module) -> bool:
@@ -164,13 +190,7 @@ def is_causal(model: nn.Module) -> bool:
 
 
 def _causal(base: PreTrainedModel, model: nn.Module, tokenizer: Any, data: Any, settings: DataSettings) -> RunData:
-    examples = load_examples(
-        data,
-        prompt_column=settings.prompt_column,
-        completion_column=settings.completion_column,
-        messages_column=settings.messages_column,
-        split=settings.split,
-    )
+    examples = load_examples(data, **settings.named("prompt_column", "completion_column", "messages_column", "split"))
     total = len(examples)
     if settings.samples is not None and settings.samples < total:
         chosen = torch.randperm(total, generator=torch.Generator().manual_seed(settings.seed))[: settings.samples]
@@ -185,14 +205,14 @@ def _causal(base: PreTrainedModel, model: nn.Module, tokenizer: Any, data: Any, 
         check_packing(model, features, collator)
         features = list(packed(features, max_length))
         notes.append(f"{len(encoded.features)} rows are packed into {len(features)} sequences that are kept apart.")
-    return RunData(
-        batches=[collator(part) for part in in_batches(features, settings.batch_size or 4, settings.by_length)],
-        features=features,
-        collator=collator,
+    return run_data(
+        examples,
+        features,
+        collator,
+        settings,
+        settings.batch_size or 4,
         kind=CrossEntropy.name,
         form=examples.form,
-        source=examples.source,
-        sha256=examples.sha256,
         notes=notes,
         n_rows=len(encoded.features),
         total_rows=total,
@@ -205,17 +225,13 @@ def _causal(base: PreTrainedModel, model: nn.Module, tokenizer: Any, data: Any, 
 
 
 def _texts(base: PreTrainedModel, tokenizer: Any, data: Any, settings: DataSettings) -> RunData:
-    if settings.packing or settings.loss_on != "completion":
-        raise SettingError("packing and loss_on are for causal language models; this one classifies texts")
     loss = _loss(base)
     options = values_of(settings, RowOptions)
     rows = cast(Rows, load_samples("text", data, regression=not loss.of_classes, **options))
     notes = list(rows.notes)
     if loss.of_classes:
         rows = rows.with_label_names(_class_names(base, rows, notes))
-    total = len(rows)
-    if settings.samples is not None and settings.samples < total:
-        rows = rows.shuffled(settings.seed).subset(range(settings.samples))
+    total, rows = len(rows), settings.few(rows)
     max_length = token_limit(base, tokenizer, settings.max_length)
     tokens = tokenised(tokenizer, rows, max_length)
     if cut := count_cut(tokenizer, rows, tokens, max_length):
@@ -223,14 +239,14 @@ def _texts(base: PreTrainedModel, tokenizer: Any, data: Any, settings: DataSetti
     targets = loss.targets(rows.labels)
     features = [{**row, "labels": label} for row, label in zip(tokens, targets.tolist(), strict=True)]
     collator = Collator(tokenizer.pad_token_id, torch.float32 if targets.is_floating_point() else torch.long)
-    return RunData(
-        batches=[collator(part) for part in in_batches(features, settings.batch_size or 32, settings.by_length)],
-        features=features,
-        collator=collator,
+    return run_data(
+        rows,
+        features,
+        collator,
+        settings,
+        settings.batch_size or 32,
         kind=loss.name,
         form="labelled texts",
-        source=rows.source,
-        sha256=rows.sha256,
         notes=notes,
         n_rows=len(rows),
         total_rows=total,
