@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import platformdirs
-
 from ranksure.errors import AdapterError, RanksureError, one_line
 
 
@@ -40,7 +38,11 @@ def write_file(path: Path, content: bytes) -> None:
 
 def cache_folder() -> Path:
     """Where unpacked models are kept: ``RANKSURE_CACHE``, or ``ranksure`` in the user's cache folder."""
-    return Path(os.environ.get("RANKSURE_CACHE") or platformdirs.user_cache_path("ranksure", appauthor=False))
+    if own := os.environ.get("RANKSURE_CACHE"):
+        return Path(own)
+    import platformdirs  # only here, as everything imports this module
+
+    return platformdirs.user_cache_path("ranksure", appauthor=False)
 
 
 def made_once(folder: Path, make: Callable[[Path], None], refusal: str, kind: type[RanksureError]) -> Path:
