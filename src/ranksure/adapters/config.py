@@ -20,6 +20,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 
+import yaml
 from peft import LoraConfig
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -156,32 +157,28 @@ def axolotl_yaml(
     """
     ranks = kept_ranks(factors_or_ranks)
     largest = max(ranks.values())
-    lines = ["adapter: lora", f"lora_r: {largest}", f"lora_alpha: {largest}  # equal to lora_r: scale 1"]
-    lines += ["lora_dropout: 0.0", f"lora_target_modules: {_quoted(exact_targets(list(ranks)))}"]
+    text = "# lora_alpha is equal to lora_r: scale 1.\n" + _yaml(
+        adapter="lora",
+        lora_r=largest,
+        lora_alpha=largest,
+        lora_dropout=0.0,
+        lora_target_modules=exact_targets(list(ranks)),
+    )
     if not uniform and len(set(ranks.values())) > 1:
-        lines += [
-            "# Per-module ranks need axolotl's pull request 3673 (May 2026) or newer. Older versions have no such",
-            "# option: delete the two patterns there, and every module trains at lora_r.",
-        ]
-        for key in ("lora_rank_pattern", "lora_alpha_pattern"):
-            lines.append(f"{key}:")
-            lines += [f"  {_quoted(exact_pattern(name))}: {rank}" for name, rank in ranks.items()]
+        patterns = {exact_pattern(name): rank for name, rank in ranks.items()}
+        text += (
+            "# Per-module ranks need axolotl's pull request 3673 (May 2026) or newer. Older versions have no such\n"
+            "# option: delete the two patterns there, and every module trains at lora_r.\n"
+        ) + _yaml(lora_rank_pattern=patterns, lora_alpha_pattern=dict(patterns))  # one object would become an alias
     if modules_to_save:
-        lines += ["lora_modules_to_save:", *(f"  - {_quoted(name)}" for name in modules_to_save)]
+        text += _yaml(lora_modules_to_save=list(modules_to_save))
     if weight_decay is not None:
-        lines += [
-            "# This is the weight decay of an L2 penalty, as SGD applies it. AdamW's decoupled decay is another",
-            "# thing: its strength depends on the learning rate, so this number does not carry over to it.",
-            f"weight_decay: {_number(weight_decay)}",
-        ]
-    return "\n".join(lines) + "\n"
+        text += (
+            "# This is the weight decay of an L2 penalty, as SGD applies it. AdamW's decoupled decay is another\n"
+            "# thing: its strength depends on the learning rate, so this number does not carry over to it.\n"
+        ) + _yaml(weight_decay=float(weight_decay))
+    return text
 
 
-def _number(value: float) -> str:
-    mantissa, e, exponent = repr(float(value)).partition("e")
-    # YAML 1.1 reads 1e-05 as a string: the mantissa needs its dot.
-    return mantissa + (".0" if e and "." not in mantissa else "") + e + exponent
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
+def _yaml(**values: object) -> str:
+    return yaml.safe_dump(values, sort_keys=False, width=float("inf"))

@@ -1,6 +1,6 @@
 """Labelled recordings: read, decoded, mixed to mono, resampled, checked and coded.
 
-They are decoded with ``soundfile`` (wav, flac, ogg, mp3); without it, wav files by SciPy.
+They are decoded with ``soundfile`` (wav, flac, ogg, mp3).
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.io import wavfile
 from scipy.signal import resample_poly
 
 from ranksure.data import media
@@ -37,7 +35,6 @@ MAX_SECONDS = 120
 MAX_BYTES = 4 * 2**30
 """Decoded recordings are held in memory; more than this is refused."""
 SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au"}
-SOUNDFILE_INSTALL = "pip install soundfile"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +130,22 @@ def is_audio_name(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES
 
 
+def soundfile() -> Any:
+    """The library ``soundfile``, imported when a recording is read.
+
+    Raises:
+        DataError: it brings no libsndfile for this machine, and the system has none.
+    """
+    try:
+        import soundfile
+    except OSError as error:
+        raise DataError(
+            f"recordings are decoded by libsndfile, which is missing here ({one_line(error)}); install it (Debian: "
+            "apt-get install libsndfile1)"
+        ) from None
+    return soundfile
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # decoding
 
@@ -201,12 +214,9 @@ def _decoded(value: Any, place: str, base: Path) -> tuple[NDArray[Any], int]:
         )
     if not raw:
         raise DataError(f"{place}: the recording is empty (a file of 0 bytes); replace or remove it")
+    library = soundfile()
     try:
-        import soundfile
-    except (ImportError, OSError):  # not installed, or without its library
-        return _wav(raw, place)
-    try:
-        return soundfile.read(io.BytesIO(raw), dtype="float32")
+        return library.read(io.BytesIO(raw), dtype="float32")
     except Exception as error:  # whatever a damaged file makes the library raise
         raise media.undecodable(place, _MEDIUM.noun, _reason(error)) from None
 
@@ -214,22 +224,6 @@ def _decoded(value: Any, place: str, base: Path) -> tuple[NDArray[Any], int]:
 def _reason(error: Exception) -> str:
     """Libsndfile's message without the name of the stream in memory."""
     return one_line(error).rpartition(">: ")[2].rstrip(".") or type(error).__name__
-
-
-def _wav(raw: bytes, place: str) -> tuple[NDArray[Any], int]:
-    if raw[:4] not in (b"RIFF", b"RIFX"):
-        raise DataError(f"{place}: the recording is no wav file; other formats need a library: {SOUNDFILE_INSTALL}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", wavfile.WavFileWarning)  # chunks of notes that it does not read
-            rate, samples = wavfile.read(io.BytesIO(raw))
-    except Exception as error:  # as above
-        raise media.undecodable(place, _MEDIUM.noun, one_line(error)) from None
-    if samples.dtype.kind == "f":
-        return samples, rate
-    # PCM: 8 bits are unsigned, 24 come shifted into 32.
-    whole = samples.astype(np.float64) - (128 if samples.dtype == np.uint8 else 0)
-    return (whole / 2.0 ** (8 * samples.dtype.itemsize - 1)).astype(np.float32), rate
 
 
 def _array(array: Any, rate: Any, place: str) -> tuple[NDArray[Any], int]:
