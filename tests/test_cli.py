@@ -251,7 +251,7 @@ def test_json_alone_on_standard_output(here):
     )
     assert done.returncode == 0, done.stderr
     data = strict_json(done.stdout)
-    assert data["schema"] == 1
+    assert data["schema"] == 2
     assert "Answer" in done.stderr
     written = strict_json((here / "out" / "plan.json").read_text(encoding="utf-8"))
     assert written == data

@@ -82,5 +82,5 @@ def write(out: Path, finding: Finding, record: dict[str, Any]) -> tuple[Path, Pa
         for path, content in zip(paths, (text.encode(), image), strict=True):
             write_file(path, content)
     except OSError as error:
-        raise SettingError(f"--out {out} cannot be written: {error.strerror or error}") from None
+        raise SettingError(f"`out` {out} cannot be written: {error.strerror or error}") from None
     return paths

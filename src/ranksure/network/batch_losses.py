@@ -10,18 +10,17 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ranksure.choices import Weighting
 from ranksure.errors import CaptureError, DataError, SettingError
 from ranksure.loss_terms import CHUNK_VALUES, Terms, batch_terms, cross_entropy, is_shifted, kind_of, token_places
 from ranksure.losses import Kind
 from ranksure.network.logits import Batch, device_of, to_device
 from ranksure.network.targets import base_layer
-
-Weighting = Literal["token", "sample"]
 
 _TEXT_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
 _WORDS = 8  # tokens of a text on which the model's own loss is looked at

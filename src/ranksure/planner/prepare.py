@@ -92,7 +92,7 @@ def prepare(model: Any, data: Any, settings: PlanSettings, tokenizer: Any, clock
         )
         if settings.samples > len(rows):
             raise SettingError(
-                f"--samples {settings.samples} is more than the {len(rows)} rows of {rows.source}; ask for fewer"
+                f"`samples` {settings.samples} is more than the {len(rows)} rows of {rows.source}; ask for fewer"
             )
         task = load_task(
             settings.task,
@@ -115,11 +115,11 @@ def prepare(model: Any, data: Any, settings: PlanSettings, tokenizer: Any, clock
             present = set(split.train.labels)
             if len(present) < 2:
                 raise DataError(
-                    f"the {settings.samples} sampled rows of {rows.source} hold one class only; raise --samples"
+                    f"the {settings.samples} sampled rows of {rows.source} hold one class only; raise `samples`"
                 )
             absent = [name for i, name in enumerate(split.train.label_names) if i not in present]
             if absent:
-                notes.append(f"The sampled rows hold no row of class {', '.join(absent)}; raise --samples.")
+                notes.append(f"The sampled rows hold no row of class {', '.join(absent)}; raise `samples`.")
     return Prepared(settings, task, get_loss(settings.loss), split, targets, notes)
 
 
@@ -172,8 +172,8 @@ def _split(rows: Samples, evaluation: Samples | None, settings: PlanSettings) ->
         select, report = shuffled.subset(rest[:half]), shuffled.subset(rest[half:])
     if settings.weight_decay == "auto" and len(select) < _SELECT_AT_LEAST:
         raise SettingError(
-            f"--weight-decay auto needs at least {2 * _SELECT_AT_LEAST} held-out rows beside the {settings.samples} "
-            f"samples of {rows.source}; give --eval-data, fewer --samples, or a number"
+            f"`weight_decay` auto needs at least {2 * _SELECT_AT_LEAST} held-out rows beside the {settings.samples} "
+            f"samples of {rows.source}; give `eval_data`, fewer `samples`, or a number"
         )
     return Split(train, select if len(select) else None, report if len(report) else None, len(rows))
 

@@ -147,13 +147,13 @@ def load_task(
     check_kind(kind)
     model = named_model(model)
     for name, value, owners in (
-        ("--template", template, ("prompt",)),
-        ("--verbalizers", verbalizers, ("prompt",)),
-        ("--image-size", image_size, ("image",)),
-        ("--max-seconds", max_seconds, ("speech",)),
-        ("--max-length", max_length, ("text", "prompt")),
-        ("--pooling mean", pooling if pooling != "model" else None, ("text",)),
-        (f"--loss {loss}", loss if loss != "cross-entropy" else None, ("text",)),
+        ("`template`", template, ("prompt",)),
+        ("`verbalizers`", verbalizers, ("prompt",)),
+        ("`image_size`", image_size, ("image",)),
+        ("`max_seconds`", max_seconds, ("speech",)),
+        ("`max_length`", max_length, ("text", "prompt")),
+        ("`pooling` mean", pooling if pooling != "model" else None, ("text",)),
+        (f"`loss` {loss}", loss if loss != "cross-entropy" else None, ("text",)),
     ):
         if value is not None and kind not in owners:
             raise SettingError(f"{name} has no meaning for the task {kind}: it is for {' and '.join(owners)}")

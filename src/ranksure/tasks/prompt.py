@@ -88,7 +88,7 @@ class PromptTask(Task[Rows]):
         if cut := len(encoded.cut):
             out.append(
                 f"{cut} of the {len(samples)} training texts were cut so that their prompts have at most "
-                f"{self.max_length} tokens; raise --max-length to keep more."
+                f"{self.max_length} tokens; raise `max_length` to keep more."
             )
         if masks := len(encoded.masks):
             out.append(
@@ -227,7 +227,7 @@ def load_prompt_task(
         DataError: a text whose prompt has not exactly one mask.
     """
     if rows.label_names is None:
-        raise SettingError(f"prompts need class labels, but {rows.source} has float targets: use --task text")
+        raise SettingError(f"prompts need class labels, but {rows.source} has float targets: use `task` text")
     notes: list[str] = []
     if isinstance(model, PreTrainedModel):
         if tokenizer is None:

@@ -119,7 +119,7 @@ class TextTask(Task[Rows]):
             return []
         return [
             f"{truncated} of the {len(samples)} training texts reach {self.max_length} tokens and are cut there; "
-            "raise --max-length to keep more."
+            "raise `max_length` to keep more."
         ]
 
     def alternative(self) -> TextTask | None:
@@ -238,7 +238,7 @@ def _mean_pooled(task: TextTask, encoder: PreTrainedModel) -> TextTask:
 def _n_outputs(rows: Rows, loss: str) -> int:
     if loss == "cross-entropy":
         if rows.label_names is None:
-            raise SettingError("cross-entropy needs class labels; for float targets use --loss squared-error")
+            raise SettingError("cross-entropy needs class labels; for float targets use `loss` squared-error")
         return len(rows.label_names)
     if loss == "logistic" and (rows.label_names is None or len(rows.label_names) != 2):
         found = "float targets" if rows.label_names is None else f"{len(rows.label_names)} classes"

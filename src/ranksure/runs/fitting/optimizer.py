@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from ranksure.choices import OptimizerKind
 from ranksure.errors import AdapterError, SettingError
 
-OptimizerKind = Literal["adam", "sgd"]
 _KINDS: dict[str, Any] = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 _PREFIX = "base_model.model."
 

@@ -54,7 +54,7 @@ class PlanFolder:
         """
         path = self.folder / "adapter" / "adapter_model.safetensors"
         if (self.folder / "merged").is_dir():
-            raise AdapterError(f"the plan in {self.folder} holds a merged checkpoint: plan again without --merged")
+            raise AdapterError(f"the plan in {self.folder} holds a merged checkpoint: plan again without `merged`")
         return {key.removeprefix(_PREFIX): value for key, value in _read(path).items()}
 
     def factors(self) -> Factors:

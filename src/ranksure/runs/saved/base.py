@@ -47,10 +47,10 @@ def base_name(files: AdapterFiles, base: str | os.PathLike[str] | None) -> str:
         return os.fspath(base)
     recorded = files.config.base_model_name_or_path
     if not recorded:
-        raise AdapterError(f"{files.folder} does not record its base model: name it with --base")
+        raise AdapterError(f"{files.folder} does not record its base model: name it with `base`")
     if looks_local(recorded) and not Path(recorded).expanduser().is_dir():
         raise ModelError(
-            f"the base model that the adapter records, {recorded}, is not there: give its place with --base"
+            f"the base model that the adapter records, {recorded}, is not there: give its place with `base`"
         )
     return recorded
 

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from ranksure.data.conversations import LossOn, encode, load_examples
+from ranksure.data.conversations import encode, load_examples
 from ranksure.data.texts import Rows, load_rows
 from ranksure.errors import DataError, SettingError
 from ranksure.losses import Kind
 from ranksure.network.checkpoints import token_limit
 from ranksure.records.record import DataSource
+from ranksure.runs.options import DataSettings
 from ranksure.tasks.classifiers import own_label_order
 from ranksure.tasks.collate import Collator, PackedCollator, check_packing, in_batches, packed
 
@@ -25,57 +26,6 @@ if TYPE_CHECKING:
 
 CAUSAL_LENGTH = 1024
 """Tokens per row of a causal language model, unless the model's limit or the user says less."""
-
-
-@dataclass(frozen=True)
-class DataSettings:
-    """How a run's data is read.
-
-    Attributes:
-        text_column: column of texts (sequence classification).
-        text_pair_column: column of second texts, or None.
-        image_column: column of images or their paths.
-        audio_column: column of recordings or their paths.
-        label_column: column of labels.
-        prompt_column: column of prompts (causal language models).
-        completion_column: column of completions.
-        messages_column: column of conversations, where there are no prompts and completions.
-        split: split of a Hub or saved data set.
-        max_length: tokens per row; by default the model's limit, at most 256 for texts and 1,024 for causal models.
-        batch_size: rows per batch; by default 32 for texts and 4 for causal models.
-        by_length: put rows of like length together in batches, which pads less; else in the data's order.
-        samples: read so many rows only (chosen by ``seed``), or None for all.
-        seed: of the choice of rows.
-        loss_on: ``completion``, or ``all`` tokens.
-        packing: join rows into sequences of ``max_length`` tokens that do not see one another.
-    """
-
-    text_column: str = "text"
-    text_pair_column: str | None = None
-    image_column: str = "image"
-    audio_column: str = "audio"
-    label_column: str = "label"
-    prompt_column: str = "prompt"
-    completion_column: str = "completion"
-    messages_column: str = "messages"
-    split: str | None = None
-    max_length: int | None = None
-    batch_size: int | None = None
-    by_length: bool = False
-    samples: int | None = None
-    seed: int = 0
-    loss_on: LossOn = "completion"
-    packing: bool = False
-
-    def __post_init__(self) -> None:
-        if self.batch_size is not None and self.batch_size < 1:
-            raise SettingError(f"--batch-size {self.batch_size} must be at least 1")
-        if self.samples is not None and self.samples < 1:
-            raise SettingError(f"--samples {self.samples} must be at least 1")
-        if not 0 <= self.seed < 2**32:
-            raise SettingError(f"--seed {self.seed} is out of range: use 0 to {2**32 - 1}")
-        if self.loss_on not in ("completion", "all"):
-            raise SettingError(f"unknown loss_on {self.loss_on!r}: use completion or all")
 
 
 @dataclass(frozen=True)

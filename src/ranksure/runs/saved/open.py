@@ -117,7 +117,7 @@ def _record(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise AdapterError(f"{path} cannot be read ({error}): restore it, or remove it and name the --task") from None
+        raise AdapterError(f"{path} cannot be read ({error}): restore it, or remove it and name the `task`") from None
     return content
 
 
@@ -129,7 +129,7 @@ def _kind(
     record = record if found is not None else {}
     if task in KINDS and task != "text":
         if record and found != task:
-            raise SettingError(f"the adapter was trained for the task {found}, not {task}: leave --task out")
+            raise SettingError(f"the adapter was trained for the task {found}, not {task}: leave `task` out")
         return task
     if found is not None or task is not None or files.config.task_type is not None:
         return found
@@ -224,7 +224,7 @@ def _check_head(task: Task[Any], files: AdapterFiles, base: str) -> None:
         if not any(key == name or key.startswith(name + ".") for key in saved):
             raise ModelError(
                 f"{name} is neither in {base} nor saved with the adapter, so it is random here and was lost: save the "
-                "head with the adapter (modules_to_save), or give the checkpoint that holds it with --base"
+                "head with the adapter (modules_to_save), or give the checkpoint that holds it with `base`"
             )
 
 
@@ -320,7 +320,7 @@ def load_run(
     if lost := sorted(key for key in untrained if key not in saved):
         raise ModelError(
             f"{lost[0]} is neither in {name} nor saved with the adapter, so it is random here and was lost: save the "
-            "head with the adapter (modules_to_save), or give the checkpoint that holds it with --base"
+            "head with the adapter (modules_to_save), or give the checkpoint that holds it with `base`"
         )
     model.to(device_named(device))
     model.train(trainable)
@@ -342,7 +342,7 @@ def _task(files: AdapterFiles, asked: str | None, base: str, common: dict[str, A
         if asked not in ("SEQ_CLS", "CAUSAL_LM"):
             raise SettingError(f"unknown task {asked!r}: use SEQ_CLS or CAUSAL_LM")
         if recorded is not None and recorded != asked:
-            raise SettingError(f"the adapter was trained for {recorded}, not {asked}: leave --task out")
+            raise SettingError(f"the adapter was trained for {recorded}, not {asked}: leave `task` out")
         return cast(TaskType, asked)
     if recorded in ("SEQ_CLS", "CAUSAL_LM"):
         return cast(TaskType, recorded)
@@ -360,5 +360,5 @@ def _task(files: AdapterFiles, asked: str | None, base: str, common: dict[str, A
         return "CAUSAL_LM"
     raise SettingError(
         f"{files.folder} does not say what it was trained for, and {base} ({architectures[0] or 'no architecture'}) "
-        "does not tell: add --task SEQ_CLS or CAUSAL_LM"
+        "does not tell: add `task` SEQ_CLS or CAUSAL_LM"
     )
