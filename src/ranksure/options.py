@@ -166,7 +166,8 @@ class Stated:
             wrong = "is not understood"
         if wrong:
             return f"`{self.name}` {value!r} {wrong}"
-        for entry in (value if self.many and not isinstance(value, str) else [value]) if self.only_choices else ():
+        entries = value if isinstance(value, (list, tuple, set, frozenset)) else [value]
+        for entry in entries if self.only_choices else ():
             if entry not in self.choices:
                 return f"`{self.name}` {entry!r} is unknown: use {either(self.choices)}"
         return None
