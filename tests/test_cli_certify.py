@@ -164,7 +164,7 @@ MISTAKES = [
     ("weighting", ["--weighting", "word"], ["token or sample"]),
     ("packing weights", ["--packing", "--weighting", "sample"], ["leave one out"]),
     ("packing texts", ["--packing"], ["causal language models"]),
-    ("task", ["--task", "TOKEN_CLS"], ["SEQ_CLS, CAUSAL_LM"]),
+    ("task", ["--task", "TOKEN_CLS"], ["SEQ_CLS or CAUSAL_LM"]),
     ("adapter", ["--adapter", "other"], ["no adapter 'other'"]),
     ("max length", ["--max-length", "1000"], ["limit of 32 tokens"]),
     ("batch", ["--batch-size", "0"], ["--batch-size 0"]),

@@ -42,7 +42,7 @@ class Option:
         help: one sentence; the default need not be repeated, unless it is None.
         group: of the command's help, one of ``GROUPS``.
         flag: on the command line, where it is not the field's name with hyphens.
-        words: what it may be, where the type is wider than a Literal.
+        words: what it is, as a rule, where the type is wider than a Literal; ``check`` is asked about others only.
         positional: an argument of the command without a name.
         parse: makes the value of the text of the command line, where the type does not say how; raises ValueError
             with what is wrong.
@@ -167,7 +167,7 @@ class Stated:
         if wrong:
             return f"`{self.name}` {value!r} {wrong}"
         entries = value if isinstance(value, (list, tuple, set, frozenset)) else [value]
-        for entry in entries if self.only_choices else ():
+        for entry in entries if self.only_choices and not self.option.words else ():
             if entry not in self.choices:
                 return f"`{self.name}` {entry!r} is unknown: use {either(self.choices)}"
         return None

@@ -21,6 +21,19 @@ def parse_target_modules(text: str | None) -> str | list[str] | None:
     return names(text)
 
 
+def known_task(value: str) -> None:
+    """Refuse what is no task, in the words of :func:`ranksure.tasks.load.check_kind`."""
+    from ranksure.tasks.load import check_kind  # with torch: not for the words that are known here
+
+    check_kind(value)
+
+
+def _known_loss(value: str) -> None:
+    from ranksure.losses import get_loss
+
+    get_loss(value)
+
+
 TargetModules = Annotated[
     str | Sequence[str] | None,
     Option(
@@ -86,6 +99,7 @@ class ModelOptions(KindOptions, Loading):
             "cross-entropy, logistic (two classes, one output) or squared-error.",
             MODEL,
             words=("cross-entropy", "logistic", "squared-error"),
+            check=_known_loss,
         ),
     ] = "cross-entropy"
     pooling: Annotated[
@@ -112,6 +126,7 @@ class TaskOptions(RowOptions, ModelOptions):
             "text (a classifier with a head), prompt (a language model with a word per class), image or speech.",
             COMMON,
             words=TASKS,
+            check=known_task,
         ),
     ] = "text"
     eval_data: Annotated[Any, Option("Rows to report held-out figures on.", DATA)] = None

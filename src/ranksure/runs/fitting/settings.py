@@ -22,7 +22,7 @@ from ranksure.options import (
     whole,
 )
 from ranksure.runs.options import CertificateOptions, ConversationOptions
-from ranksure.tasks.options import TASKS, TaskOptions, values_of
+from ranksure.tasks.options import TASKS, TaskOptions, known_task, values_of
 
 
 def _optimizer(value: Any) -> str | None:
@@ -39,6 +39,7 @@ class FitSettings(CertificateOptions, ConversationOptions, TaskOptions):
             "text, prompt, image, speech (the plan's), or CAUSAL_LM (language modelling).",
             COMMON,
             words=(*TASKS, "CAUSAL_LM"),
+            check=known_task,
         ),
     ] = "text"
     rank: Annotated[int | None, Option("One rank for every target (default: the plan's).", COMMON, check=whole(1))] = (
