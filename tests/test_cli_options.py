@@ -108,6 +108,7 @@ MISTAKES = [
     (["fit", "--out", "x", "--stop", "rank-bnd", "--certify-every", "1"], ["rank-bnd", "rank-bound"]),
     (["fit", "--out", "x", "--lambda", "1", "--weight-decay", "1"], ["give --lambda or --weight-decay, not both"]),
     (["fit", "--out", "x", "--lambda", "nan"], ["--lambda nan"]),
+    (["fit", "--out", "x", "--task", "video"], ["unknown task 'video'", "CAUSAL_LM"]),
     (["fit", "--out"], ["--out", "requires an argument"]),
     (["fit", "--config", "none.yaml"], ["none.yaml", "No such file"]),
     (["reproduce", "--seed", str(2**32)], ["--seed", "out of range"]),

@@ -25,6 +25,13 @@ from ranksure.runs.options import CertificateOptions, ConversationOptions
 from ranksure.tasks.options import TASKS, TaskOptions, known_task, values_of
 
 
+def _task(value: str) -> None:
+    try:
+        known_task(value)
+    except SettingError as error:
+        raise SettingError(f"{error}; or CAUSAL_LM") from None
+
+
 def _optimizer(value: Any) -> str | None:
     return "is unknown (decoupled decay is no L2 penalty): use adam or sgd" if str(value).startswith("adamw") else None
 
@@ -39,7 +46,7 @@ class FitSettings(CertificateOptions, ConversationOptions, TaskOptions):
             "text, prompt, image, speech (the plan's), or CAUSAL_LM (language modelling).",
             COMMON,
             words=(*TASKS, "CAUSAL_LM"),
-            check=known_task,
+            check=_task,
         ),
     ] = "text"
     rank: Annotated[int | None, Option("One rank for every target (default: the plan's).", COMMON, check=whole(1))] = (
