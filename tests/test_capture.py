@@ -639,7 +639,7 @@ def test_memory_budget():
     targets = select_targets(model, "all-linear")
     needed = capture(model, batches, targets, EYE2).operator.nbytes
     seen = []
-    with pytest.raises(MemoryBudgetError, match=r"fewer modules.*--samples"):
+    with pytest.raises(MemoryBudgetError, match=r"fewer modules.*`samples`"):
         capture(model, batches, targets, EYE2, memory_bytes=needed / 2, progress=lambda *a: seen.append(a))
     assert seen == []  # refused on the first batch
     capture(model, batches, targets, EYE2, memory_bytes=2 * needed, progress=lambda *a: seen.append(a))

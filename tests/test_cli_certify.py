@@ -140,7 +140,7 @@ MISTAKES = [
     ("causal data for a classifier", ["--data", "pairs.jsonl"], ["no column 'text'", "'prompt'"]),
     ("texts for a causal model", ["causal", "--data", "data.csv"], ["'prompt' and 'completion'", "'messages'"]),
     ("both penalties", ["--weight-decay", "0.1", "--lambda", "0.1"], ["not both"]),
-    ("negative decay", ["--weight-decay", "-1"], ["weight decay must be"]),
+    ("negative decay", ["--weight-decay", "-1"], ["--weight-decay -1.0 must be at least 0"]),
     ("tolerance", ["--tolerance", "1"], ["tolerance"]),
     ("memory", ["--memory", "lots"], ["--memory", "8GB"]),
     ("samples", ["--samples", "0"], ["--samples 0"]),

@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 import torch
-import typer.main
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
@@ -145,12 +145,14 @@ def test_marks_are_followed_by_python() -> None:
 
 def test_options_exist() -> None:
     """Options named in README and docs are some command's; in a line that runs a command, that command's."""
-    commands = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
+    context = click.Context(app)
+    commands = {name: app.get_command(context, name) for name in app.list_commands(context)}
     known = {
         name: {o for p in command.params for o in [*p.opts, *p.secondary_opts]} | {"--help"}
         for name, command in commands.items()
+        if command is not None
     }
-    anything = set().union(*known.values())
+    anything = {o for p in app.params for o in p.opts}.union(*known.values())
     named: set[str] = set()
     for page in [PAGES[0], *sorted((ROOT / "docs").rglob("*.md"))]:
         text = re.sub(

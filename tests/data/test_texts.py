@@ -398,9 +398,9 @@ def test_one_class() -> None:
 
 
 def test_labels_that_are_not_classes() -> None:
-    fails(frame([0.1 * i for i in range(1, 9)]), "8 different labels in 8 rows", "--loss squared-error")
-    fails(frame([0.1, 0.2, 0.3, 0.4, 0.1]), "4 different labels in 5 rows", "--loss squared-error")
-    fails(frame(list(range(21))), "21 different labels in 21 rows", "--loss squared-error")
+    fails(frame([0.1 * i for i in range(1, 9)]), "8 different labels in 8 rows", "`loss` squared-error")
+    fails(frame([0.1, 0.2, 0.3, 0.4, 0.1]), "4 different labels in 5 rows", "`loss` squared-error")
+    fails(frame(list(range(21))), "21 different labels in 21 rows", "`loss` squared-error")
     assert "squared-error" not in fails(frame([f"id{i}" for i in range(21)]), "choose another label column")
     fails(frame([i % 1001 for i in range(3000)]), "1,001 different labels", "at most 1,000")
     assert len(labelled([i % 1000 for i in range(3000)]).label_names or []) == 1000

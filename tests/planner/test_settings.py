@@ -4,9 +4,9 @@ from typing import Any
 import pytest
 
 from ranksure.errors import RanksureError
-from ranksure.network.targets import parse_target_modules
 from ranksure.planner.settings import PlanSettings, parse_ranks
 from ranksure.quantities import parse_memory
+from ranksure.tasks.options import parse_target_modules
 from tests.refusals import refusal
 
 
@@ -58,8 +58,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"weight_decay": "large"}, "neither auto"),
     ({"weight_decay": "0%"}, "neither auto"),
     ({"weight_decay": "-5%"}, "neither auto"),
-    ({"samples": 3}, "too few"),
-    ({"heldout": -1}, "negative"),
+    ({"samples": 3}, "at least 4"),
+    ({"heldout": -1}, "at least 0"),
     ({"seed": -1}, "out of range"),
     ({"seed": 2**32}, "out of range"),
     ({"batch_size": 0}, "at least 1"),
@@ -70,10 +70,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"tolerance": math.nan}, "tolerance"),
     ({"capture_dtype": "int8"}, "bfloat16"),
     ({"uniform": True, "merged": True}, "exclude"),
-    ({"merged": True, "pooling": "mean"}, "--pooling model"),
+    ({"merged": True, "pooling": "mean"}, "`pooling` model"),
     ({"ranks": []}, "ranks"),
     ({"ranks": [0, 1]}, "at least 1"),
-    ({"random_starts": -1}, "negative"),
+    ({"random_starts": -1}, "at least 0"),
     ({"loss": "hinge"}, "cross-entropy"),
     ({"layers_to_transform": "5-2"}, "backwards"),
     ({"layers_to_transform": "first"}, "not understood"),

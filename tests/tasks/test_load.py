@@ -59,13 +59,13 @@ def test_inputs_of_another_kind(texts):
 @pytest.mark.parametrize(
     ("kind", "options", "named"),
     [
-        ("text", {"template": "{text}"}, "--template has no meaning for the task text: it is for prompt"),
-        ("text", {"image_size": 8}, "--image-size has no meaning"),
-        ("prompt", {"pooling": "mean"}, "--pooling mean has no meaning"),
-        ("prompt", {"loss": "logistic"}, "--loss logistic has no meaning"),
-        ("image", {"max_length": 8}, "--max-length has no meaning .* text and prompt"),
-        ("speech", {"verbalizers": "a=b"}, "--verbalizers has no meaning"),
-        ("text", {"max_seconds": 1.0}, "--max-seconds has no meaning"),
+        ("text", {"template": "{text}"}, "`template` has no meaning for the task text: it is for prompt"),
+        ("text", {"image_size": 8}, "`image_size` has no meaning"),
+        ("prompt", {"pooling": "mean"}, "`pooling` mean has no meaning"),
+        ("prompt", {"loss": "logistic"}, "`loss` logistic has no meaning"),
+        ("image", {"max_length": 8}, "`max_length` has no meaning .* text and prompt"),
+        ("speech", {"verbalizers": "a=b"}, "`verbalizers` has no meaning"),
+        ("text", {"max_seconds": 1.0}, "`max_seconds` has no meaning"),
     ],
 )
 def test_options_of_another_task(texts, kind, options, named):

@@ -127,7 +127,7 @@ def test_features_collator_and_remarks():
     cut = sum(len(row["input_ids"]) == 12 for row in features)
     (remark,) = task.remarks(rows)
     assert remark.startswith(f"{len(task.encoder.encode(rows).cut)} of the 6 training texts were cut") and cut
-    assert "at most 12 tokens; raise --max-length" in remark
+    assert "at most 12 tokens; raise `max_length`" in remark
     assert task.tokens(plain) == int(plain["attention_mask"].sum()) < task.padded_tokens(plain)
     spelled = rows_of([("a <mask>", "negative"), ("b", "positive")])
     roomy = tiny(tiny_roberta(), True)
@@ -284,9 +284,9 @@ def test_models_that_cannot_be_read(tmp_path: Path):
 def test_data_and_options_that_do_not_fit():
     floats = Rows(texts=["a", "b"], labels=[0.5, 1.5], label_names=None, source="f", sha256="", notes=[])
     common = {"model": tiny_llama(), "tokenizer": byte_bpe(False)}
-    refused(SettingError, "float targets", "--task text", rows=floats, **common)
+    refused(SettingError, "float targets", "`task` text", rows=floats, **common)
     others = rows_of([("good", "0"), ("bad", "1")])
-    refused(SettingError, "'0', '1'", "--verbalizers '0=WORD,1=WORD'", rows=others, **common)
+    refused(SettingError, "'0', '1'", "`verbalizers` '0=WORD,1=WORD'", rows=others, **common)
     pairs = rows_of(SENTENCES, pairs=["x"] * len(SENTENCES))
     refused(SettingError, "pairs of texts", "{pair}", rows=pairs, **common)
     refused(SettingError, "{mask}", "ends where the answer begins", template="{text} {mask}", **common)

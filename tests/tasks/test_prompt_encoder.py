@@ -82,7 +82,7 @@ def plain_ids(tokenizer: Any, text: str) -> list[int]:
     ],
 )
 def test_templates_that_are_refused(template, architecture, pairs, parts):
-    refusal(SettingError, [*parts, "--template"], parse_template, template, architecture, pairs)
+    refusal(SettingError, [*parts, "`template`"], parse_template, template, architecture, pairs)
 
 
 def test_a_template_is_filled():
@@ -118,7 +118,7 @@ def test_default_words_follow_the_order_of_the_labels():
 @pytest.mark.parametrize(
     ("given", "names", "parts"),
     [
-        (None, ["0", "1"], ["'0', '1'", "--verbalizers '0=WORD,1=WORD'"]),
+        (None, ["0", "1"], ["'0', '1'", "`verbalizers` '0=WORD,1=WORD'"]),
         (None, ["a", "b", "c", "d"], ["'a=WORD,b=WORD,c=WORD,...'"]),
         ("bad", NAMES, ["1 words for the 2 classes"]),
         ("bad,good,odd", NAMES, ["3 words for the 2 classes"]),
@@ -133,7 +133,7 @@ def test_default_words_follow_the_order_of_the_labels():
     ],
 )
 def test_words_that_are_refused(given, names, parts):
-    refusal(SettingError, [*parts, "--verbalizers"], parse_verbalizers, given, names, "causal")
+    refusal(SettingError, [*parts, "`verbalizers`"], parse_verbalizers, given, names, "causal")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -296,7 +296,7 @@ def test_an_end_token_is_not_the_end_of_the_prompt():
 
 
 def test_no_room_and_no_mask(bpe):
-    with pytest.raises(SettingError, match=r"template alone takes \d+ of the 4 tokens: shorten it, or raise --max-len"):
+    with pytest.raises(SettingError, match=r"template alone takes \d+ of the 4 tokens: shorten it, or raise `max_len"):
         encoder_of(bpe, "{text} It was a very very long {mask}.", 4)
     causal = byte_bpe(masked=False)
     with pytest.raises(ModelError, match="no mask token"):

@@ -76,7 +76,7 @@ def _folder(folder: Path, adapter: str | None) -> Path:
     if inner:
         raise AdapterError(
             f"{folder} holds no {CONFIG} itself, but several folders do ({', '.join(inner[:5])}): give one of those, "
-            "or its name with --adapter"
+            "or its name with `adapter`"
         )
     if (folder / "config.json").is_file():
         raise AdapterError(f"{folder} is a whole model (config.json), not an adapter: there is no {CONFIG}")
@@ -160,7 +160,7 @@ def check_fit(files: AdapterFiles, expected: Mapping[str, Tensor], optional: Map
             )
         raise AdapterError(
             f"{where}: {name} has shape {given}, but {base} needs {shape}; this is not the base model that the adapter "
-            "was trained on (name it with --base)"
+            "was trained on (name it with `base`)"
         )
 
 

@@ -14,11 +14,11 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from ranksure.choices import LossOn
 from ranksure.data.tables import MissingColumnError, Table, read_source
 from ranksure.data.texts import content_hash
 from ranksure.errors import DataError, ModelError, SettingError, one_line, shown
 
-LossOn = Literal["completion", "all"]
 Form = Literal["prompt and completion", "messages"]
 IGNORED = -100
 """Label of a token that carries no loss, as everywhere in transformers."""
@@ -261,7 +261,7 @@ def _collect(out: Encoded, ids: list[list[int]], masks: list[list[bool]], max_le
     if dropped := len(ids) - len(out.rows):
         out.notes.append(f"{dropped} of {len(ids)} rows have no token with a loss left and were dropped.")
     if not out.rows:
-        raise DataError(f"{source}: no row has a token with a loss within {max_length} tokens; raise --max-length")
+        raise DataError(f"{source}: no row has a token with a loss within {max_length} tokens; raise `max_length`")
 
 
 def _masked(

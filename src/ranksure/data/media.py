@@ -175,7 +175,7 @@ def decode_inputs(
             if seen.nbytes > most:
                 raise MemoryBudgetError(
                     f"{found.source}: its {noun}s take more than {most / 2**30:.0f} GiB of memory once decoded "
-                    f"(reached at {noun} {index + 1} of {count}); use fewer (such as --split 'train[:5000]' of a Hub "
+                    f"(reached at {noun} {index + 1} of {count}); use fewer (such as `split` 'train[:5000]' of a Hub "
                     f"data set) or make them {medium.smaller}"
                 )
             advance(index + 1, count)

@@ -198,7 +198,7 @@ def _check_class_count(table: Table, column: str, distinct: Sequence[Any], n_row
         examples = ", ".join(shown(str(key), 20) for key in distinct[:3])
         cure = "choose another label column"
         if not isinstance(distinct[0], str):
-            cure = f"for regression use --loss squared-error, else {cure}"
+            cure = f"for regression use `loss` squared-error, else {cure}"
         raise DataError(
             f"{table.name}: column {column!r} has {found} ({examples}, ...), which are not classes (at most "
             f"{MAX_CLASSES:,}); {cure}"

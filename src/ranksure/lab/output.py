@@ -44,4 +44,4 @@ def write_whole(path: Path, content: bytes) -> None:
     try:
         write_file(path, content)
     except OSError as error:
-        raise SettingError(f"--out {path.parent} cannot be written: {error.strerror or error}") from None
+        raise SettingError(f"`out` {path.parent} cannot be written: {error.strerror or error}") from None

@@ -156,7 +156,7 @@ def write(out: Path, finding: Finding, record: dict[str, Any]) -> list[Path]:
     content[f"{name}.json"] = json_bytes(record)
     for file in content:
         if (out / file).is_dir():
-            raise SettingError(f"--out {out} cannot be written: {file} is a folder")
+            raise SettingError(f"`out` {out} cannot be written: {file} is a folder")
     for file, data in content.items():
         write_whole(out / file, data)
     return [out / file for file in reversed(content)]

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ranksure.choices import Weighting
 from ranksure.errors import CaptureError, DataError, SettingError
-from ranksure.loss_terms import CHUNK_VALUES, Terms, Weighting, batch_terms, is_shifted, kind_of, token_places
+from ranksure.loss_terms import CHUNK_VALUES, Terms, batch_terms, is_shifted, kind_of, token_places
 from ranksure.losses import CrossEntropy, Kind, get_loss
 from ranksure.network.logits import Batch, device_of, logits_in, to_device, unlabelled
 from ranksure.network.targets import base_layer, base_network

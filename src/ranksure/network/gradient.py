@@ -216,7 +216,7 @@ def _groups(modules: Mapping[str, nn.Module], memory_bytes: float) -> Sequence[l
         if size > memory_bytes:
             raise MemoryBudgetError(
                 f"the gradient of {name} alone takes {size / 2**20:.0f} MiB of a budget of "
-                f"{memory_bytes / 2**20:.0f} MiB: raise --memory"
+                f"{memory_bytes / 2**20:.0f} MiB: raise `memory`"
             )
         if held + size > memory_bytes:
             groups.append([])

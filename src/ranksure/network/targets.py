@@ -244,12 +244,3 @@ def _no_match(wanted: str, candidates: dict[str, nn.Module]) -> str:
         called = ", ".join(endings[:_MOST_NAMES]) + ", ..." * (len(endings) > _MOST_NAMES)
         hint = f"its modules are called {called}" if endings else "it has no Linear, Conv1D, Conv2d or Embedding"
     return f"no module of the model matches target_modules {wanted!r}; {hint}"
-
-
-def parse_target_modules(text: str | None) -> str | list[str] | None:
-    """``query,value`` as names; ``all-linear`` and anything with regular-expression signs as they are."""
-    if text is None or text == "all-linear":
-        return text
-    if re.fullmatch(r"[\w.,\- ]+", text):
-        return [part.strip() for part in text.split(",") if part.strip()]
-    return text

@@ -90,7 +90,7 @@ def prepare(model: Any, data: Any, settings: PlanSettings, tokenizer: Any, clock
         )
         if settings.samples > len(rows):
             raise SettingError(
-                f"--samples {settings.samples} is more than the {len(rows)} rows of {rows.source}; ask for fewer"
+                f"`samples` {settings.samples} is more than the {len(rows)} rows of {rows.source}; ask for fewer"
             )
         shuffled = rows.shuffled(settings.seed)
         train = shuffled.subset(range(settings.samples))  # all that calibration may look at
@@ -120,9 +120,9 @@ def _absent_classes(train: Samples) -> list[str]:
         return []
     present = set(train.labels)
     if len(present) < 2:
-        raise DataError(f"the {len(train)} sampled rows of {train.source} hold one class only; raise --samples")
+        raise DataError(f"the {len(train)} sampled rows of {train.source} hold one class only; raise `samples`")
     absent = [name for i, name in enumerate(train.label_names) if i not in present]
-    return [f"The sampled rows hold no row of class {', '.join(absent)}; raise --samples."] if absent else []
+    return [f"The sampled rows hold no row of class {', '.join(absent)}; raise `samples`."] if absent else []
 
 
 def read_samples(data: Any, settings: PlanSettings, split: str | None) -> Samples:
@@ -161,8 +161,8 @@ def _split(shuffled: Samples, train: Samples, evaluation: Samples | None, settin
         select, report = shuffled.subset(rest[:half]), shuffled.subset(rest[half:])
     if settings.weight_decay == "auto" and len(select) < _SELECT_AT_LEAST:
         raise SettingError(
-            f"--weight-decay auto needs at least {2 * _SELECT_AT_LEAST} held-out rows beside the {settings.samples} "
-            f"samples of {shuffled.source}; give --eval-data, fewer --samples, or a number"
+            f"`weight_decay` auto needs at least {2 * _SELECT_AT_LEAST} held-out rows beside the {settings.samples} "
+            f"samples of {shuffled.source}; give `eval_data`, fewer `samples`, or a number"
         )
     return Split(train, select if len(select) else None, report if len(report) else None, len(shuffled))
 

@@ -88,7 +88,7 @@ class PromptTask(Task[Rows]):
         if cut := len(encoded.cut):
             out.append(
                 f"{cut} of the {len(samples)} training texts were cut so that their prompts have at most "
-                f"{self.max_length} tokens; raise --max-length to keep more."
+                f"{self.max_length} tokens; raise `max_length` to keep more."
             )
         if masks := len(encoded.masks):
             out.append(
@@ -216,7 +216,7 @@ def load_prompt_task(
     """
     options = Loading(**loading)
     if rows.label_names is None:
-        raise SettingError(f"prompts need class labels, but {rows.source} has float targets: use --task text")
+        raise SettingError(f"prompts need class labels, but {rows.source} has float targets: use `task` text")
     task = _task(model, rows, rows.label_names, tokenizer, template, verbalizers, max_length, options)
     check_same_as_full(task.model, task.rows(rows)[:2], task.collator)
     pairs = list(zip(rows.label_names, task.words, strict=True))

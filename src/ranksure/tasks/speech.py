@@ -78,7 +78,7 @@ class SpeechTask(Task[SpeechRows]):
         if cut:
             out.append(
                 f"{cut} of the {len(samples)} training recordings are longer than {self.max_seconds:g} s and are cut "
-                "there; raise --max-seconds to keep more."
+                "there; raise `max_seconds` to keep more."
             )
         return out
 

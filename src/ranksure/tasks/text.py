@@ -91,7 +91,7 @@ class TextTask(Task[Rows]):
             return []
         return [
             f"{truncated} of the {len(samples)} training texts reach {self.max_length} tokens and are cut there; "
-            "raise --max-length to keep more."
+            "raise `max_length` to keep more."
         ]
 
     def alternative(self) -> TextTask | None:

@@ -81,7 +81,7 @@ def test_infinities_become_null(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(SettingError, match=r"--out .*file.* cannot be written"):
+    with pytest.raises(SettingError, match=r"`out` .*file.* cannot be written"):
         write_whole(tmp_path / "file" / "x.json", b"")
 
 

@@ -362,7 +362,7 @@ def test_what_is_refused(run):
     model, batches = run
     cases = [
         ({"level": "small"}, "unknown level"),
-        ({"level": "budget"}, "takes --captured"),
+        ({"level": "budget"}, "takes `captured`"),
         ({"captured": 0.9}, "no other"),
         ({"level": "budget", "captured": 0.9, "max_loss_increase": 1.0}, "one budget"),
         ({"level": "budget", "captured": 1.0}, "share in"),

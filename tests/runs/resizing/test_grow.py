@@ -224,7 +224,7 @@ def test_what_is_refused_and_what_force_does(stuck):
     start = copy.deepcopy(model)
     u, v = read_adapter(model).blocks["layer"].factors
     place(start, "layer", 0.4 * u, 0.4 * v)
-    with pytest.raises(SettingError, match=r"not-converged, not rank-bound.*Train on.*--force"):
+    with pytest.raises(SettingError, match=r"not-converged, not rank-bound.*Train on.*`force`"):
         grow(start, batches, lam=lam, tolerance=0.02)
     forced = grow(start, batches, lam=lam, tolerance=0.02, force=True)
     assert forced.forced and forced.added and forced.to_json()["forced"]

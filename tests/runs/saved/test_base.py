@@ -127,7 +127,7 @@ def test_the_task_is_told_by_what_there_is(root, tmp_path):
     torch.manual_seed(0)
     plain = get_peft_model(loaded(str(root / "bert")), LoraConfig(r=1, target_modules=["query"]))
     plain.save_pretrained(tmp_path / "c")
-    with pytest.raises(SettingError, match="add --task SEQ_CLS or CAUSAL_LM"):
+    with pytest.raises(SettingError, match="add `task` SEQ_CLS or CAUSAL_LM"):
         load_run(tmp_path / "c")
     with pytest.raises(ModelError, match=r"classifier\.\w+ is neither in .* nor saved with the adapter"):
         load_run(tmp_path / "c", task="SEQ_CLS")
@@ -220,8 +220,8 @@ BAD = {
     "config is no JSON": (AdapterError, r"adapter_config\.json cannot be read"),
     "config is a list": (AdapterError, "the adapter's type is not stated"),
     "no such module": (AdapterError, "qery.* does not fit"),
-    "no base": (AdapterError, "does not record its base model: name it with --base"),
-    "moved base": (ModelError, "/nowhere/bert, is not there: give its place with --base"),
+    "no base": (AdapterError, "does not record its base model: name it with `base`"),
+    "moved base": (ModelError, "/nowhere/bert, is not there: give its place with `base`"),
     "no config": (AdapterError, r"is no adapter: it holds no adapter_config\.json"),
     "no folder": (AdapterError, "does not exist"),
 }
@@ -247,7 +247,7 @@ def test_another_base_model(root, tmp_path):
     config = bert_config()
     config.hidden_size = 32
     BertModel(config).save_pretrained(tmp_path / "wide")
-    with pytest.raises(AdapterError, match=r"has shape \(\d+, \d+\), but .*wide needs .*--base") as raised:
+    with pytest.raises(AdapterError, match=r"has shape \(\d+, \d+\), but .*wide needs .*`base`") as raised:
         load_run(root / "texts", base=tmp_path / "wide")
     assert "\n" not in str(raised.value)
     shutil.copytree(root / "bert", tmp_path / "moved")

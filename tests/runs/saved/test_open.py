@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from click.testing import CliRunner, Result
 from peft import LoraConfig, get_peft_model
 from transformers import (
     LlamaForCausalLM,
@@ -21,7 +22,6 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
-from typer.testing import CliRunner, Result
 
 import ranksure
 from ranksure.cli import app
@@ -240,7 +240,7 @@ def test_the_commands_grow_and_compress_a_mean_pooled_fit(tmp_path):
     for folder in ("grown", "small"):  # of the folder itself, not of the fit that it came from
         assert (tmp_path / folder / "report.html").is_file(), grown.output + small.output
     without = CliRunner().invoke(app, ["compress", str(tmp_path / "grown"), "--out", str(tmp_path / "other")])
-    assert isinstance(without.exception, SettingError) and "give --data" in str(without.exception)
+    assert isinstance(without.exception, SettingError) and "give `data`" in str(without.exception)
 
 
 def _loss(result) -> float:

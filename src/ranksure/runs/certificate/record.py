@@ -62,18 +62,18 @@ def check_place(folder: Path, *, create: bool) -> None:
     path = folder / NAME
     if not folder.is_dir():
         if folder.exists():
-            raise SettingError(f"--out {folder} is a file; name a folder")
+            raise SettingError(f"`out` {folder} is a file; name a folder")
         if not create:
             return  # loading says that there is no such adapter
     if path.exists() and not _is_ours(path):
-        raise SettingError(f"{path} exists and is no certificate: move it away, or name another folder with --out")
+        raise SettingError(f"{path} exists and is no certificate: move it away, or name another folder with `out`")
     parent = next(place for place in [folder.resolve(), *folder.resolve().parents] if place.exists())
     try:
         with tempfile.TemporaryDirectory(prefix=".ranksure-", dir=parent):
             pass
     except OSError as error:
         raise SettingError(
-            f"{folder} cannot be written ({error.strerror or error}): name a folder with --out"
+            f"{folder} cannot be written ({error.strerror or error}): name a folder with `out`"
         ) from None
 
 

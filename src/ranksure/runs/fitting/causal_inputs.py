@@ -37,7 +37,7 @@ def causal_setup(model: Any, data: Any, settings: FitSettings, tokenizer: Any, c
         RanksureError: whatever in the input cannot be used, in one line.
     """
     if model is None or data is None:
-        raise SettingError("a causal language model needs --model and --data")
+        raise SettingError("a causal language model needs `model` and `data`")
     if settings.linear or settings.train_head or settings.pooling != "model":
         raise SettingError("the linear optimum, a trained head and mean pooling are for classification only")
     notes: list[str] = []

@@ -85,7 +85,7 @@ def fit(
         folder = _plan_folder(work, model, data, plan, tokenizer, options, clock)
         if options.task == "CAUSAL_LM":
             if folder is not None:
-                raise SettingError("a plan is for classification, not for CAUSAL_LM: leave --plan or --task out")
+                raise SettingError("a plan is for classification, not for CAUSAL_LM: leave `plan` or `task` out")
             setup = causal_setup(model, data, options, tokenizer, clock)
         else:
             setup = task_setup(model, data, options, folder, tokenizer, clock)
@@ -116,7 +116,7 @@ class _Run:
         self.scale = 1.0
         if options.lora_alpha is not None:
             if options.rank is None:
-                raise SettingError("--lora-alpha needs --rank: a plan's ranks have scale 1")
+                raise SettingError("`lora_alpha` needs `rank`: a plan's ranks have scale 1")
             self.scale = options.lora_alpha / options.rank
         self.start: Factors | None = plan.factors() if options.linear and plan is not None else None
         self.ranks = self._ranks()
@@ -182,7 +182,7 @@ class _Run:
         elif self.plan is not None:
             ranks = self.plan.pattern
         else:
-            raise SettingError("say which rank to train at: --rank R, or --plan with a plan's folder")
+            raise SettingError("say which rank to train at: `rank` R, or `plan` with a plan's folder")
         for name in ranks:
             if name not in self.setup.shapes:
                 raise SettingError(
@@ -283,9 +283,9 @@ def _plan_folder(
         from ranksure.planner.run import plan as make_plan
 
         if model is None or data is None:
-            raise SettingError("give --plan, or --model and --data to plan on")
+            raise SettingError("give `plan`, or `model` and `data` to plan on")
         if options.samples is None:
-            raise SettingError("the linear optimum needs --samples, the rows to solve on (or --plan)")
+            raise SettingError("the linear optimum needs `samples`, the rows to solve on (or `plan`)")
         lam = options.lam if options.lam is not None else options.weight_decay
         shared = {name: getattr(options, name) for name in (*SHARED, "samples", "seed", "memory", "device")}
         shared["weight_decay"] = "auto" if lam is None else lam

@@ -46,22 +46,22 @@ class Workspace:
         self.stages: list[Stage] = []
         self._asked: dict[str, Any] = {}
         if self.out.exists() and not self.out.is_dir():
-            raise SettingError(f"--out {self.out} is a file; name a folder")
+            raise SettingError(f"`out` {self.out} is a file; name a folder")
         foreign = sorted(path.name for path in self._entries() if not _own(path.name))
         if foreign:
             raise SettingError(
-                f"--out {self.out} is not empty and holds {foreign[0]}, which no fit wrote; name a new folder, or "
+                f"`out` {self.out} is not empty and holds {foreign[0]}, which no fit wrote; name a new folder, or "
                 "empty this one"
             )
         if any(path.name == ADAPTER for path in self._entries()) and not (self.adapter / "fit.json").is_file():
-            raise SettingError(f"--out {self.out} holds an adapter that no fit wrote; name a new folder")
+            raise SettingError(f"`out` {self.out} holds an adapter that no fit wrote; name a new folder")
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             probe = self.out / f".{RUN}.tmp"
             probe.write_bytes(b"")
             probe.unlink()
         except OSError as error:
-            raise SettingError(f"--out {self.out} cannot be written: {error.strerror or error}") from None
+            raise SettingError(f"`out` {self.out} cannot be written: {error.strerror or error}") from None
 
     @contextmanager
     def left_as_found(self) -> Iterator[None]:
@@ -100,7 +100,7 @@ class Workspace:
         path = self.out / RUN
         if not path.exists():
             if self.finished:
-                raise SettingError(f"--out {self.out} holds an adapter without its {RUN}; name a new folder")
+                raise SettingError(f"`out` {self.out} holds an adapter without its {RUN}; name a new folder")
             self._write()
             return False
         try:
@@ -118,9 +118,9 @@ class Workspace:
             if known.get(key) != self._asked.get(key):
                 state = "a finished" if self.finished else "an unfinished"
                 raise SettingError(
-                    f"--out {self.out} holds {state} run with another {key} ({known.get(key)!r}, now "
+                    f"`out` {self.out} holds {state} run with another {key} ({known.get(key)!r}, now "
                     f"{self._asked.get(key)!r}); repeat its settings to go on with it, or name a new folder"
-                    + ("" if self.finished else ", or use --restart")
+                    + ("" if self.finished else ", or use `restart`")
                 )
         return True
 

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from ranksure.adapters.matrices import adapted_layers, chosen_adapter, matrices, scale_of
+from ranksure.choices import OptimizerKind
 from ranksure.errors import AdapterError, SettingError
 
-OptimizerKind = Literal["adam", "sgd"]
 _KINDS: dict[str, Any] = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 
 

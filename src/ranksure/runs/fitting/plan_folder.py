@@ -52,7 +52,7 @@ class PlanFolder:
         """
         path = self.folder / "adapter" / "adapter_model.safetensors"
         if (self.folder / "merged").is_dir():
-            raise AdapterError(f"the plan in {self.folder} holds a merged checkpoint: plan again without --merged")
+            raise AdapterError(f"the plan in {self.folder} holds a merged checkpoint: plan again without `merged`")
         return _read(path)
 
     def factors(self) -> Factors:

@@ -39,11 +39,11 @@ def task_setup(
         RanksureError: whatever in the input cannot be used, in one line.
     """
     if model is None and plan is None:
-        raise SettingError("give --model, or --plan with a plan's folder")
+        raise SettingError("give `model`, or `plan` with a plan's folder")
     model = plan.record.model if model is None and plan is not None else model
     if data is None:
         if plan is None or plan.record.data.sha256 != REVIEWS_SHA256:
-            raise SettingError("give --data: the rows to train on")
+            raise SettingError("give `data`: the rows to train on")
         data = rotten_tomatoes()
     options = _plan_settings(settings, plan)
     rows = read_samples(data, options, options.split)
@@ -60,7 +60,7 @@ def task_setup(
     heads = task.saved_modules or []
     if settings.train_head and not heads:
         if task.head is None:
-            raise SettingError(f"--train-head: the task {task.kind} has no head to train; leave it out")
+            raise SettingError(f"`train_head`: the task {task.kind} has no head to train; leave it out")
         heads = [task.head]
     held = prepared.split.report
     return Setup(

@@ -134,7 +134,7 @@ def _data_exact(run: _Run, seed: int) -> tuple[Factors, dict[str, Any]]:
     if not isinstance(labels, Tensor) or (labels.dim() > 1 and not labels.is_floating_point()):
         raise SettingError(
             "data-exact compression stores every row's gradient of every logit, so it is for classifiers and "
-            "regressors only: for a language model use --captured or --max-loss-increase"
+            "regressors only: for a language model use `captured` or `max_loss_increase`"
         )
     inputs = list(map(unlabelled, run.rows))
     logits = predict(run.model, inputs[:1])
@@ -160,7 +160,7 @@ def _to_budget(run: _Run, captured: float | None, max_loss_increase: float | Non
         if gain <= 0:
             raise SettingError(
                 f"the adapter gains nothing on these rows: objective {before.objective:.6g}, and "
-                f"{at_zero.objective:.6g} without it; there is no share to keep (use --max-loss-increase)"
+                f"{at_zero.objective:.6g} without it; there is no share to keep (use `max_loss_increase`)"
             )
         most = at_zero.objective - captured * gain
         within: Callable[[Measured], bool] = lambda point: point.objective <= most  # noqa: E731
@@ -252,12 +252,12 @@ def _check_level(level: str, captured: float | None, max_loss_increase: float | 
     if level not in ("lossless", "data-exact", "budget"):
         raise SettingError(f"unknown level {level!r}: use lossless, data-exact or budget")
     if (level == "budget") != (captured is not None or max_loss_increase is not None):
-        raise SettingError("the budget level, and no other, takes --captured or --max-loss-increase")
+        raise SettingError("the budget level, and no other, takes `captured` or `max_loss_increase`")
     if captured is not None and max_loss_increase is not None:
-        raise SettingError("give one budget: --captured or --max-loss-increase")
+        raise SettingError("give one budget: `captured` or `max_loss_increase`")
     if captured is not None and not 0 < captured < 1:
-        raise SettingError(f"--captured {captured} must be a share in (0, 1), such as 0.99")
+        raise SettingError(f"`captured` {captured} must be a share in (0, 1), such as 0.99")
     if max_loss_increase is not None and not 0 < max_loss_increase < math.inf:
-        raise SettingError(f"--max-loss-increase {max_loss_increase} must be positive (for none, use lossless)")
+        raise SettingError(f"`max_loss_increase` {max_loss_increase} must be positive (for none, use lossless)")
     if level != "lossless" and not has_data:
-        raise SettingError(f"the level {level} needs data: give --data")
+        raise SettingError(f"the level {level} needs data: give `data`")

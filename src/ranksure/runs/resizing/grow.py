@@ -161,7 +161,7 @@ def _check_verdict(certificate: RunCertificate, force: bool) -> None:
         raise AdapterError(f"the run cannot be certified, so nothing says where to grow: {certificate.reasons[0]}")
     if verdict != "rank-bound" and not force:
         raise SettingError(
-            f"the verdict is {verdict}, not rank-bound. {certificate.advice()[0]} (--force grows anyway)"
+            f"the verdict is {verdict}, not rank-bound. {certificate.advice()[0]} (`force` grows anyway)"
         )
 
 

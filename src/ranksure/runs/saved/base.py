@@ -72,10 +72,10 @@ def base_name(files: AdapterFiles, base: str | os.PathLike[str] | None) -> str:
         return os.fspath(base)
     recorded = files.config.base_model_name_or_path
     if not recorded:
-        raise AdapterError(f"{files.folder} does not record its base model: name it with --base")
+        raise AdapterError(f"{files.folder} does not record its base model: name it with `base`")
     if looks_local(recorded) and not Path(recorded).expanduser().is_dir():
         raise ModelError(
-            f"the base model that the adapter records, {recorded}, is not there: give its place with --base"
+            f"the base model that the adapter records, {recorded}, is not there: give its place with `base`"
         )
     return recorded
 
@@ -164,7 +164,7 @@ def refuse_lost(untrained: Iterable[str], files: AdapterFiles, base: str) -> Non
         if not any(key == name or key.startswith(name + ".") for key in files.head):
             raise ModelError(
                 f"{name} is neither in {base} nor saved with the adapter, so it is random here and was lost: save the "
-                "head with the adapter (modules_to_save), or give the checkpoint that holds it with --base"
+                "head with the adapter (modules_to_save), or give the checkpoint that holds it with `base`"
             )
 
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
-from ranksure.data.conversations import LossOn, encode, load_examples
-from ranksure.data.samples import Samples
+from ranksure.data.conversations import encode, load_examples
 from ranksure.data.texts import Rows
 from ranksure.errors import DataError, SettingError
 from ranksure.losses import CrossEntropy, Kind, Loss, loss_meant
 from ranksure.network.checkpoints import token_limit
 from ranksure.network.targets import base_network
 from ranksure.records.record import DataSource
+from ranksure.runs.options import ConversationOptions, DataSettings
 from ranksure.tasks.classifiers import own_label_order
 from ranksure.tasks.collate import Collator, PackedCollator, check_packing, in_batches, packed
 from ranksure.tasks.load import load_samples
@@ -28,67 +28,8 @@ if TYPE_CHECKING:
 
     from ranksure.runs.saved.open import LoadedRun
 
-Sampled = TypeVar("Sampled", bound=Samples)
-
 CAUSAL_LENGTH = 1024
 """Tokens per row of a causal language model, unless the model's limit or the user says less."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataSettings(RowOptions):
-    """How a run's data is read, beside :class:`~ranksure.tasks.options.RowOptions`.
-
-    Attributes:
-        prompt_column: column of prompts (causal language models).
-        completion_column: column of completions.
-        messages_column: column of conversations, where there are no prompts and completions.
-        max_length: tokens per row; by default the model's limit, at most 256 for texts and 1,024 for causal models.
-        batch_size: rows per batch; by default 32 for texts and 4 for causal models.
-        by_length: put rows of like length together in batches, which pads less; else in the data's order.
-        samples: read so many rows only (chosen by ``seed``), or None for all.
-        loss_on: ``completion``, or ``all`` tokens.
-        packing: join rows into sequences of ``max_length`` tokens that do not see one another.
-    """
-
-    prompt_column: str = "prompt"
-    completion_column: str = "completion"
-    messages_column: str = "messages"
-    max_length: int | None = None
-    batch_size: int | None = None
-    by_length: bool = False
-    samples: int | None = None
-    seed: int = 0
-    loss_on: LossOn = "completion"
-    packing: bool = False
-
-    def __post_init__(self) -> None:
-        if self.batch_size is not None and self.batch_size < 1:
-            raise SettingError(f"--batch-size {self.batch_size} must be at least 1")
-        if self.samples is not None and self.samples < 1:
-            raise SettingError(f"--samples {self.samples} must be at least 1")
-        if not 0 <= self.seed < 2**32:
-            raise SettingError(f"--seed {self.seed} is out of range: use 0 to {2**32 - 1}")
-        if self.loss_on not in ("completion", "all"):
-            raise SettingError(f"unknown loss_on {self.loss_on!r}: use completion or all")
-
-    def named(self, *names: str) -> dict[str, Any]:
-        """Some of the settings, for a loader that takes them by the same names."""
-        return {name: getattr(self, name) for name in names}
-
-    def few(self, rows: Sampled) -> Sampled:
-        """The rows that are asked for, chosen by the seed."""
-        if self.samples is None or self.samples >= len(rows):
-            return rows
-        return rows.shuffled(self.seed).subset(range(self.samples))
-
-    def refuse_packing(self, instead: str) -> None:
-        """Refuse what only causal language models have.
-
-        Raises:
-            SettingError: says what this is ``instead``.
-        """
-        if self.packing or self.loss_on != "completion":
-            raise SettingError(f"packing and loss_on are for causal language models; {instead}")
 
 
 @dataclass(frozen=True)
@@ -190,7 +131,9 @@ def is_causal(model: nn.Module) -> bool:
 
 
 def _causal(base: PreTrainedModel, model: nn.Module, tokenizer: Any, data: Any, settings: DataSettings) -> RunData:
-    examples = load_examples(data, **settings.named("prompt_column", "completion_column", "messages_column", "split"))
+    examples = load_examples(
+        data, **values_of(settings, ConversationOptions, "loss_on", "packing"), split=settings.split
+    )
     total = len(examples)
     if settings.samples is not None and settings.samples < total:
         chosen = torch.randperm(total, generator=torch.Generator().manual_seed(settings.seed))[: settings.samples]

@@ -104,7 +104,7 @@ def _record(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise AdapterError(f"{path} cannot be read ({error}): restore it, or remove it and name the --task") from None
+        raise AdapterError(f"{path} cannot be read ({error}): restore it, or remove it and name the `task`") from None
     return content
 
 
@@ -113,7 +113,7 @@ def _kind(files: AdapterFiles, record: dict[str, Any], where: Places) -> str | N
     found, task = _made_from_data(record), where.task
     if task in KINDS and task != "text":
         if found is not None and found != task:
-            raise SettingError(f"the adapter was trained for the task {found}, not {task}: leave --task out")
+            raise SettingError(f"the adapter was trained for the task {found}, not {task}: leave `task` out")
         return task
     if found is not None or task is not None or files.config.task_type is not None:
         return found
@@ -282,7 +282,7 @@ def _task(files: AdapterFiles, asked: str | None, base: str, common: dict[str, A
         if asked not in ("SEQ_CLS", "CAUSAL_LM"):
             raise SettingError(f"unknown task {asked!r}: use SEQ_CLS or CAUSAL_LM")
         if recorded is not None and recorded != asked:
-            raise SettingError(f"the adapter was trained for {recorded}, not {asked}: leave --task out")
+            raise SettingError(f"the adapter was trained for {recorded}, not {asked}: leave `task` out")
         return cast(TaskType, asked)
     if recorded in ("SEQ_CLS", "CAUSAL_LM"):
         return cast(TaskType, recorded)
@@ -300,5 +300,5 @@ def _task(files: AdapterFiles, asked: str | None, base: str, common: dict[str, A
         return "CAUSAL_LM"
     raise SettingError(
         f"{files.folder} does not say what it was trained for, and {base} ({architectures[0] or 'no architecture'}) "
-        "does not tell: add --task SEQ_CLS or CAUSAL_LM"
+        "does not tell: add `task` SEQ_CLS or CAUSAL_LM"
     )
