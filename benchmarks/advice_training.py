@@ -291,7 +291,7 @@ class Bench:
     def full_step_seconds(self, rows: int = 32) -> float:
         """Processor seconds of one full-batch gradient of the whole network at rank 8, from a part of the rows."""
         part = self.rows.subset(range(min(rows, len(self.rows))))
-        batches, _ = self.task.batches_by_length(part)
+        batches = list(self.task.batches_by_length(part)[0])
         ranks = {name: min(8, *shape) for name, shape in self.shapes.items()}
         with self.adapted(lora_config(ranks, model=self.task.adapted), self.seed):
             times = []

@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.measure import Row, Size, duration
 from benchmarks.setting import SHARE, captured_problem
-from ranksure.certificate import certify
+from ranksure.certificate import certify_point
 from ranksure.operators.dense import DenseOperator
 from ranksure.problem import Problem
 from ranksure.solvers.burer_monteiro import solve
@@ -155,7 +155,7 @@ def _cvxpy_row(size: Size) -> Row:
         for key, x in variables.items():
             u, s, vt = torch.linalg.svd(torch.from_numpy(np.asarray(x.value)), full_matrices=False)
             factors[key] = (u * s.sqrt(), vt.T * s.sqrt())
-        gap = certify(reduced, factors).certificate.relative_gap
+        gap = certify_point(reduced, factors).certificate.relative_gap
         seconds = float(stats.solve_time or 0) + float(stats.setup_time or 0)
         return (seconds if gap <= TOLERANCE else float("inf")), gap
 
@@ -173,7 +173,7 @@ def _cvxpy_model(problem: Problem) -> tuple[cp.Problem, dict[str, cp.Variable]]:
     """Two labels: the loss is logistic in the difference of the logits."""
     dense = DenseOperator.from_operator(problem.operator)
     variables = {name: cp.Variable(shape) for name, shape in dense.shapes.items()}
-    z = sum(dense.jacobians[name].flatten(1).numpy() @ cp.vec(x, order="C") for name, x in variables.items())
+    z = sum(dense.jacobians()[name].flatten(1).numpy() @ cp.vec(x, order="C") for name, x in variables.items())
     scale = float(problem.contrasts[0, 0] - problem.contrasts[1, 0])
     base = (problem.base_logits[:, 0] - problem.base_logits[:, 1]).numpy()
     sign = np.where(problem.labels.numpy() == 0, -1.0, 1.0)

@@ -28,7 +28,7 @@ def order() -> list[str]:
 def summary(path: Path) -> str:
     """First sentence of a docstring."""
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    return re.split(r"(?<=[.:])\s", " ".join(text.split("\n\n")[0].split()), maxsplit=1)[0].rstrip(".:")
+    return re.split(r"(?<=[.])\s", " ".join(text.split("\n\n")[0].split()), maxsplit=1)[0].rstrip(".").replace("``", "")
 
 
 def drawing() -> str:

@@ -1,6 +1,6 @@
 """The lowest allowed version of what ``ranksure`` depends on, as constraints: ``python -m scripts.lowest``.
 
-The tools of development keep their versions of ``constraints.txt``. ``make test-lowest`` installs both and runs the tests.
+The tools of development keep their versions of ``constraints.txt``. ``make test-lowest`` installs both and tests.
 """
 
 from __future__ import annotations

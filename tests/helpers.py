@@ -128,20 +128,15 @@ def random_problem(
 def jacobians_of(problem: Problem) -> dict[str, Tensor]:
     operator = problem.operator
     dense = operator if isinstance(operator, DenseOperator) else DenseOperator.from_operator(operator)
-    return dense.to(torch.float64).jacobians
+    return dense.to(torch.float64).jacobians()
 
 
-def convex_optimum(problem: Problem) -> tuple[float, Delta]:
-    """Optimal value and updates by cvxpy with Clarabel, written from the definition of the objective."""
+def minimise(problem: Problem, contrasts: cp.Expression, penalty: cp.Expression) -> float:
+    """The optimal value by cvxpy with Clarabel, for flat contrasts ``(N C,)`` and a penalty that are expressions."""
     base, weights = problem.base_logits.double().numpy(), problem.weights.double().numpy()
     n, k = base.shape
-    contrasts = problem.loss.contrasts(k).numpy()
-    variables = {name: cp.Variable(shape) for name, shape in problem.operator.shapes.items()}
-    flat: cp.Expression = cp.Constant(np.zeros(n * contrasts.shape[1]))
-    for name, g in jacobians_of(problem).items():
-        rows = g.reshape(n * contrasts.shape[1], -1).numpy()
-        flat = flat + rows @ cp.vec(variables[name], order="C")
-    z = base + cp.reshape(flat, (n, contrasts.shape[1]), order="C") @ contrasts.T
+    basis = problem.loss.contrasts(k).numpy()
+    z = base + cp.reshape(contrasts, (n, basis.shape[1]), order="C") @ basis.T
     y = problem.labels.numpy()
     if problem.loss.name == "cross-entropy":
         hot = np.eye(k)[y]
@@ -150,11 +145,20 @@ def convex_optimum(problem: Problem) -> tuple[float, Delta]:
         losses = [cp.sum(cp.logistic(z[i]) - cp.multiply(y[i], z[i])) / k for i in range(n)]
     else:
         losses = [cp.sum_squares(z[i] - y[i]) / k for i in range(n)]
-    penalty = sum(problem.penalty[name] * cp.normNuc(d) for name, d in variables.items())
     goal = cp.Problem(cp.Minimize(cp.sum(cp.multiply(weights, cp.hstack(losses))) + penalty))
     accuracy = {f"tol_{kind}": 1e-10 for kind in ("gap_abs", "gap_rel", "feas", "ktratio")}
     goal.solve(solver=cp.CLARABEL, **accuracy)
     assert goal.status in ("optimal", "optimal_inaccurate"), goal.status
+    return float(goal.value)
+
+
+def convex_optimum(problem: Problem) -> tuple[float, Delta]:
+    """Optimal value and updates, written from the definition of the objective."""
+    variables = {name: cp.Variable(shape) for name, shape in problem.operator.shapes.items()}
+    flat: cp.Expression = cp.Constant(np.zeros(problem.operator.n_samples * problem.operator.n_outputs))
+    for name, g in jacobians_of(problem).items():
+        flat = flat + g.flatten(0, 1).flatten(1).numpy() @ cp.vec(variables[name], order="C")
+    minimise(problem, flat, sum(problem.penalty[name] * cp.normNuc(d) for name, d in variables.items()))
     delta = {name: torch.from_numpy(np.asarray(d.value)) for name, d in variables.items()}
     # What is returned is the objective at the updates found, so it is never below the optimum.
     return objective(problem, delta), delta

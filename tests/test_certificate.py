@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ranksure.certificate import captured_interval, certify, lambda_max, spectral_upper_bounds
+from ranksure.certificate import captured_interval, certify_point, lambda_max, spectral_upper_bounds
 from ranksure.factors import balanced, nuclear_norms
 from ranksure.losses import get_loss
 from ranksure.operators.base import zero_factors
@@ -63,7 +63,7 @@ def test_gap_is_never_below_the_suboptimality(seed, loss, k, n, shapes, share, w
         {n: (torch.cat([a, noise[n][0]], 1), torch.cat([b, noise[n][1]], 1)) for n, (a, b) in optimum.items()},
     ]
     for factors in points:
-        certificate = certify(problem, factors).certificate
+        certificate = certify_point(problem, factors).certificate
         assert certificate.objective == pytest.approx(objective(problem, updates(factors)), rel=1e-9)
         assert certificate.dual <= upper + 1e-12 * (1 + abs(upper))  # true bound on F* <= upper
         assert certificate.gap >= certificate.objective - upper  # F* <= upper, so this is the weaker claim ...
@@ -71,7 +71,7 @@ def test_gap_is_never_below_the_suboptimality(seed, loss, k, n, shapes, share, w
         assert certificate.gap >= 0
         # ... and the stronger one: F* is within the oracle's accuracy of upper, so the dual is too
         assert certificate.objective >= upper - slack
-    near = certify(problem, optimum).certificate
+    near = certify_point(problem, optimum).certificate
     assert near.gap <= 1e-4 * (1 + abs(upper))
 
 
@@ -81,10 +81,10 @@ def test_the_dual_point_is_feasible_and_its_value_is_the_bound(seed, loss, expon
     """Rebuild ``D(cR)`` from its definition, with plain numpy."""
     problem = random_problem(seed, loss, n=4, k=2, weighted=True)
     factors = random_factors(problem.operator.shapes, 1, seed, scale=10**exponent)
-    state = certify(problem, factors)
+    state = certify_point(problem, factors)
     certificate = state.certificate
     dual = certificate.dual_step * problem.loss.gradient(state.logits, problem.labels) * problem.weights[:, None]
-    for name, jacobian in problem.operator.jacobians.items():
+    for name, jacobian in problem.operator.jacobians().items():
         gradient = torch.einsum("icmn,ic->mn", jacobian, dual @ problem.loss.contrasts(2))
         norm = float(torch.linalg.matrix_norm(gradient, 2))
         assert norm <= problem.penalty[name] * (1 + 1e-12)
@@ -125,7 +125,7 @@ def test_line_formula_for_cross_entropy():
 def test_dual_step_is_the_best_along_its_line(loss):
     problem = random_problem(11, loss, n=4, k=3)
     for scale in (0.01, 0.3, 3.0):
-        state = certify(problem, random_factors(problem.operator.shapes, 2, 1, scale=scale))
+        state = certify_point(problem, random_factors(problem.operator.shapes, 2, 1, scale=scale))
         dual = problem.dual_variable(state.logits)
         limit = min(
             1 / state.certificate.spectral_ratio,
@@ -140,12 +140,12 @@ def test_dual_step_is_the_best_along_its_line(loss):
 def test_zero_is_certified_optimal_at_lambda_max(loss, factor):
     problem = random_problem(2, loss, k=2)
     problem = problem.with_penalty(factor * lambda_max(problem))
-    certificate = certify(problem, zero_factors(problem.operator)).certificate
+    certificate = certify_point(problem, zero_factors(problem.operator)).certificate
     assert certificate.gap <= 1e-10 * problem.objective_at_zero
     assert certificate.relative_gap == 0
     assert certificate.spectral_ratio <= 1 + 1e-12
     below = problem.with_penalty(0.97 * lambda_max(problem))
-    certificate = certify(below, zero_factors(below.operator)).certificate
+    certificate = certify_point(below, zero_factors(below.operator)).certificate
     assert certificate.spectral_ratio > 1.02
     assert certificate.gap > 1e-8
     assert certificate.relative_gap == pytest.approx(1, abs=1e-6)  # nothing gained of what the dual allows
@@ -156,12 +156,12 @@ def test_zero_is_certified_optimal_at_lambda_max(loss, factor):
 def test_known_dual_value_is_used():
     problem = random_problem(3)
     factors = random_factors(problem.operator.shapes, 1)
-    alone = certify(problem, factors).certificate
+    alone = certify_point(problem, factors).certificate
     upper, _ = convex_optimum(problem)
-    known = certify(problem, factors, upper - 1e-6).certificate
+    known = certify_point(problem, factors, upper - 1e-6).certificate
     assert known.dual == upper - 1e-6 > alone.dual
     assert known.gap < alone.gap
-    assert certify(problem, factors, alone.dual - 1).certificate.dual == alone.dual
+    assert certify_point(problem, factors, alone.dual - 1).certificate.dual == alone.dual
 
 
 def test_blocks_left_out_are_zero():
@@ -169,16 +169,16 @@ def test_blocks_left_out_are_zero():
     factors = random_factors(problem.operator.shapes, 1)
     partial = {"a.query": factors["a.query"]}
     zero = zero_factors(problem.operator)
-    assert certify(problem, partial).certificate == certify(problem, {**zero, **partial}).certificate
-    assert certify(problem, {}).certificate == certify(problem, zero).certificate
+    assert certify_point(problem, partial).certificate == certify_point(problem, {**zero, **partial}).certificate
+    assert certify_point(problem, {}).certificate == certify_point(problem, zero).certificate
 
 
 def test_float32_operator_is_certified_in_float64():
     stored = FactoredOperator([token_group([2, 3, 1], 9, {"a": 8}, 1, 0)], 3).to(torch.float32)
     problem = random_problem(1, operator=stored)
     factors = {"a": tuple(f.float() for f in random_factors(stored.shapes, 1)["a"])}
-    certificate = certify(problem, factors).certificate
-    exact = certify(problem.to(torch.float64), {"a": tuple(f.double() for f in factors["a"])}).certificate
+    certificate = certify_point(problem, factors).certificate
+    exact = certify_point(problem.to(torch.float64), {"a": tuple(f.double() for f in factors["a"])}).certificate
     assert certificate == exact
     assert certificate.rounding < 1e-12
 
@@ -191,7 +191,7 @@ def test_large_offsets_stay_covered_by_the_rounding_allowance(loss):
     labels = (rough.labels / step).round() * step if loss == "squared-error" else rough.labels
     small = Problem(rough.operator, (rough.base_logits / step).round() * step, labels, rough.loss, rough.penalty)
     optimum = solve(small, tolerance=1e-12).factors
-    upper = certify(small, optimum).certificate.objective
+    upper = certify_point(small, optimum).certificate.objective
     shift = 0.0 if loss == "logistic" else 2.0**23
     moved = Problem(
         small.operator,
@@ -203,8 +203,8 @@ def test_large_offsets_stay_covered_by_the_rounding_allowance(loss):
     for seed in range(20):
         noise = random_factors(small.operator.shapes, 1, seed, scale=1e-5 * seed)
         factors = joined(optimum, noise)
-        exact = certify(small, factors).certificate
-        certificate = certify(moved, factors).certificate
+        exact = certify_point(small, factors).certificate
+        certificate = certify_point(moved, factors).certificate
         assert certificate.gap >= exact.objective - upper
         assert certificate.dual <= upper + certificate.rounding
         assert abs(certificate.objective - exact.objective) <= certificate.rounding
@@ -247,7 +247,9 @@ def test_captured_holds_the_true_share():
     upper, _ = convex_optimum(problem)
     for scale in (0.01, 0.05, 0.2, 2.0):
         for seed in range(5):
-            certificate = certify(problem, random_factors(problem.operator.shapes, 1, seed, scale=scale)).certificate
+            certificate = certify_point(
+                problem, random_factors(problem.operator.shapes, 1, seed, scale=scale)
+            ).certificate
             true = (problem.objective_at_zero - certificate.objective) / (problem.objective_at_zero - upper)
             low, high = certificate.captured(best_objective=upper)
             assert low <= true + 1e-9
@@ -258,7 +260,7 @@ def test_captured_holds_the_true_share():
 
 
 def test_to_json():
-    certificate = certify(random_problem(0), {}).certificate
+    certificate = certify_point(random_problem(0), {}).certificate
     values = json.loads(json.dumps(certificate.to_json()))
     assert values["gap"] == certificate.gap
     assert values["spectral_ratio"] == certificate.spectral_ratio
@@ -271,6 +273,6 @@ def test_perfect_fit_has_no_residual():
     base = randn(3, 1, generator=generator_of(1))
     problem = Problem(operator, base, base.clone(), get_loss("squared-error"), {"a": 0.1})
     assert lambda_max(problem) == 0
-    certificate = certify(problem, {}).certificate
+    certificate = certify_point(problem, {}).certificate
     assert certificate.objective == 0
     assert certificate.relative_gap == 0

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
-from ranksure.cli import main
+from tests.commands import call
 from tests.processes import command, ended_at, run
 from tests.tiny_text import frame, loaded, save_bert, save_csv, save_tokenizer, strict_json
 
@@ -34,15 +33,6 @@ def here(assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copy(assets / "data.csv", tmp_path / "data.csv")
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def call(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(sys, "argv", ["ranksure", *arguments])
-    try:
-        main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 def listing(folder: Path) -> list[str]:

@@ -2,67 +2,50 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from ranksure.cli import main
+from ranksure.adapters import loaded
 from ranksure.runs.saved.data import DataSettings, read_data
 from ranksure.runs.saved.open import load_run
-from tests.runs.tiny_runs import PAIRS, classifier, language_model, save_llama, save_pairs
-from tests.tiny_text import save_bert, save_csv, strict_json
+from tests import commands
+from tests.runs.tiny_runs import PAIRS, classifier, copy_runs, save_runs
+from tests.tiny_text import strict_json
 
 VERDICTS = {"first-order-optimal", "rank-bound", "not-converged", "failed-loudly", "not-checked"}
 
 
 @pytest.fixture(scope="module")
 def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("certify")
-    bert, llama = save_bert(root / "bert"), save_llama(root / "llama")
-    classifier(bert).save_pretrained(root / "texts")
-    language_model(llama, target_modules=["q_proj", "down_proj"]).save_pretrained(root / "causal")
-    save_csv(root / "data.csv", 40)
-    save_pairs(root / "pairs.jsonl")
-    return root
+    return save_runs(tmp_path_factory.mktemp("certify"))
 
 
 @pytest.fixture
 def here(assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("texts", "causal"):
-        shutil.copytree(assets / name, tmp_path / name)
-    for name in ("data.csv", "pairs.jsonl"):
-        shutil.copy(assets / name, tmp_path / name)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(copy_runs(assets, tmp_path))
     return tmp_path
 
 
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch):
-    def run(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["ranksure", "certify", *arguments])
-        try:
-            main()
-        except SystemExit as stop:
-            return int(stop.code or 0)
-        return 0
-
-    return run
+    return lambda *arguments: commands.call("certify", *arguments, monkeypatch=monkeypatch)
 
 
 def listing(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
-def test_a_classifier(here, call, capsys):
+def test_a_classifier(here, call, capsys, monkeypatch):
     before = listing(here)
+    read, real = [], loaded.to_factors
+    monkeypatch.setattr(loaded, "to_factors", lambda *matrices: read.append(1) or real(*matrices))
     assert call("texts", "--data", "data.csv", "--weight-decay", "0.01") == 0
     assert listing(here) == sorted([*before, "texts/certificate.json", "texts/report.html"])
     found = strict_json((here / "texts" / "certificate.json").read_text())
     assert found["verdict"] in VERDICTS and found["verdict"] == "not-converged"
-    assert len(found["modules"]) == 4
+    assert len(found["modules"]) == 4 == len(read)  # each module's factors are read once
     for entry in found["modules"].values():
         assert entry["verdict"] in VERDICTS and entry["rank"] == 2 and entry["parameters"] == 2 * (16 + 16)
         assert entry["lam"] == pytest.approx(0.01 / 3)
@@ -157,7 +140,7 @@ MISTAKES = [
     ("causal data for a classifier", ["--data", "pairs.jsonl"], ["no column 'text'", "'prompt'"]),
     ("texts for a causal model", ["causal", "--data", "data.csv"], ["'prompt' and 'completion'", "'messages'"]),
     ("both penalties", ["--weight-decay", "0.1", "--lambda", "0.1"], ["not both"]),
-    ("negative decay", ["--weight-decay", "-1"], ["weight decay must be"]),
+    ("negative decay", ["--weight-decay", "-1"], ["--weight-decay -1.0 must be at least 0"]),
     ("tolerance", ["--tolerance", "1"], ["tolerance"]),
     ("memory", ["--memory", "lots"], ["--memory", "8GB"]),
     ("samples", ["--samples", "0"], ["--samples 0"]),

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 import webbrowser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ranksure.cli import main
 from ranksure.errors import SettingError
 from ranksure.report.page import write_report
+from tests.commands import call
 from tests.report import records
 from tests.tiny_text import save_bert, save_csv
 
 SMALL = ["--target-modules", "query,value", "--layers-to-transform", "last", "--samples", "16", "--weight-decay", "10%"]
 SMALL += ["--ranks", "1", "--random-starts", "0", "--heldout", "12"]
-
-
-def call(*arguments: object, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(sys, "argv", ["ranksure", *map(str, arguments)])
-    try:
-        main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 def test_report_writes_the_page_into_the_folder(

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from ranksure.cli.app import main
-from ranksure.reproduce import settings
-from tests.reproduce.tiny import tiny_setting
+from ranksure.lab.settings import named as settings
+from tests.lab.tiny import tiny_setting
 from tests.tiny_text import strict_json
 
 
@@ -77,7 +77,7 @@ def test_a_setting_that_is_not_installed(monkeypatch, capsys, tmp_path):
 
 
 def test_ctrl_c_keeps_the_finished_parts(monkeypatch, capsys, tmp_path):
-    from ranksure.reproduce.experiments import solution_rank
+    from ranksure.lab.paper import solution_rank
 
     monkeypatch.setattr(settings, "SETTINGS", (tiny_setting(tmp_path),))
     monkeypatch.setattr(solution_rank, "finding", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ranksure.certificate import certify
+from ranksure.certificate import certify_point
 from ranksure.curvature import escape_direction, hessian_vector, inertia
 from ranksure.errors import SettingError
 from ranksure.operators.dense import DenseOperator
@@ -34,7 +34,7 @@ def dense_hessian(problem, factors):
 
 
 def state_of(problem, factors):
-    return certify(problem, factors)
+    return certify_point(problem, factors)
 
 
 @settings(max_examples=60)

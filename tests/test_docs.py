@@ -10,21 +10,22 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 import torch
-import typer.main
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 import ranksure
 from ranksure.cli import app
 from ranksure.planner.settings import PlanSettings
+from ranksure.runs.certificate.settings import CertifySettings, RunSettings
+from ranksure.runs.fitting.settings import FitSettings
 from scripts.docs.examples import BLOCK, RUN, run
 from tests.runs.certificate.test_callback import Net, rows
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
-DEMO = re.compile(r"<!-- demo output.*?<!-- /demo output -->", re.DOTALL)
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
 # Two dashes that are ours: not those of an HTML comment or of another program.
 OPTION = re.compile(r"(?<![\w<!-])--[a-z][a-z-]*")
@@ -121,13 +122,17 @@ def test_the_readme_certifies_and_attaches_as_written(tmp_path: Path, capsys: py
 
 def test_the_other_ways_into_growing_and_compressing_are_written_as_they_are_called() -> None:
     """Calls of ranksure's functions in README and docs have arguments that exist."""
+    settings: dict[str, type] = dict.fromkeys(("certify", "grow", "CertificateCallback"), CertifySettings)
+    settings |= {"compress": RunSettings, "fit": FitSettings, "plan": PlanSettings}
     seen = set()
     for page, _, text in PYTHON:
         for node in ast.walk(ast.parse(text, page)):
             name = ast.unparse(node.func).removeprefix("ranksure.") if isinstance(node, ast.Call) else ""
             if isinstance(node, ast.Call) and f"ranksure.{name}" == ast.unparse(node.func) and name in ranksure.__all__:
                 signature = inspect.signature(getattr(ranksure, name))
-                signature.bind_partial(*node.args, **{str(k.arg): k.value for k in node.keywords})
+                bound = signature.bind_partial(*node.args, **{str(k.arg): k.value for k in node.keywords})
+                more = bound.arguments.get("settings", {})
+                assert not more or more.keys() <= {field.name for field in dataclasses.fields(settings[name])}
                 seen.add(name)
     assert {"certify", "compress", "grow", "plan", "CertificateCallback"} <= seen
 
@@ -139,12 +144,14 @@ def test_marks_are_followed_by_python() -> None:
 
 def test_options_exist() -> None:
     """Options named in README and docs are some command's; in a line that runs a command, that command's."""
-    commands = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
+    context = click.Context(app)
+    commands = {name: app.get_command(context, name) for name in app.list_commands(context)}
     known = {
         name: {o for p in command.params for o in [*p.opts, *p.secondary_opts]} | {"--help"}
         for name, command in commands.items()
+        if command is not None
     }
-    anything = set().union(*known.values())
+    anything = {o for p in app.params for o in p.opts}.union(*known.values())
     named: set[str] = set()
     for page in [PAGES[0], *sorted((ROOT / "docs").rglob("*.md"))]:
         text = re.sub(

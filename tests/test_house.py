@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import importlib
+import pkgutil
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from scripts import layout
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "src" / "ranksure"
+PACKAGES = sorted(SOURCES.rglob("__init__.py"))
 LONGEST = 60
 ARGUED = "longer than 60 lines: "
 """A comment above a function with this and a reason allows it."""
@@ -38,7 +41,9 @@ def test_no_function_is_longer_than_a_screen():
 
 
 def test_the_order_names_every_module():
-    present = {path.stem for path in SOURCES.glob("*.py")} | {path.parent.name for path in SOURCES.glob("*/__init__.py")}
+    present = {path.stem for path in SOURCES.glob("*.py")} | {
+        path.parent.name for path in SOURCES.glob("*/__init__.py")
+    }
     assert present - {"__init__"} == set(layout.order())
 
 
@@ -49,7 +54,7 @@ def test_the_layout_in_the_pages_is_the_tree(page):
     assert layout.written(text) == text, "run python -m scripts.layout --write"
 
 
-@pytest.mark.parametrize("path", sorted(SOURCES.rglob("__init__.py")), ids=lambda path: str(path.parent.relative_to(SOURCES)))
+@pytest.mark.parametrize("path", PACKAGES, ids=lambda path: str(path.parent.relative_to(SOURCES)))
 def test_a_package_says_what_lives_there(path):
     """And every name that it re-exports is there."""
     assert layout.summary(path)
@@ -62,7 +67,7 @@ def test_a_package_says_what_lives_there(path):
 def names() -> list[str]:
     """Public names of the package and of its packages, as ``package.name``."""
     found = []
-    for path in sorted(SOURCES.rglob("__init__.py")):
+    for path in PACKAGES:
         name = ".".join(path.parent.relative_to(SOURCES.parent).parts)
         found += [f"{name}.{public}" for public in getattr(importlib.import_module(name), "__all__", [])]
     return sorted(found)
@@ -75,3 +80,17 @@ def test_no_public_name_goes_without_a_line_in_the_changelog():
     gone = [name for name in recorded if name not in names() and f"`{name}`" not in changelog]
     assert gone == [], "say in CHANGELOG.md that it went, and what to use"
     assert [name for name in names() if name not in recorded] == [], "add it to tests/public_names.txt"
+
+
+NAMED = re.compile(r"`(ranksure(?:\.\w+)+)`")
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMED.findall((ROOT / "docs" / "architecture.md").read_text()))))
+def test_what_the_architecture_page_names_is_there(name):
+    assert pkgutil.resolve_name(name) is not None
+
+
+def test_the_files_that_the_architecture_page_names_are_there():
+    table = (ROOT / "docs" / "architecture.md").read_text().partition("## Where would you change it?")[2]
+    for path in re.findall(r"`([\w/]+(?:\.py|/))`", table):
+        assert (SOURCES / path).exists(), path

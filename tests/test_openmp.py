@@ -30,7 +30,7 @@ def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch, name: str, val
 
 def test_the_command_line_sets_it_before_torch_is_loaded() -> None:
     code = (
-        "import os, sys, ranksure.cli; cli = sys.modules['ranksure.cli.app']; cli.app = lambda: print("
+        "import os, sys, ranksure.cli; cli = sys.modules['ranksure.cli.app']; cli.app.main = lambda **_: print("
         "os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules); cli.main()"
     )
     ran = run(script(code))

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ranksure.certificate import certify, lambda_max
+from ranksure.certificate import certify_point, lambda_max
 from ranksure.errors import SettingError
 from ranksure.factors import balanced
 from ranksure.operators.factored import FactoredOperator
@@ -71,7 +71,7 @@ def test_the_transformed_problem_has_the_same_values(seed, loss, size):
 def test_the_certificate_s_objective_is_the_lowest_over_factorisations(seed):
     _, perturbation = small(seed)
     factors = random_factors(SHAPES, 2, seed)
-    lowest = certify(perturbation.problem, perturbation.inward(factors)).certificate.objective
+    lowest = certify_point(perturbation.problem, perturbation.inward(factors)).certificate.objective
     assert lowest <= float(perturbation.objective(factors)) * (1 + 1e-12)
     canonical = perturbation.outward(balanced(perturbation.inward(factors)))
     assert float(perturbation.objective(canonical)) == pytest.approx(lowest, rel=1e-10)

@@ -98,6 +98,22 @@ def test_with_penalty_keeps_what_was_prepared():
     assert problem.penalty != other.penalty
 
 
+@pytest.mark.parametrize("factored", [False, True])
+def test_the_losses_of_subsets_add_up(factored):
+    operator = FactoredOperator([token_group([2, 0, 1, 3, 1], 6, {"a": 4}, 1, 0)], 5) if factored else None
+    problem = random_problem(2, n=5, weighted=True, operator=operator)
+    factors = random_factors(problem.operator.shapes, 2)
+    samples = torch.tensor([3, 0, 4, 2, 1])
+    total = 0.0
+    for part in samples.split(2):
+        few = problem.subset(part, problem.weights[part])
+        assert few.operator.n_samples == len(part) and few.penalty == problem.penalty
+        total += float(few.data_loss(few.logits(few.operator.apply_factors(factors))))
+        assert problem.subset(part).weights.tolist() == [1 / len(part)] * len(part)
+    whole = problem.data_loss(problem.logits(problem.operator.apply_factors(factors)))
+    assert total == pytest.approx(float(whole), rel=1e-12)
+
+
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf"), None])
 def test_bad_penalty(value):
     problem = random_problem(0)

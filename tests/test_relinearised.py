@@ -15,10 +15,9 @@ from torch.nn import functional as F
 
 from ranksure.adapters.loaded import read_adapter
 from ranksure.loss_terms import Terms
-from ranksure.network.gradient import gradient_pass
 from ranksure.relinearised import Examiner, ball_gaps, module_states, penalised_gaps
 from ranksure.runs.certificate.certify import certify
-from tests.runs.networks import largest_lambda, linear_run, place, reference, small_run
+from tests.runs.networks import gradients, largest_lambda, linear_run, place, reference, small_run
 
 KINDS = ["cross-entropy", "logistic", "squared-error"]
 
@@ -93,8 +92,7 @@ def test_bounds_under_a_penalty(kind, seed, size, share):
     batches = labelled(batches, kind, 4, seed)
     u, v = random_update(seed, 2, size)
     place(model, "layer", torch.zeros_like(u), torch.zeros_like(v))
-    read = read_adapter(model)
-    at_zero = gradient_pass(model, batches, read.modules, kind=kind).gradients["layer"]
+    at_zero = gradients(model, batches, kind=kind).gradients["layer"]
     lam = share * float(torch.linalg.matrix_norm(at_zero, 2))
     place(model, "layer", u, v)
     found = certify(model, batches, lam=lam, loss=kind, probe=False)
@@ -149,7 +147,7 @@ def test_a_rank_above_the_module_s_size_is_used_up_at_that_size():
     u, v = random_update(0, 7, 0.5)
     place(model, "layer", u, v)
     read = read_adapter(model)
-    found = gradient_pass(model, batches, read.modules)
+    found = gradients(model, batches)
     state = module_states(read.factors, found.gradients, None)["layer"]
     assert state.rank == 7 and state.rank_used == 4 and state.full
     assert state.outside_norm <= 1e-12 * state.gradient_norm and state.followed == pytest.approx(1)

@@ -8,15 +8,16 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import fields
 from html.parser import HTMLParser
 from pathlib import Path
 
 import markdown
 import pytest
+from click.testing import CliRunner
 from markdown_it import MarkdownIt
 from mkdocs.config import load_config
 from mkdocs.config.defaults import MkDocsConfig
-from typer.testing import CliRunner
 
 from ranksure.cli import app
 from scripts.docs import check, cli_reference, docstrings, examples
@@ -93,7 +94,8 @@ def test_the_reference_has_every_option_that_help_prints(name: str) -> None:
     assert printed.exit_code == 0
     options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", printed.output.partition("Examples")[0]))
     listed = set(re.findall(r"`(--[a-z-]+)`", "".join(re.findall(r"^\| `--.*? \|", section, re.MULTILINE))))
-    named_in_passing = {option for option in options - listed if f"│ {option} " not in printed.output}
+    lines = printed.output.splitlines()
+    named_in_passing = {o for o in options - listed if not any(re.match(rf"  (--\S+ / )?{o}( |$)", x) for x in lines)}
     assert listed == options - {"--help"} - named_in_passing
     assert "[bold]" not in section
     assert all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in section.splitlines() if row.startswith("| "))
@@ -216,3 +218,12 @@ def test_fonts_from_elsewhere_are_found_in_style_sheets(built: Path) -> None:
 
 def test_an_empty_folder_is_no_site(tmp_path: Path) -> None:
     assert check.problems(tmp_path) == [f"{tmp_path}: no page"]
+
+
+def test_the_pages_about_python_list_the_arguments_of_settings() -> None:
+    for settings in cli_reference.SETTINGS:
+        pages = [page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "api").glob("*.md")]
+        assert sum(f"<!-- options of {settings.__name__} -->" in page for page in pages) == 1
+        table = cli_reference.arguments(settings)
+        assert set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) == {each.name for each in fields(settings)}
+    assert "| `rank` integer | One rank for every target (default: the plan's). |" in table

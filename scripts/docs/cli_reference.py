@@ -1,26 +1,28 @@
-"""The page of all commands and options, made from the commands themselves."""
+"""The page of all commands and options, made from the commands' settings."""
 
 from __future__ import annotations
 
 import inspect
 import re
-import types
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
 
-import typer.main
-from rich.text import Text
+import click
 
 from ranksure.cli import app
+from ranksure.cli.commands import SettingsCommand, default_of, file_options, placeholder, spoken
+from ranksure.options import GROUPS, OUTPUT, Stated, options_of
+from ranksure.planner.settings import PlanSettings
+from ranksure.runs.fitting.settings import FitSettings
+
+SETTINGS = (PlanSettings, FitSettings)
+"""Settings whose options the pages about Python list."""
 
 INTRODUCTION = """# Command line
 
 Every command, from the commands themselves (`ranksure COMMAND --help` prints the same). Answers go to standard output,
-everything else to standard error. A mistake in the input is one line and exit code 2; Ctrl-C is exit code 130.
+everything else to standard error. A mistake in the input is one line and exit code 2; Ctrl-C is exit code 130. In a
+file for `--config`, options have the same names.
 """
-
-_KINDS = {Path: "path", str: "text", int: "integer", float: "number"}
 
 
 def page() -> str:
@@ -28,85 +30,61 @@ def page() -> str:
     return "\n".join([INTRODUCTION, *(part for name, command in commands() for part in _command(name, command))])
 
 
-def commands() -> Iterator[tuple[str, Any]]:
-    """Every command that runs something, with its full name, in the order of `--help`."""
-
-    def leaves(name: str, command: Any) -> Iterator[tuple[str, Any]]:
-        children = getattr(command, "commands", None)
-        if children is None:
-            yield name, command
-            return
-        for child, inner in children.items():
-            yield from leaves(f"{name} {child}", inner)
-
-    yield from leaves("ranksure", typer.main.get_command(app))
+def commands() -> Iterator[tuple[str, SettingsCommand]]:
+    """Every command with its full name, in the order of `--help`."""
+    context = click.Context(app)
+    for name in app.list_commands(context):
+        command = app.get_command(context, name)
+        assert isinstance(command, SettingsCommand)
+        yield f"ranksure {name}", command
 
 
-def _command(name: str, command: Any) -> Iterator[str]:
-    arguments = [p for p in command.params if p.param_type_name == "argument"]
-    options = [p for p in command.params if p.param_type_name == "option" and not p.hidden]
-    usage = " ".join([name, *(_placeholder(a) for a in arguments), *(_required(o) for o in options if o.required)])
-    yield f"## `{name}`\n"
-    yield inspect.cleandoc(_plain(command.help or "")) + "\n"
-    yield f"```text\n{usage} [options]\n```\n"
-    hints = get_type_hints(command.callback)
+def arguments(settings: type) -> str:
+    """A table of the options of a settings dataclass, as arguments of Python."""
+    rows = [f"| `{o.name}` {_cell(o.word)} | {_cell(o.option.help)}{_default(o)} |" for o in options_of(settings)]
+    return "\n".join(["| argument | meaning |", "|---|---|", *rows])
+
+
+def _command(name: str, command: SettingsCommand) -> Iterator[str]:
+    stated = options_of(command.settings)
+    arguments = [o for o in stated if o.option.positional]
+    required = [f"{o.flag} {o.name.upper()}" for o in stated if o.required and not o.option.positional]
+    yield f"## `{name}`\n\n{inspect.cleandoc(command.help or '')}\n"
+    yield f"```text\n{' '.join([name, *map(placeholder, arguments), *required])} [options]\n```\n"
     if arguments:
         yield "| argument | meaning |\n|---|---|"
-        yield from (f"| `{a.name.upper()}` | {_cell(_plain(a.help or ''))} |" for a in arguments)
+        yield from (f"| `{o.flag}` | {_meaning(o)} |" for o in arguments)
         yield ""
-    # Two columns, so that a phone shows both.
-    yield "| option | meaning |\n|---|---|"
-    for option in options:
-        kind = _kind(hints.get(option.name, str))
-        names = ", ".join(f"`{o}`" for o in [*option.opts, *option.secondary_opts])
-        meaning = f"{_cell(_plain(option.help or '')).rstrip('.')}. {_default(option, kind)}"
-        yield f"| {names} {kind} | {meaning.strip()} |"
-    yield ""
-    examples = re.sub(r"\n{2,}", "\n", inspect.cleandoc(_plain(command.epilog or "")).partition("Examples")[2])
-    if examples.strip():
-        yield f"```sh\n{inspect.cleandoc(examples).strip()}\n```\n"
+    for group in GROUPS:
+        rows = [
+            f"| {_names(o)} {_cell(o.word)} | {_meaning(o)} |"  # two columns, so that a phone shows both
+            for o in stated
+            if o.option.group == group and not o.option.positional
+        ]
+        if group == OUTPUT:
+            rows += [f"| `{o.opts[0]}` {o.metavar or ''} | {_cell(o.help or '')} |" for o in file_options()]
+        if rows:
+            yield f"**{group}**\n\n| option | meaning |\n|---|---|"
+            yield from [*rows, ""]
+    yield "\n".join(["```sh", *command.examples, "```\n"])
 
 
-def _kind(hint: Any) -> str:
-    """The word for what an option takes; nothing for a flag."""
-    if get_origin(hint) in (types.UnionType, Union):
-        hint = next(part for part in get_args(hint) if part is not types.NoneType)
-    if get_origin(hint) is list:
-        return f"{_kind(get_args(hint)[0])}, repeatable"
-    return "" if hint is bool else _KINDS.get(hint, "text")
+def _names(stated: Stated) -> str:
+    return f"`{stated.flag}`" + (f", `--no-{stated.flag[2:]}`" if stated.default is True else "")
 
 
-def _default(option: Any, kind: str) -> str:
-    """A sentence about the default; nothing for a flag that is off, or where the help says it."""
-    if option.required:
-        return "Required."
-    value = option.default
-    if callable(value) or value is None or value == "" or (not kind and value is False):
-        return ""
-    return (
-        "Default: on."
-        if value is True
-        else f"Default: `{value:g}`."
-        if isinstance(value, float)
-        else f"Default: `{value}`."
-    )
+def _meaning(stated: Stated) -> str:
+    return _cell(spoken(stated.option.help)) + _default(stated)
 
 
-def _placeholder(argument: Any) -> str:
-    name = argument.name.upper()
-    return name if argument.required else f"[{name}]"
-
-
-def _required(option: Any) -> str:
-    return f"{option.opts[0]} {option.name.upper()}"
-
-
-def _plain(text: str) -> str:
-    """Without the terminal's markup."""
-    return Text.from_markup(text).plain
+def _default(stated: Stated) -> str:
+    if stated.required:
+        return " Required."
+    if stated.default is True:
+        return " Default: on."
+    return "" if stated.default in (None, False, "", ()) else f" Default: `{default_of(stated)}`."
 
 
 def _cell(text: str) -> str:
-    """One cell of a table: no line ends, bars escaped, asterisks and underscores of names taken literally."""
-    text = re.sub(r"\s+", " ", text).strip().replace("|", "\\|")
-    return text if "`" in text else re.sub(r"([*_<\[])", r"\\\1", text)
+    """One cell of a table: bars escaped, asterisks and underscores of names taken literally."""
+    return re.sub(r"([|*_<\[])", r"\\\1", text)

@@ -67,6 +67,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     site = page.file.src_uri
     sources = {target: source for source, target in BROUGHT_IN.items()}
     markdown = markdown.replace("<!-- table of records -->", records.table())
+    for settings in cli_reference.SETTINGS:
+        markdown = markdown.replace(f"<!-- options of {settings.__name__} -->", cli_reference.arguments(settings))
     markdown = relinked(markdown, sources.get(site, f"docs/{site}"), site)
     if os.environ.get("RANKSURE_DOCS_EXAMPLES") == "skip":
         return markdown

@@ -113,8 +113,8 @@ def check_memory(needed: float, budget: float, what: str) -> None:
     if needed > budget:
         raise MemoryBudgetError(
             f"{what} would take {_size(needed)} of a budget of {_size(budget)}: use fewer modules "
-            "(--target-modules, --layers-to-transform last), fewer samples (--samples), bfloat16 storage "
-            "(--capture-dtype bfloat16), a larger --memory, or the matrix-free operator from Python"
+            "(`target_modules`, `layers_to_transform` last), fewer samples (`samples`), bfloat16 storage "
+            "(`capture_dtype` bfloat16), a larger `memory`, or the matrix-free operator from Python"
         )
 
 
@@ -136,7 +136,7 @@ def _run(
             "no target module reaches the logits with a gradient: check target_modules, and whether a reentrant "
             "checkpoint cuts them off (call model.enable_input_require_grads() or turn checkpointing off)"
         )
-    recorder.backward = True
+    recorder.backward()
     columns = contrasts.shape[1]
     for c in range(columns):
         seed = torch.zeros_like(z)
@@ -171,7 +171,7 @@ def _check_behaviour(model: nn.Module, batch: Batch, recorder: Recorder, contras
             if bool(g.reshape(size, -1)[1:].any()):
                 raise CaptureError(
                     f"samples interact in target module {name}: the logits of one sample depend on another's rows "
-                    "(batch statistics, or a layout whose leading dimension is not the sample); use --batch-size 1 "
+                    "(batch statistics, or a layout whose leading dimension is not the sample); use `batch_size` 1 "
                     "or leave this module out"
                 )
 

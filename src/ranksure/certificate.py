@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 """Optimality certificates: a duality gap that bounds the distance to the best of every rank.
 
 From any point, ``R = w * gradient of the loss`` scaled by ``c`` is feasible for the Fenchel dual when
@@ -50,11 +51,7 @@ class Certificate:
         return max(self.spectral_ratios.values())
 
     def captured(self, best_objective: float | None = None) -> tuple[float, float]:
-        """Interval that holds ``(F(0) - F) / (F(0) - F*)``.
-
-        Args:
-            best_objective: lowest objective known; this point's own by default.
-        """
+        """Interval that holds ``(F(0) - F) / (F(0) - F*)``, given the lowest objective known (by default, this one)."""
         gained = self.objective_at_zero - self.objective
         best = min(self.objective, best_objective if best_objective is not None else self.objective)
         return captured_interval(gained, self.objective_at_zero - self.dual, self.objective_at_zero - best)
@@ -97,19 +94,12 @@ def spectral_upper_bounds(gradients: Delta, errors: dict[str, float]) -> dict[st
     return out
 
 
-def certify(problem: Problem, factors: Factors, best_dual: float = -math.inf) -> PointState:
-    """Certify a point of the linearised problem.
+def certify_point(problem: Problem, factors: Factors, best_dual: float = -math.inf) -> PointState:
+    """Certify the point of the updates ``u v^T`` (blocks left out are zero), in float64 but for a matrix-free operator.
 
-    Args:
-        problem: the problem; anything but a matrix-free one is promoted to float64.
-        factors: the point (updates ``u v^T``; blocks left out are zero).
-        best_dual: a dual value already known to be feasible for this problem.
-
-    Returns:
-        The certificate, the logits and the gradients by block.
+    ``best_dual`` is a dual value already known to be feasible for this problem.
     """
-    if hasattr(problem.operator, "to"):
-        problem = problem.to(torch.float64)
+    problem = problem.exact
     factors = cast_factors(factors, problem.operator)
     if factors:
         contrast_values = problem.operator.apply_factors(factors)
@@ -125,11 +115,8 @@ def certify(problem: Problem, factors: Factors, best_dual: float = -math.inf) ->
     residual = problem.residual(dual)
     gradients = problem.operator.adjoint(residual)
     bounds = spectral_upper_bounds(gradients, problem.operator.adjoint_error(residual))
-    if problem.linear:
-        limit, bounds = _limit_with_linear_term(problem, gradients, bounds)
-        gradients = {name: g + problem.linear[name] if name in problem.linear else g for name, g in gradients.items()}
-    else:
-        limit = min(problem.penalty[name] / max(bound, 1e-300) for name, bound in bounds.items())
+    limit, bounds = _feasible_range(problem, gradients, bounds)
+    gradients = {name: g + problem.linear[name] if name in problem.linear else g for name, g in gradients.items()}
     ratios = {name: bound / problem.penalty[name] for name, bound in bounds.items()}
 
     limit = min(limit, problem.loss.max_dual_step(dual / problem.weights[:, None], problem.labels))
@@ -149,12 +136,10 @@ def certify(problem: Problem, factors: Factors, best_dual: float = -math.inf) ->
     return PointState(certificate, logits, gradients)
 
 
-def _limit_with_linear_term(
-    problem: Problem, gradients: Delta, bounds: dict[str, float]
-) -> tuple[float, dict[str, float]]:
-    """A feasible range of ``c`` where the dual asks for ``||c g_j + linear_j||_op <= lambda_j``, and the norms at 1.
+def _feasible_range(problem: Problem, gradients: Delta, bounds: dict[str, float]) -> tuple[float, dict[str, float]]:
+    """The largest ``c`` known to be feasible, where ``||c g_j + linear_j||_op <= lambda_j``, and the norms at 1.
 
-    The norm is convex in ``c``: below its chord from 0 to 1, and below ``c ||g_j|| + ||linear_j||``.
+    With a linear term the norm is convex in ``c``: below its chord from 0 to 1, and below ``c ||g_j|| + ||linear_j||``.
     """
     limit, at_one = math.inf, dict(bounds)
     for name, g in gradients.items():

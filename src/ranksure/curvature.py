@@ -23,9 +23,7 @@ from torch import Tensor
 
 from ranksure.certificate import PointState
 from ranksure.errors import SettingError
-from ranksure.factors import Factors
-from ranksure.operators.dense import DenseOperator
-from ranksure.operators.factored import FactoredOperator
+from ranksure.factors import FactorLayout, Factors, ranks_of
 from ranksure.problem import Problem
 
 _MOST_ENTRIES = 1 << 27  # float64 entries of J that are held at once (1 GiB)
@@ -158,7 +156,7 @@ class _Data:
         u, v = self.factors[name]
         n, c = self.root.shape[:2]
         out = []
-        for part in _jacobian_products(self.problem, name, u[:, column], v[:, column]):
+        for part in self.problem.operator.jacobian_products(name, u[:, column], v[:, column]):
             self.squares += float((self.scale.repeat_interleave(c)[:, None] * part).square().sum())
             out.append((self.root @ part.view(n, c, -1)).flatten(0, 1))
         return out[0], out[1]
@@ -295,22 +293,6 @@ def _from_columns(data: _Data, x: Tensor) -> Factors:
     return out
 
 
-def _jacobian_products(problem: Problem, name: str, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """``G_i v`` and ``G_i^T u`` for every sample and contrast: ``(N C, m)`` and ``(N C, n)``."""
-    operator = problem.operator
-    if isinstance(operator, (FactoredOperator, DenseOperator)):
-        return operator.jacobian_products(name, u, v)
-    size = operator.n_samples * operator.n_outputs
-    left, right = [], []
-    for index in range(size):
-        unit = torch.zeros(size, dtype=operator.dtype, device=operator.device)
-        unit[index] = 1
-        g = operator.adjoint(unit.view(operator.n_samples, -1))[name]
-        left.append(g @ v)
-        right.append(g.T @ u)
-    return torch.stack(left), torch.stack(right)
-
-
 def escape_direction(
     problem: Problem,
     factors: Factors,
@@ -328,7 +310,7 @@ def escape_direction(
         problem: the problem.
         factors: the point.
         state: its certificate state.
-        seed: seed of the Gaussian start.
+        seed: of the Gaussian start.
         max_iterations: most Lanczos vectors, in restarts of up to 20.
         tolerance: residual to reach, relative to the distance of the eigenvalue from the smallest ``lambda_j``.
             (Not to the eigenvalue: at a minimum it is zero, along rotations.)
@@ -338,24 +320,14 @@ def escape_direction(
     """
     from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
-    shapes = {name: (u.shape, v.shape) for name, (u, v) in factors.items()}
-    size = sum(a.numel() + b.numel() for a, b in shapes.values())
+    layout = FactorLayout(problem.operator.shapes, ranks_of(factors))
+    size, moving = layout.size, {name: factors[name] for name in layout.parts}
     if size == 0 or max_iterations < 1 or not tolerance > 0:
         raise SettingError("an escape direction needs factors with columns, and a positive limit and tolerance")
     like, offset = problem.operator, min(problem.penalty.values())
 
-    def unflatten(x: Tensor) -> Factors:
-        out: Factors = {}
-        low = 0
-        for name, (a, b) in shapes.items():
-            mid, high = low + a.numel(), low + a.numel() + b.numel()
-            out[name] = (x[low:mid].view(a), x[mid:high].view(b))
-            low = high
-        return out
-
     def product(vector: Tensor) -> Tensor:
-        image = hessian_vector(problem, factors, state, unflatten(vector))
-        return torch.cat([part.reshape(-1) for pair in image.values() for part in pair])
+        return layout.flatten(hessian_vector(problem, moving, state, layout.unflatten(vector[None])))[0]
 
     def shifted(x: object) -> object:
         vector = torch.as_tensor(x, dtype=like.dtype, device=like.device).reshape(-1)
@@ -371,10 +343,12 @@ def escape_direction(
         vectors = eigsh(operator, k=1, which="SA", v0=start, **options)[1]  # pyright: ignore[reportArgumentType]
     except ArpackNoConvergence as error:
         vectors, converged = error.eigenvectors, False
+    nothing = {name: (torch.zeros_like(u), torch.zeros_like(v)) for name, (u, v) in factors.items()}
     if vectors is None or vectors.shape[1] == 0:
-        return EscapeDirection(0.0, unflatten(torch.zeros(size).to(like.device, like.dtype)), False, math.inf)
+        return EscapeDirection(0.0, nothing, False, math.inf)
     vector = torch.from_numpy(vectors[:, 0].copy()).to(like.device, like.dtype)
     vector = vector / vector.norm()
     image = product(vector)
     value = float(vector @ image)
-    return EscapeDirection(value, unflatten(vector), converged, float((image - value * vector).norm()))
+    direction = {**nothing, **layout.unflatten(vector[None])}
+    return EscapeDirection(value, direction, converged, float((image - value * vector).norm()))

@@ -6,6 +6,11 @@ column, module or value) and what to do. The command line prints that line and e
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
 
 class RanksureError(Exception):
     """A mistake in the input or the request, told in one line that says what to do."""
@@ -48,3 +53,15 @@ def shown(value: object, limit: int = 40) -> str:
 def one_line(error: BaseException) -> str:
     """The first line of a dependency's error message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def settings_of(kind: Callable[..., T], what: str, given: Mapping[str, Any]) -> T:
+    """The settings ``kind(**given)`` of ``what``.
+
+    Raises:
+        SettingError: one that ``kind`` does not have.
+    """
+    try:
+        return kind(**given)
+    except TypeError as error:
+        raise SettingError(f"{what} has no such setting: {str(error).rpartition('argument ')[2]}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TypeAlias
 
 import torch
@@ -18,11 +19,9 @@ Operators also take a leading batch dimension of starts: ``(S, m, r)`` and ``(S,
 
 
 def balanced(factors: Factors, drop: float = 1e-10) -> Factors:
-    """The same updates with ``u^T u = v^T v`` diagonal, columns by size; columns below ``drop`` go.
+    """The same updates, unbatched, with ``u^T u = v^T v`` diagonal and columns by size.
 
-    Args:
-        factors: unbatched factors.
-        drop: singular values below this share of the largest of all blocks are dropped.
+    Singular values below the share ``drop`` of the largest of all blocks go.
     """
     parts = {name: thin_svd(u, v) for name, (u, v) in factors.items()}
     largest = max((float(s[0]) for _, s, _ in parts.values() if len(s)), default=0.0)
@@ -72,3 +71,32 @@ def nuclear_norms(factors: Factors) -> dict[str, float]:
         rv = torch.linalg.qr(v.double(), mode="r").R
         out[name] = float(torch.linalg.svdvals(ru @ rv.T).sum())
     return out
+
+
+class FactorLayout:
+    """Maps factors of given ranks to rows of a matrix ``(S, D)`` and back; blocks of rank 0 are left out."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int]) -> None:
+        self.parts: dict[str, tuple[int, int, int, int]] = {}
+        low = 0
+        for name, rank in ranks.items():
+            if rank == 0:
+                continue
+            m, n = shapes[name]
+            self.parts[name] = (low, m, n, rank)
+            low += (m + n) * rank
+        self.size = low
+
+    def flatten(self, factors: Factors) -> Tensor:
+        """``(S, D)`` from batched factors, ``(1, D)`` from single ones."""
+        rows = [part.reshape(part.shape[0] if part.dim() == 3 else 1, -1) for n in self.parts for part in factors[n]]
+        return torch.cat(rows, 1)
+
+    def unflatten(self, x: Tensor) -> Factors:
+        """Views into ``x``; a single start gives unbatched factors."""
+        lead = () if x.shape[0] == 1 else (x.shape[0],)
+        out: Factors = {}
+        for name, (low, m, n, rank) in self.parts.items():
+            mid, high = low + m * rank, low + (m + n) * rank
+            out[name] = (x[:, low:mid].reshape(*lead, m, rank), x[:, mid:high].reshape(*lead, n, rank))
+        return out

@@ -1,4 +1,4 @@
-"""A file that is there whole or not at all."""
+"""Files and folders that are there whole or not at all, the user's cache, and checksums."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import contextlib
 import hashlib
 import os
 import shutil
+import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ranksure.errors import AdapterError
+from ranksure.errors import AdapterError, RanksureError, one_line
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -39,13 +40,56 @@ def cache_folder() -> Path:
     """Where unpacked models are kept: ``RANKSURE_CACHE``, or ``ranksure`` in the user's cache folder."""
     if own := os.environ.get("RANKSURE_CACHE"):
         return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ranksure"
+    import platformdirs  # only here, as everything imports this module
+
+    return platformdirs.user_cache_path("ranksure", appauthor=False)
+
+
+def made_once(folder: Path, make: Callable[[Path], None], refusal: str, kind: type[RanksureError]) -> Path:
+    """A folder that is made where it is missing, and appears whole or not at all.
+
+    Args:
+        folder: its place; the folders around it are made.
+        make: creates and fills the path that it is given, in a temporary folder beside the place.
+        refusal: the beginning of the message where the disk does not take it.
+        kind: of that error.
+
+    Raises:
+        kind: it cannot be written.
+    """
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
+            stage = Path(aside, "new")
+            make(stage)
+            stage.rename(folder)
+    except OSError as error:
+        if not folder.is_dir():  # else another process was faster
+            reason = error.strerror or one_line(error)
+            raise kind(f"{refusal}: {reason}; set RANKSURE_CACHE to a folder with room") from None
+    return folder
 
 
 def file_sha256(path: Path) -> str:
     """The sha256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_file(path: Path, sha256: str, expected: str, cure: str, kind: type[RanksureError]) -> None:
+    """Refuse a file that is not the one ``expected``, which completes "is not".
+
+    Raises:
+        kind: it cannot be read, or its checksum is another one; ends with the ``cure``.
+    """
+    try:
+        found = file_sha256(path)
+    except OSError as error:
+        raise kind(f"{path} cannot be read ({error.strerror}); {cure}") from None
+    if found != sha256:
+        raise kind(f"{path} is not {expected} (sha256 {found[:8]}..., expected {sha256[:8]}...); {cure}")
 
 
 @contextmanager

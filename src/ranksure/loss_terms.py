@@ -9,16 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ranksure.choices import Weighting
 from ranksure.errors import DataError, SettingError
 from ranksure.losses import LOSSES, CrossEntropy, Kind, Loss, get_loss, loss_meant
-
-Weighting = Literal["token", "sample"]
-"""Of the tokens of one sample: every token alike, or every sample alike."""
 
 LossFunction = Callable[..., Tensor]
 

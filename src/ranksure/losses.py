@@ -323,7 +323,7 @@ class CrossEntropy(_LogLoss):
 
     def outputs_for(self, n_classes: int | None) -> int:
         if n_classes is None:
-            raise SettingError(f"{self.name} needs class labels; for float targets use --loss {SquaredError.name}")
+            raise SettingError(f"{self.name} needs class labels; for float targets use `loss` {SquaredError.name}")
         return n_classes
 
     def right(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -367,7 +367,7 @@ class Logistic(OutputLoss, _LogLoss):
         if n_classes != 2:
             found = "float targets" if n_classes is None else f"{n_classes} classes"
             raise SettingError(
-                f"the logistic loss needs two classes, but the data has {found}: use --loss "
+                f"the logistic loss needs two classes, but the data has {found}: use `loss` "
                 f"{SquaredError.name if n_classes is None else CrossEntropy.name}"
             )
         return 1

@@ -18,12 +18,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ranksure.certificate import PointState, certify
+from ranksure.certificate import PointState, certify_point
 from ranksure.errors import SettingError
 from ranksure.factors import Factors
 from ranksure.operators.base import cast_factors
-from ranksure.operators.dense import DenseOperator
-from ranksure.operators.factored import FactoredOperator
 from ranksure.problem import Problem
 
 _LARGEST_SIDE = 8192  # m + n of a block whose P is stored and factorised
@@ -42,11 +40,11 @@ class Perturbation:
     """
 
     def __init__(self, problem: Problem, matrices: Mapping[str, Tensor]) -> None:
-        if not isinstance(problem.operator, (FactoredOperator, DenseOperator)):
+        if not problem.operator.is_stored:
             raise SettingError("a perturbation needs a factored or dense operator")
         if problem.linear:
             raise SettingError("a perturbation is of a problem without a linear term")
-        self.unperturbed = replace(problem, operator=problem.operator.to(torch.float64))
+        self.unperturbed = problem.exact
         self.matrices: dict[str, Tensor] = {}
         for name, matrix in matrices.items():
             self.matrices[name] = _checked(problem, name, matrix)
@@ -95,9 +93,7 @@ class Perturbation:
             m = base.operator.shapes[name][0]
             left, right = maps[name]
             linear[name] = 2 * left @ p[:m, m:] @ right.T
-        operator = base.operator
-        assert isinstance(operator, (FactoredOperator, DenseOperator))
-        return replace(base, operator=operator.congruent(maps), linear=linear)
+        return replace(base, operator=base.operator.congruent(maps), linear=linear)
 
     def inward(self, factors: Factors) -> Factors:
         """Factors of the original problem in the coordinates of :attr:`problem`."""
@@ -113,7 +109,7 @@ class Perturbation:
         The certificate's objective is the lowest ``F_P`` over all factorisations of the same update; it is
         that of the factors themselves only where they are balanced under ``P`` (:meth:`objective`).
         """
-        return certify(self.problem, self.inward(factors), best_dual)
+        return certify_point(self.problem, self.inward(factors), best_dual)
 
     @cached_property
     def _roots(self) -> dict[str, tuple[Tensor, Tensor, Tensor, Tensor]]:

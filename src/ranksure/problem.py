@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 """The linearised fine-tuning problem: operator, labels, loss and penalty together.
 
 ``F(delta) = sum_i w_i loss(z_i, y_i) + sum_j lambda_j ||delta_j||_*`` with linearised logits
@@ -22,8 +23,7 @@ from ranksure.errors import SettingError
 from ranksure.factors import Factors
 from ranksure.losses import Loss
 from ranksure.operators.base import TangentOperator
-from ranksure.operators.factored import FactoredOperator
-from ranksure.operators.span import SpanBases, reduce_to_span
+from ranksure.operators.span import SpanBases
 
 
 @dataclass(frozen=True)
@@ -106,29 +106,48 @@ class Problem:
 
     def to(self, dtype: torch.dtype) -> Problem:
         """The same problem with the operator in another dtype (itself if nothing changes)."""
-        if dtype == self.operator.dtype:
-            return self
-        operator = self.operator
-        if not hasattr(operator, "to"):
-            raise SettingError(f"a {type(operator).__name__} works in the network's own dtype, {operator.dtype}")
-        return replace(self, operator=operator.to(dtype))  # pyright: ignore[reportAttributeAccessIssue]
+        return self if dtype == self.operator.dtype else replace(self, operator=self.operator.to(dtype))
+
+    @property
+    def exact(self) -> Problem:
+        """The problem in float64; in the network's own dtype where the operator holds no gradients."""
+        return self.to(torch.float64) if self.operator.is_stored else self
+
+    def subset(self, samples: Tensor, weights: Tensor | None = None) -> Problem:
+        """The problem on some samples.
+
+        Args:
+            samples: their distinct numbers, in the order wanted.
+            weights: of these samples, in that order; equal ones by default.
+
+        Raises:
+            SettingError: an operator that holds no gradients, or weights that are not positive.
+        """
+        samples = samples.to(self.operator.device)
+        return replace(
+            self,
+            operator=self.operator.select(samples),
+            base_logits=self.base_logits[samples],
+            labels=self.labels[samples],
+            weights=torch.empty(0) if weights is None else weights,
+        )
 
     @cached_property
-    def reduced(self) -> tuple[Problem, SpanBases | None]:
+    def reduced(self) -> tuple[Problem, SpanBases]:
         """The same problem in float64 on the span of its tokens, and the way back.
 
         A linear term need not lie in the span, so problems that have one are only promoted.
         """
-        if isinstance(self.operator, FactoredOperator) and not self.linear:
-            operator, bases = reduce_to_span(self.operator)
-            return replace(self, operator=operator), bases
-        return (self.to(torch.float64) if hasattr(self.operator, "to") else self), None
+        if self.linear:
+            return self.exact, SpanBases()
+        operator, bases = self.operator.reduced()
+        return (self if operator is self.operator else replace(self, operator=operator)), bases
 
     @cached_property
     def single(self) -> Problem:
         """The reduced problem with its operator in float32, for descent; shares the stored one where it can."""
         reduced, bases = self.reduced
-        if bases is not None and bases.is_trivial and self.operator.dtype == torch.float32:
+        if bases.is_trivial and self.operator.dtype == torch.float32:
             return self
         return reduced.to(torch.float32)
 

@@ -22,7 +22,7 @@ def parse_memory(text: float | str) -> int:
     except (KeyError, ValueError):
         value = 0
     if not 0 < value < math.inf:
-        raise SettingError(f"--memory {text!r} is not understood: write 8GB, 512MiB or a number of bytes")
+        raise SettingError(f"`memory` {text!r} is not understood: write 8GB, 512MiB or a number of bytes")
     return int(value)
 
 

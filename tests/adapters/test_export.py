@@ -199,7 +199,7 @@ def test_an_adapter_on_a_tied_embedding_adapts_its_own_use(tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt(), RuntimeError("boom")])
-@pytest.mark.parametrize("step", ["save_file", "_verify", "second rename"])
+@pytest.mark.parametrize("step", ["save_file", "load_back", "second rename"])
 @pytest.mark.parametrize("existing", [False, True])
 def test_a_failure_leaves_nothing_and_keeps_the_old_adapter(tmp_path, monkeypatch, error, step, existing):
     model = bert(tmp_path)

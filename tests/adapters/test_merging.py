@@ -10,9 +10,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ranksure.adapters import merging
-from ranksure.adapters.loaded import read_adapter
 from ranksure.adapters.merging import merged
-from ranksure.network.gradient import gradient_pass
+from tests.runs.networks import gradients
 
 
 class Network(nn.Module):
@@ -85,9 +84,9 @@ def test_left_as_they_are(case, monkeypatch):
 def test_gradients_are_those_of_the_adapter_running_apart(monkeypatch):
     model = adapted(torch.float64)
     batches = [{"x": torch.randn(5, 6, dtype=torch.float64), "labels": torch.tensor([0, 1, 2, 3, 4])}]
-    together = gradient_pass(model, batches, read_adapter(model).modules, kind="cross-entropy")
+    together = gradients(model, batches, kind="cross-entropy")
     monkeypatch.setattr(merging, "MERGE_LIMIT", 0)
-    apart = gradient_pass(model, batches, read_adapter(model).modules, kind="cross-entropy")
+    apart = gradients(model, batches, kind="cross-entropy")
     assert together.gradients.keys() == apart.gradients.keys()
     for name, g in apart.gradients.items():
         assert torch.allclose(together.gradients[name], g, rtol=1e-11, atol=1e-14)

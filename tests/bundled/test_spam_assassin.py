@@ -142,7 +142,7 @@ def test_messages_of_both_classes_are_dropped(tmp_path: Path, monkeypatch: pytes
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"Subject: x\n\n{body}\n")
     monkeypatch.setattr(spam_assassin, "package_path", lambda name, reporter: tmp_path)
-    monkeypatch.setattr(spam_assassin, "_verified", lambda folder: folder)
+    monkeypatch.setattr(spam_assassin, "verified_folder", lambda name, root, below, *expected: root / below)
     rows = spam_assassin.spam_assassin()
     assert rows.texts == ["only ham", "only spam"] and rows.labels == [0, 1]
     assert "2 of 6 e-mails are used: 1 have no text, 3 repeat another one" in rows.notes[0]

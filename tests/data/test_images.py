@@ -14,6 +14,7 @@ from ranksure.data import images
 from ranksure.data.images import image_rows, load_image_rows
 from ranksure.errors import DataError, MemoryBudgetError, SettingError
 from ranksure.tasks.load import load_samples
+from tests.refusals import refusal
 
 RED, GREY = (250, 10, 20), 77
 
@@ -34,10 +35,7 @@ def folder_of(root: Path) -> Path:
 
 
 def one_error(source: object, **options: str) -> str:
-    with pytest.raises(DataError) as error:
-        load_image_rows(source, **options)  # pyright: ignore[reportArgumentType]
-    assert "\n" not in str(error.value)
-    return str(error.value)
+    return refusal(DataError, [], load_image_rows, source, **options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from ranksure.data.texts import Rows, load_rows
 from ranksure.errors import DataError, SettingError
+from tests.refusals import refusal
 
 TEXTS = ["good, really", "bad\nawful", 'so "so"', "fine"]
 LABELS = ["pos", "neg", "neg", "pos"]
@@ -29,14 +30,7 @@ def write(path: Path, content: str | bytes) -> Path:
 
 
 def fails(source: Any, *parts: str, error: type[Exception] = DataError, **options: Any) -> str:
-    """The call is refused with one line that has every part."""
-    with pytest.raises(error) as caught:
-        load_rows(source, **options)
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message, f"{part!r} is not in {message!r}"
-    return message
+    return refusal(error, parts, load_rows, source, **options)
 
 
 def frame(labels: list[Any], **columns: list[Any]) -> pd.DataFrame:
@@ -404,9 +398,9 @@ def test_one_class() -> None:
 
 
 def test_labels_that_are_not_classes() -> None:
-    fails(frame([0.1 * i for i in range(1, 9)]), "8 different labels in 8 rows", "--loss squared-error")
-    fails(frame([0.1, 0.2, 0.3, 0.4, 0.1]), "4 different labels in 5 rows", "--loss squared-error")
-    fails(frame(list(range(21))), "21 different labels in 21 rows", "--loss squared-error")
+    fails(frame([0.1 * i for i in range(1, 9)]), "8 different labels in 8 rows", "`loss` squared-error")
+    fails(frame([0.1, 0.2, 0.3, 0.4, 0.1]), "4 different labels in 5 rows", "`loss` squared-error")
+    fails(frame(list(range(21))), "21 different labels in 21 rows", "`loss` squared-error")
     assert "squared-error" not in fails(frame([f"id{i}" for i in range(21)]), "choose another label column")
     fails(frame([i % 1001 for i in range(3000)]), "1,001 different labels", "at most 1,000")
     assert len(labelled([i % 1000 for i in range(3000)]).label_names or []) == 1000

@@ -19,7 +19,7 @@ from ranksure.errors import CaptureError, DataError, MemoryBudgetError, SettingE
 from ranksure.network import batch_losses
 from ranksure.network.gradient import gradient_pass, mean_loss
 from tests.adapters.test_loaded import TARGETS, kinds
-from tests.runs.networks import errors, randomise, reference, small_run
+from tests.runs.networks import errors, gradients, randomise, reference, small_run
 
 TINY = {
     "vocab_size": 61,
@@ -82,7 +82,7 @@ def language_loss(batches, weighting: str):
 def test_a_nonlinear_network(config):
     model, batches, (x, y) = small_run(**config)
     loss, expected = reference(model, lambda base: F.cross_entropy(base(x), y))
-    found = gradient_pass(model, batches, read_adapter(model).modules)
+    found = gradients(model, batches)
     assert found.terms.mean == pytest.approx(loss, rel=1e-10) and found.n_samples == 9
     assert mean_loss(model, batches) == pytest.approx(loss, rel=1e-10)
     assert max(errors(found.gradients, expected)) < 1e-10
@@ -95,7 +95,7 @@ def test_other_losses(kind):
     function = F.binary_cross_entropy_with_logits if kind == "logistic" else F.mse_loss
     loss, expected = reference(model, lambda base: function(base(x), targets))
     batches = [{"x": x[:4], "labels": targets[:4]}, {"x": x[4:], "labels": targets[4:]}]
-    found = gradient_pass(model, batches, read_adapter(model).modules, kind=kind)
+    found = gradients(model, batches, kind=kind)
     assert found.terms.mean == pytest.approx(loss, rel=1e-10) and len(found.terms.losses) == 18
     assert max(errors(found.gradients, expected)) < 1e-10
 
@@ -106,7 +106,7 @@ def test_every_kind_of_module_and_a_padding_row():
     ids[0, 3:], ids[2, 1:] = 0, 0  # the padding row of the embedding takes part
     loss, expected = reference(model, lambda base: F.cross_entropy(base(ids), y))
     batches = [{"ids": ids[:4], "labels": y[:4]}, {"ids": ids[4:], "labels": y[4:]}]
-    found = gradient_pass(model, batches, read_adapter(model).modules)
+    found = gradients(model, batches)
     assert set(found.gradients) == set(TARGETS) and found.terms.mean == pytest.approx(loss, rel=1e-10)
     assert float(expected["emb"][:, 0].abs().max()) == 0  # torch trains no padding row
     assert max(errors(found.gradients, expected)) < 1e-10
@@ -122,7 +122,7 @@ def test_streamed_logits_of_a_language_model(weighting, chunk, monkeypatch):
     rows = []
     head = model.get_base_model().lm_head
     head.register_forward_hook(lambda module, args, output: rows.append(output.shape[:-1].numel()))
-    found = gradient_pass(model, batches, read_adapter(model).modules, kind="cross-entropy", weighting=weighting)
+    found = gradients(model, batches, kind="cross-entropy", weighting=weighting)
     assert max(rows) <= max(3, chunk // 61) and sum(rows) < 20 + 9  # labelled positions, and one of each row
     assert found.terms.mean == pytest.approx(loss, rel=1e-7)
     assert max(errors(found.gradients, expected)) < 1e-6  # the norm of these models rounds to float32 inside
@@ -130,7 +130,7 @@ def test_streamed_logits_of_a_language_model(weighting, chunk, monkeypatch):
     assert len(found.terms.losses) == sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)
     monkeypatch.setattr(batch_losses, "_output_embeddings", lambda base, targets: None)
     monkeypatch.setattr(loss_terms, "CHUNK_VALUES", chunk)
-    whole = gradient_pass(model, batches, read_adapter(model).modules, weighting=weighting)
+    whole = gradients(model, batches, weighting=weighting)
     assert max(errors(whole.gradients, expected)) < 1e-6 and torch.allclose(whole.terms.losses, found.terms.losses)
 
 
@@ -139,7 +139,7 @@ def test_what_comes_after_the_output_embeddings_is_not_missed():
     model = language_model(Gemma2ForCausalLM, Gemma2Config, final_logit_softcapping=2.0, head_dim=8)
     batches = completions()
     loss, expected = reference(model, language_loss(batches, "token"))
-    found = gradient_pass(model, batches, read_adapter(model).modules)
+    found = gradients(model, batches)
     assert found.terms.mean == pytest.approx(loss, rel=1e-7)
     assert max(errors(found.gradients, expected)) < 1e-6  # the norm of these models rounds to float32 inside
 
@@ -147,26 +147,25 @@ def test_what_comes_after_the_output_embeddings_is_not_missed():
 def test_an_adapted_output_layer_keeps_its_own_gradient():
     model, batches = language_model(targets=("q_proj", "lm_head")), completions()
     loss, expected = reference(model, language_loss(batches, "token"))
-    found = gradient_pass(model, batches, read_adapter(model).modules)
+    found = gradients(model, batches)
     assert "lm_head" in found.gradients and found.terms.mean == pytest.approx(loss, rel=1e-7)
     assert max(errors(found.gradients, expected)) < 1e-6  # the norm of these models rounds to float32 inside
 
 
 def test_groups_under_a_memory_budget():
     model, batches, _ = small_run()
-    read = read_adapter(model)
-    whole = gradient_pass(model, batches, read.modules)
-    parts = gradient_pass(model, batches, read.modules, memory_bytes=7 * 7 * 8)
+    whole = gradients(model, batches)
+    parts = gradients(model, batches, memory_bytes=7 * 7 * 8)
     assert whole.passes == 1 and parts.passes == 2
     for name, g in whole.gradients.items():  # under the budget the adapter is not merged: other rounding
         assert torch.allclose(parts.gradients[name], g, rtol=1e-12, atol=1e-15)
     taken = {}
-    consumed = gradient_pass(model, batches, read.modules, memory_bytes=7 * 7 * 8, consume=taken.__setitem__)
+    consumed = gradients(model, batches, memory_bytes=7 * 7 * 8, consume=taken.__setitem__)
     assert not consumed.gradients and all(torch.equal(taken[name], g) for name, g in parts.gradients.items())
     with pytest.raises(SettingError, match="several passes"):
-        gradient_pass(model, iter(batches), read.modules, memory_bytes=7 * 7 * 8)
+        gradients(model, iter(batches), memory_bytes=7 * 7 * 8)
     with pytest.raises(MemoryBudgetError, match="second alone"):
-        gradient_pass(model, batches, read.modules, memory_bytes=300)
+        gradients(model, batches, memory_bytes=300)
 
 
 class Checkpointed(nn.Module):
@@ -200,12 +199,12 @@ def test_gradient_checkpointing(reentrant):
         return F.cross_entropy(base(x), y)
 
     _, expected = reference(model, loss)
-    found = gradient_pass(model, batches, read_adapter(model).modules)
+    found = gradients(model, batches)
     assert max(errors(found.gradients, expected)) < 1e-10
     if reentrant:
         net.cut = True  # no input of the first segment asks for gradients
         with pytest.raises(CaptureError, match=r"first got no gradient.*enable_input_require_grads"):
-            gradient_pass(model, batches, read_adapter(model).modules)
+            gradients(model, batches)
 
 
 class Odd(nn.Module):
@@ -237,7 +236,7 @@ def odd_run():
 
 def test_modules_that_the_loss_does_not_depend_on():
     model, batches = odd_run()
-    found = gradient_pass(model, batches, read_adapter(model).modules)
+    found = gradients(model, batches)
     assert found.unreached == ["dead", "absent"]
     assert float(found.gradients["dead"].abs().max()) == 0 < float(found.gradients["used"].abs().max())
     read = read_adapter(model).modules
@@ -249,11 +248,11 @@ def test_a_network_that_changes_is_refused():
     model, batches = odd_run()
     model.base_model.model.in_place = True
     with pytest.raises(CaptureError, match="changed in place"):
-        gradient_pass(model, batches, read_adapter(model).modules)
+        gradients(model, batches)
     model, batches = odd_run()
     model.base_model.model.moody = True
     with pytest.raises(CaptureError, match="not deterministic"):
-        gradient_pass(model, batches, read_adapter(model).modules, memory_bytes=100)
+        gradients(model, batches, memory_bytes=100)
 
 
 class OwnLoss(nn.Module):
@@ -272,36 +271,35 @@ class OwnLoss(nn.Module):
 def test_the_loss_is_that_of_the_model():
     batches = [{"x": torch.randn(6, 5), "labels": torch.randint(3, (6,))}]
     plain, smooth = (get_peft_model(OwnLoss(s), LoraConfig(r=1, target_modules=["layer"])) for s in (0.0, 0.2))
-    assert gradient_pass(plain, batches, read_adapter(plain).modules).terms.mean > 0
+    assert gradients(plain, batches).terms.mean > 0
     with pytest.raises(SettingError, match="it trains with another loss"):
-        gradient_pass(smooth, batches, read_adapter(smooth).modules)
-    assert gradient_pass(smooth, batches, read_adapter(smooth).modules, kind="cross-entropy").terms.mean > 0
+        gradients(smooth, batches)
+    assert gradients(smooth, batches, kind="cross-entropy").terms.mean > 0
 
 
 def test_batches_of_every_make():
     """A BatchEncoding, labels named ``label``, shuffled and unequal batches: the same mean and gradients."""
     model, batches, (x, y) = small_run()
-    read = read_adapter(model)
-    expected = gradient_pass(model, batches, read.modules)
+    expected = gradients(model, batches)
     order = torch.randperm(9)
     x, y = x[order], y[order]
     parts = [slice(0, 1), slice(1, 7), slice(7, 9)]
     encoded = [BatchEncoding({"x": x[p], "label": y[p], "note": "no tensor"}) for p in parts]
     for batch in encoded:
         del batch["note"]
-    found = gradient_pass(model, encoded, read.modules)
+    found = gradients(model, encoded)
     assert found.terms.mean == pytest.approx(expected.terms.mean, rel=1e-12)
     assert max(errors(found.gradients, expected.gradients)) < 1e-12
     with pytest.raises(DataError, match="mapping of tensors with 'labels', not a tuple"):
-        gradient_pass(model, [(x, y)], read.modules)
+        gradients(model, [(x, y)])
     with pytest.raises(DataError, match="no 'labels'"):
-        gradient_pass(model, [{"x": x}], read.modules)
+        gradients(model, [{"x": x}])
     with pytest.raises(DataError, match="no label"):
-        gradient_pass(model, [], read.modules)
+        gradients(model, [])
     with pytest.raises(DataError, match="no label"):
-        gradient_pass(model, [{"x": x, "labels": torch.full((9,), -100)}], read.modules)
+        gradients(model, [{"x": x, "labels": torch.full((9,), -100)}])
     with pytest.raises(SettingError, match="weighting"):
-        gradient_pass(model, batches, read.modules, weighting="word")  # pyright: ignore
+        gradients(model, batches, weighting="word")  # pyright: ignore
 
 
 def test_a_loss_above_a_value_is_proved_early():
@@ -324,7 +322,7 @@ def test_the_network_is_left_as_it_was():
     model.train()
     before = {name: (p.clone(), p.requires_grad) for name, p in model.named_parameters()}
     hooks = copy.deepcopy([len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()])
-    first, second = (gradient_pass(model, batches, read_adapter(model).modules) for _ in range(2))
+    first, second = (gradients(model, batches) for _ in range(2))
     assert torch.equal(first.gradients["first"], second.gradients["first"])  # evaluation mode: no dropout
     assert model.training
     assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]

@@ -8,14 +8,12 @@ from torch import nn
 
 from ranksure.capture import capture
 from ranksure.factors import ranks_of
-from ranksure.operators.base import cast_factors, zero_factors
+from ranksure.operators.base import TangentOperator, cast_factors, zero_factors
 from ranksure.operators.dense import DenseOperator
 from ranksure.operators.factored import FactoredOperator, Group
 from ranksure.operators.matrix_free import MatrixFreeOperator
-from ranksure.operators.span import reduce_to_span
-from tests.helpers import densified, generator_of, randn, random_factors, token_group, updates
-
-CLOSE = {"rtol": 1e-10, "atol": 1e-11}
+from tests.helpers import dense_operator, densified, generator_of, randn, random_factors, token_group
+from tests.operators.base import CLOSE, OperatorTests, assert_same_map
 
 
 @st.composite
@@ -35,81 +33,18 @@ def operators(draw, empty=True):
     return FactoredOperator(groups, n)
 
 
-def assert_same_map(operator, oracle, seed=0):
-    """Every method of the protocol against the dense oracle."""
-    assert dict(operator.shapes) == dict(oracle.shapes)
-    assert (operator.n_samples, operator.n_outputs) == (oracle.n_samples, oracle.n_outputs)
-    g = generator_of(seed)
-    delta = {name: randn(*shape, generator=g) for name, shape in oracle.shapes.items()}
-    residual = randn(oracle.n_samples, oracle.n_outputs, generator=g)
-    torch.testing.assert_close(operator.apply(delta), oracle.apply(delta), **CLOSE)
-    first = next(iter(delta))
-    torch.testing.assert_close(operator.apply({first: delta[first]}), oracle.apply({first: delta[first]}), **CLOSE)
-    for name, expected in oracle.adjoint(residual).items():
-        torch.testing.assert_close(operator.adjoint(residual)[name], expected, **CLOSE)
-    mixed = {name: (1 + index) % 3 for index, name in enumerate(oracle.shapes)}
-    for starts in (0, 1, 3):
-        factors = random_factors(oracle.shapes, mixed, seed, starts)
-        lead = (starts,) if starts else ()
-        weight = randn(*lead, oracle.n_samples, oracle.n_outputs, generator=g)
-        z, pullback = operator.apply_factors_vjp(factors)
-        expected = torch.stack([oracle.apply({n: d[s] for n, d in updates(factors).items()}) for s in range(starts)]) \
-            if starts else oracle.apply(updates(factors))  # fmt: skip
-        torch.testing.assert_close(z, expected, **CLOSE)
-        torch.testing.assert_close(operator.apply_factors(factors), expected, **CLOSE)
-        subset = {first: factors[first]}
-        part = operator.apply_factors(subset)
-        torch.testing.assert_close(part, oracle.apply_factors(subset), **CLOSE)
-        back = pullback(weight)
-        assert list(back) == list(factors)
-        for s in range(starts) if starts else [...]:
-            for name, gradient in oracle.adjoint(weight[s]).items():
-                u, v = factors[name][0][s], factors[name][1][s]
-                torch.testing.assert_close(back[name][0][s], gradient @ v, **CLOSE)
-                torch.testing.assert_close(back[name][1][s], gradient.T @ u, **CLOSE)
-    torch.testing.assert_close(operator.gram(), oracle.gram(), **CLOSE)
-    torch.testing.assert_close(operator.gram([first]), oracle.gram([first]), **CLOSE)
-    for name, norms in oracle.sample_norms().items():  # a norm from inner products has half the digits
-        torch.testing.assert_close(operator.sample_norms()[name], norms, rtol=1e-7, atol=1e-6)
-
-
 @settings(max_examples=60)
 @given(operators(), st.integers(0, 100))
 def test_factored_matches_dense(operator, seed):
-    oracle = densified(operator)
-    assert_same_map(operator, oracle, seed)
-    for name, stored in operator.jacobians().items():
-        torch.testing.assert_close(stored, oracle.jacobians[name], **CLOSE)
-    for name, (m, n) in operator.shapes.items():
-        g = generator_of(seed)
-        u, v = randn(m, generator=g), randn(n, generator=g)
-        for ours, dense in zip(
-            operator.jacobian_products(name, u, v), oracle.jacobian_products(name, u, v), strict=True
-        ):
-            torch.testing.assert_close(ours, dense, **CLOSE)
-        left = torch.einsum("icmn,n->icm", oracle.jacobians[name], v).flatten(0, 1)
-        right = torch.einsum("icmn,m->icn", oracle.jacobians[name], u).flatten(0, 1)
-        torch.testing.assert_close(operator.jacobian_products(name, u, v)[0], left, **CLOSE)
-        torch.testing.assert_close(operator.jacobian_products(name, u, v)[1], right, **CLOSE)
+    assert_same_map(operator, densified(operator), seed)
 
 
 def test_gradients_are_stored_a_few_samples_at_a_time(monkeypatch):
     operator = FactoredOperator([token_group([3, 0, 5, 1], 6, {"a": 4, "b": 7}, 2, 0, False)], 4)
     whole = operator.jacobians()
-    monkeypatch.setattr("ranksure.operators.factored._CHUNK_BYTES", 1)
+    monkeypatch.setattr("ranksure.operators.tokens._CHUNK_BYTES", 1)
     for name, part in operator.jacobians().items():
         torch.testing.assert_close(part, whole[name], **CLOSE)
-
-
-@settings(max_examples=40)
-@given(operators(), st.integers(0, 100))
-def test_adjoint_identity(operator, seed):
-    g = generator_of(seed)
-    delta = {name: randn(*shape, generator=g) for name, shape in operator.shapes.items()}
-    residual = randn(operator.n_samples, operator.n_outputs, generator=g)
-    left = float((operator.apply(delta) * residual).sum())
-    gradients = operator.adjoint(residual)
-    assert left == pytest.approx(sum(float((delta[n] * gradients[n]).sum()) for n in delta), rel=1e-9, abs=1e-9)
 
 
 def test_dense_definitions():
@@ -128,7 +63,7 @@ def test_dense_definitions():
     torch.testing.assert_close(operator.sample_norms()["a"], jacobians["a"].flatten(2).norm(dim=2))
     again = DenseOperator.from_operator(operator)
     for name in jacobians:
-        torch.testing.assert_close(again.jacobians[name], jacobians[name])
+        torch.testing.assert_close(again.jacobians()[name], jacobians[name])
     with pytest.raises(ValueError, match="at least one block"):
         DenseOperator({})
 
@@ -136,7 +71,7 @@ def test_dense_definitions():
 @settings(max_examples=60)
 @given(operators(), st.integers(0, 100))
 def test_span_reduction_is_exact(operator, seed):
-    reduced, bases = reduce_to_span(operator)
+    reduced, bases = operator.reduced()
     for name, (m, n) in reduced.shapes.items():
         assert m <= operator.shapes[name][0]
         assert n <= operator.shapes[name][1]
@@ -160,11 +95,11 @@ def test_span_reduction_is_exact(operator, seed):
 
 def test_span_reduction_shrinks_and_promotes():
     operator = FactoredOperator([token_group([1, 2], 30, {"a": 20, "b": 4}, 1, 0)], 2).to(torch.float32)
-    reduced, _ = reduce_to_span(operator)
+    reduced, _ = operator.reduced()
     assert dict(reduced.shapes) == {"a": (3, 3), "b": (3, 3)}
     assert reduced.dtype == torch.float64
     embedding = FactoredOperator([token_group([2, 2], 50, {"e": 3}, 2, 0, index=True)], 2)
-    assert reduce_to_span(embedding)[0].shapes["e"][1] == len(torch.unique(embedding.groups[0].inputs))
+    assert embedding.reduced()[0].shapes["e"][1] == len(torch.unique(embedding.groups[0].inputs))
 
 
 @settings(max_examples=40)
@@ -174,11 +109,10 @@ def test_core_products(operator, p, q, budget):
     oracle = densified(operator)
     g = generator_of(p)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ranksure.operators.factored._CHUNK_BYTES", budget)
-        patch.setattr("ranksure.operators.dense._CHUNK_BYTES", budget)
+        patch.setattr("ranksure.operators.tokens._CHUNK_BYTES", budget)
         for name, (m, n) in operator.shapes.items():
             u, v = randn(m, p, generator=g), randn(n, q, generator=g)
-            expected = torch.einsum("icmn,mp,nq->icpq", oracle.jacobians[name], u, v).flatten(0, 1)
+            expected = torch.einsum("icmn,mp,nq->icpq", oracle.jacobians()[name], u, v).flatten(0, 1)
             torch.testing.assert_close(operator.core_products(name, u, v), expected, **CLOSE)
             torch.testing.assert_close(oracle.core_products(name, u, v), expected, **CLOSE)
 
@@ -186,15 +120,15 @@ def test_core_products(operator, p, q, budget):
 def test_gram_code_paths(monkeypatch):
     """By token pairs and by rows, each in one slice and in many."""
     operator = FactoredOperator([token_group([3, 0, 4, 1], 6, {"a": 5, "b": 7}, 2, 1)], 4)
-    group, offsets = operator.groups[0], operator._offsets[0]
+    packed = operator._packed[0]
     oracle = densified(operator)
     for budget in (256 << 20, 1):
-        monkeypatch.setattr("ranksure.operators.factored._CHUNK_BYTES", budget)
-        pairs = operator._gram_by_token_pairs(group, offsets, ["a", "b"])
+        monkeypatch.setattr("ranksure.operators.tokens._CHUNK_BYTES", budget)
+        pairs = packed.gram_by_token_pairs(["a", "b"])
         torch.testing.assert_close(pairs, oracle.gram(), **CLOSE)
         for name in ("a", "b"):
             rows = torch.zeros(8, 8, dtype=torch.float64)
-            operator._add_gram_by_rows(rows, group, offsets, group.outputs[name])
+            packed.add_gram_by_rows(rows, name)
             torch.testing.assert_close(rows, oracle.gram([name]), **CLOSE)
         for name, norms in oracle.sample_norms().items():
             torch.testing.assert_close(operator.sample_norms()[name], norms, **CLOSE)
@@ -212,18 +146,19 @@ def test_select_and_restrict(operator, data):
     oracle = densified(operator)
     order = data.draw(st.permutations(range(operator.n_samples)))
     chosen = torch.tensor(order[: data.draw(st.integers(1, operator.n_samples))])
-    picked = DenseOperator({name: g[chosen] for name, g in oracle.jacobians.items()})
+    picked = DenseOperator({name: g[chosen] for name, g in oracle.jacobians().items()})
     assert_same_map(operator.select(chosen), picked)
     names = data.draw(st.lists(st.sampled_from(sorted(oracle.shapes)), min_size=1, unique=True))
     kept = [name for name in oracle.shapes if name in names]
-    assert_same_map(operator.restrict(names), DenseOperator({name: oracle.jacobians[name] for name in kept}))
+    assert_same_map(operator.restrict(names), DenseOperator({name: oracle.jacobians()[name] for name in kept}))
 
 
 def test_select_keeps_empty_samples():
     operator = FactoredOperator([token_group([2, 0, 3, 0], 4, {"a": 3}, 2, 5)], 4)
     chosen = torch.tensor([3, 2, 1])
     torch.testing.assert_close(
-        DenseOperator.from_operator(operator.select(chosen)).jacobians["a"], densified(operator).jacobians["a"][chosen]
+        DenseOperator.from_operator(operator.select(chosen)).jacobians()["a"],
+        densified(operator).jacobians()["a"][chosen],
     )
 
 
@@ -277,7 +212,7 @@ def test_a_block_without_tokens_is_zero():
         [token_group([0, 0], 4, {"none": 3}, 2, 0), token_group([1, 2], 4, {"some": 3}, 2, 0)], 2
     )
     assert_same_map(operator, densified(operator))
-    reduced, bases = reduce_to_span(operator)
+    reduced, bases = operator.reduced()
     assert reduced.shapes["none"] == (3, 4)
     lifted = bases.lift(zero_factors(reduced, 1))
     assert lifted["none"][0].shape == (3, 1)
@@ -321,6 +256,97 @@ def test_matrix_free_agrees_with_captured_and_dense():
     assert_same_map(operator, oracle)
     assert all(not module._forward_hooks for module in model.modules())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+class TestDense(OperatorTests):
+    @pytest.fixture
+    def operator(self):
+        return dense_operator(0, 4, 2, {"a": (3, 4), "b": (2, 5)})
+
+
+class TestFactored(OperatorTests):
+    @pytest.fixture(params=[False, True], ids=["rows", "indices"])
+    def operator(self, request):
+        shared = token_group([2, 0, 3, 1], 30, {"a": 4, "b": 20}, 2, 0, request.param)
+        return FactoredOperator([shared, token_group([1, 1, 4, 2], 5, {"c": 3}, 2, 1)], 4, ["c", "a", "b"])
+
+    @pytest.fixture
+    def oracle(self, operator):
+        return densified(operator)
+
+
+class TestMatrixFree(OperatorTests):
+    @pytest.fixture
+    def operator(self):
+        torch.manual_seed(0)
+        model, batches, targets = network_and_batches()
+        return MatrixFreeOperator(model, batches, targets, torch.eye(3).double()[:, :2])
+
+
+class Outer(TangentOperator):
+    """A toy: ``G_ic = b_ic a_i^T``, of a product and its adjoint."""
+
+    def __init__(self, a, b):
+        super().__init__({n: (b[n].shape[2], a[n].shape[1]) for n in a}, *b["x"].shape[:2], b["x"].dtype, b["x"].device)
+        self.a, self.b = a, b
+
+    def apply(self, delta):
+        zero = torch.zeros(self.n_samples, self.n_outputs, dtype=self.dtype)
+        return sum((torch.einsum("icm,mn,in->ic", self.b[n], d, self.a[n]) for n, d in delta.items()), zero)
+
+    def adjoint(self, residual):
+        return {n: torch.einsum("ic,icm,in->mn", residual, self.b[n], self.a[n]) for n in self.shapes}
+
+
+class OuterFactors(TangentOperator):
+    """The same toy of a product with factors and its pullback alone."""
+
+    def __init__(self, a, b):
+        super().__init__({n: (b[n].shape[2], a[n].shape[1]) for n in a}, *b["x"].shape[:2], b["x"].dtype, b["x"].device)
+        self.a, self.b = a, b
+
+    def apply_factors_vjp(self, factors):
+        bu = {n: torch.einsum("icm,...mr->...icr", self.b[n], u) for n, (u, _) in factors.items()}
+        av = {n: torch.einsum("in,...nr->...ir", self.a[n], v) for n, (_, v) in factors.items()}
+
+        def pullback(r):
+            return {
+                n: (
+                    torch.einsum("...ic,icm,...ir->...mr", r, self.b[n], av[n]),
+                    torch.einsum("...ic,...icr,in->...nr", r, bu[n], self.a[n]),
+                )
+                for n in factors
+            }
+
+        return sum(torch.einsum("...icr,...ir->...ic", bu[n], av[n]) for n in factors), pullback
+
+
+class TestToys(OperatorTests):
+    @pytest.fixture
+    def parts(self):
+        g = generator_of(0)
+        shapes = {"x": (3, 4), "y": (2, 3)}
+        return (
+            {n: randn(5, k, generator=g) for n, (_, k) in shapes.items()},
+            {n: randn(5, 2, m, generator=g) for n, (m, _) in shapes.items()},
+        )
+
+    @pytest.fixture(params=[Outer, OuterFactors])
+    def operator(self, request, parts):
+        return request.param(*parts)
+
+    @pytest.fixture
+    def oracle(self, parts):
+        a, b = parts
+        return DenseOperator({n: torch.einsum("icm,in->icmn", b[n], a[n]) for n in a})
+
+
+def test_an_operator_without_a_product_is_refused():
+    with pytest.raises(TypeError, match="Half must define apply and adjoint, or apply_factors_vjp"):
+
+        class Half(TangentOperator):
+            def apply(self, delta):
+                return torch.zeros(1, 1)
 
 
 def test_matrix_free_error_estimate_covers_float32():

@@ -439,7 +439,7 @@ def test_half_precision(bert, csv):
 def test_memory_budget(bert, csv):
     with pytest.raises(MemoryBudgetError) as caught:
         ranksure.plan(bert, csv, **{**QUICK, "memory": "150KB"})
-    for advice in ("--target-modules", "--samples", "--memory", "matrix-free"):
+    for advice in ("`target_modules`", "`samples`", "`memory`", "matrix-free"):
         assert advice in str(caught.value)
 
 

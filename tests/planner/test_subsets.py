@@ -8,7 +8,6 @@ import torch
 from ranksure.operators.factored import FactoredOperator
 from ranksure.planner.subsets import extrapolate, subset_rows
 from ranksure.records.plan import Subset
-from ranksure.tasks.linearise import at_fewer_samples
 from tests.helpers import convex_optimum, random_problem, token_group
 
 
@@ -17,15 +16,14 @@ def factored_problem(n: int = 12):
     return random_problem(0, n=n, operator=FactoredOperator([group], n), share=0.2, uneven=False)
 
 
-def test_subsets_are_prefixes_with_scaled_lambda():
+def test_a_subset_is_the_problem_on_these_samples():
     problem = factored_problem()
-    smaller = at_fewer_samples(problem, 3)
+    smaller = problem.subset(torch.arange(3))
     assert smaller.operator.n_samples == 3
     assert torch.equal(smaller.base_logits, problem.base_logits[:3])
     assert torch.equal(smaller.labels, problem.labels[:3])
     torch.testing.assert_close(smaller.weights, torch.full((3,), 1 / 3, dtype=torch.float64), rtol=1e-6, atol=0)
-    for name, lam in problem.penalty.items():
-        assert smaller.penalty[name] == pytest.approx(lam * math.sqrt(12 / 3))
+    assert smaller.penalty == problem.penalty
     u, v = torch.randn(4, 2, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
     whole, part = problem.operator.apply_factors({"q": (u, v)}), smaller.operator.apply_factors({"q": (u, v)})
     torch.testing.assert_close(part, whole[:3])
@@ -42,7 +40,8 @@ def test_subset_rows_are_solved_problems():
         assert set(row.captured) == {"1", "4"}
         assert 0 <= row.captured["1"] <= 1
         assert row.captured["4"] >= 1 - 2e-3
-        smaller = at_fewer_samples(problem, n)
+        scaled = {name: lam * math.sqrt(12 / n) for name, lam in problem.penalty.items()}
+        smaller = problem.subset(torch.arange(n)).with_penalty(scaled)
         best, _ = convex_optimum(smaller)
         assert best < smaller.objective_at_zero  # something to gain
         assert row.weight_decay == pytest.approx(smaller.penalty["q"])

@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ranksure.adapters.loaded import read_adapter
+from ranksure.adapters.merging import merged
 from ranksure.losses import get_loss
+from ranksure.network.gradient import GradientPass, gradient_pass
 from ranksure.network.targets import to_weight_shape
 from ranksure.operators.dense import DenseOperator
 from ranksure.problem import Problem
+from ranksure.solvers.fixed_rank import solve_fixed_rank
 
 
 class Linear(nn.Module):
@@ -64,6 +67,17 @@ def largest_lambda(problem: Problem) -> float:
     return lambda_max(problem)
 
 
+def stuck_run():
+    """A linear classifier whose best rank-1 point is well above the optimum: run, problem, that point, and the seed."""
+    for seed in range(30):
+        model, batches, problem = linear_run(seed, rank=1, n=10, inputs=8, outputs=6)
+        problem = problem.with_penalty(0.05 * largest_lambda(problem))
+        found = solve_fixed_rank(problem, {"layer": 1}, random_starts=4)
+        if found.solution.certificate.relative_gap > 0.1 and found.stationary:
+            return model, batches, problem, found.solution.factors["layer"], seed
+    raise AssertionError("no stuck problem")
+
+
 class Small(nn.Module):
     """A nonlinear network of two layers, one of them used twice."""
 
@@ -90,6 +104,11 @@ def small_run(rank=2, k=3, seed=0, dtype=torch.float64, **config):
     x = torch.randn(9, 4, 5, dtype=dtype)
     y = torch.randint(k, (9,))
     return model, [{"x": x[:4], "labels": y[:4]}, {"x": x[4:], "labels": y[4:]}], (x, y)
+
+
+def gradients(model: nn.Module, batches: Iterable[Any], **options: Any) -> GradientPass:
+    """The gradient pass of a certificate, over all adapted modules."""
+    return gradient_pass(model, batches, read_adapter(model).modules, around=merged, **options)
 
 
 def merged_copy(model: nn.Module, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, dict[str, nn.Parameter]]:

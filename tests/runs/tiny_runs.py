@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from tests.data.test_conversations import CHATML, byte_tokenizer
-from tests.tiny_text import loaded
+from tests.tiny_text import loaded, save_bert, save_csv
 
 PAIRS = [
     {"prompt": "the review", "completion": " is good"},
@@ -27,22 +28,17 @@ def save_pairs(path: Path, rows: list[dict[str, Any]] = PAIRS) -> str:
     return str(path)
 
 
+def llama_config(vocabulary: int, **settings: Any) -> LlamaConfig:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaConfig(vocab_size=vocabulary, **sizes, max_position_embeddings=64, initializer_range=0.3, **settings)
+
+
 def save_llama(folder: Path, dtype: torch.dtype = torch.float32) -> str:
     tokenizer = byte_tokenizer(CHATML)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=24,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=True,
-    )
+    special = {"eos_token_id": tokenizer.eos_token_id, "tie_word_embeddings": True, "num_key_value_heads": 1}
+    config = llama_config(len(tokenizer), **special)
     LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
     return str(folder)
 
@@ -87,3 +83,21 @@ def language_model(base: str, **settings: Any) -> PeftModel:
 
     arguments = {"r": 2, "lora_alpha": 6, "task_type": "CAUSAL_LM", **settings}
     return shaken(get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**arguments))).eval()
+
+
+def save_runs(root: Path) -> Path:
+    """A run on texts and a causal one, with their bases and data."""
+    classifier(save_bert(root / "bert")).save_pretrained(root / "texts")
+    language_model(save_llama(root / "llama"), target_modules=["q_proj", "down_proj"]).save_pretrained(root / "causal")
+    save_csv(root / "data.csv", 40)
+    save_pairs(root / "pairs.jsonl")
+    return root
+
+
+def copy_runs(root: Path, folder: Path) -> Path:
+    """The runs and data of :func:`save_runs` (not the bases) in another folder."""
+    for name in ("texts", "causal"):
+        shutil.copytree(root / name, folder / name)
+    for name in ("data.csv", "pairs.jsonl"):
+        shutil.copy(root / name, folder / name)
+    return folder

@@ -7,20 +7,16 @@ from typing import Any
 import torch
 
 from ranksure.factors import Factors
+from ranksure.operators.dense import DenseOperator
 from ranksure.perturbation import Perturbation
 from ranksure.problem import Problem
 
 
 def dense_loss(problem: Problem, factors: Factors) -> torch.Tensor:
     """The data loss from its definition, one sample gradient at a time, for autograd."""
-    n, c = problem.operator.n_samples, problem.operator.n_outputs
-    rows = []
-    for index in range(n * c):
-        unit = torch.zeros(n * c, dtype=torch.float64)
-        unit[index] = 1
-        grads = problem.operator.adjoint(unit.view(n, c))
-        rows.append(sum((grads[name] * (u @ v.T)).sum() for name, (u, v) in factors.items()))
-    z = problem.base_logits + torch.stack(rows).view(n, c) @ problem.contrasts.T
+    grads = DenseOperator.from_operator(problem.operator).jacobians()
+    rows = sum((grads[name] * (u @ v.T)).sum((2, 3)) for name, (u, v) in factors.items())
+    z = problem.base_logits + rows @ problem.contrasts.T
     return (problem.loss.value(z, problem.labels) * problem.weights).sum()
 
 

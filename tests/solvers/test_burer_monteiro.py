@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ranksure.certificate import certify, lambda_max
+from ranksure.certificate import certify_point, lambda_max
 from ranksure.curvature import inertia
 from ranksure.factors import balanced, ranks_of, singular_values, truncated
 from ranksure.losses import get_loss
@@ -89,7 +89,7 @@ def test_factored_operator_with_reduction(loss):
     assert {name: len(u) for name, (u, _) in solution.factors.items()} == {"a": 14, "b": 3, "e": 3}
     upper, _ = convex_optimum(problem)
     assert objective(problem, updates(solution.factors)) == pytest.approx(upper, rel=1e-6)
-    assert certify(problem, solution.factors).certificate.relative_gap <= 1.1e-8
+    assert certify_point(problem, solution.factors).certificate.relative_gap <= 1.1e-8
     stored = random_problem(2, loss, k=k, operator=FactoredOperator(groups, 4).to(torch.float32), share=0.2)
     low = solve(stored, tolerance=1e-8)
     assert low.status == "converged"
@@ -161,7 +161,7 @@ def test_new_directions_are_the_best_of_their_cone(loss):
     """Old columns by sqrt(a), new ones by sqrt(b): no other scaling of either is lower, and the start is not."""
     problem = random_problem(12, loss, 6, 3, SHAPES, 0.2)
     factors = random_factors(SHAPES, 1, 3, scale=0.7)
-    state = certify(problem, factors)
+    state = certify_point(problem, factors)
     added = _add_directions(problem, factors, state)
     value = float(problem.value_and_gradient(added)[0])
     assert value < float(problem.value_and_gradient(factors)[0]) - 1e-6
@@ -259,13 +259,13 @@ def test_the_threshold_is_tight(r, excess):
     problem, trap, best, stated = spurious_instance(r)
     if excess is not None:
         assert stated == pytest.approx(excess, abs=5e-5)
-    state = certify(problem, trap)
+    state = certify_point(problem, trap)
     assert inertia(problem, trap, state).negative == 0
     solution = solve(problem, tolerance=1e-9)
     assert solution.status == "converged"
     assert solution.certificate.objective == pytest.approx(objective(problem, best), rel=1e-8)
     assert solution.ranks == {"w": 1}
-    at_trap = certify(problem, trap, solution.certificate.dual).certificate
+    at_trap = certify_point(problem, trap, solution.certificate.dual).certificate
     assert at_trap.gap == pytest.approx(stated, rel=1e-6)
     # a fixed-rank descent from beside the trap falls back into it ...
     beside = {name: (u + 1e-4, v + 1e-4) for name, (u, v) in trap.items()}
@@ -356,7 +356,7 @@ def test_saddles_are_left():
     problem, saddle, best = saddle_instance()
     _, gradient = problem.value_and_gradient(saddle)
     assert float(flatten(gradient).norm()) < 1e-12
-    assert inertia(problem, saddle, certify(problem, saddle)).negative > 0
+    assert inertia(problem, saddle, certify_point(problem, saddle)).negative > 0
     asked = solve_fixed_rank(problem, {"w": 1}, reference=saddle)
     assert asked.solution.certificate.objective == pytest.approx(best, rel=1e-9)
     unasked = solve_fixed_rank(problem, {"w": 1}, reference=saddle, check_curvature=False)

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from ranksure.certificate import certify
+from ranksure.certificate import certify_point
 from ranksure.errors import SettingError
 from ranksure.factors import Factors
 from ranksure.losses import CrossEntropy, Loss
+from ranksure.operators.dense import DenseOperator
 from ranksure.perturbation import random_perturbation
 from ranksure.problem import Problem
 from ranksure.solvers.burer_monteiro import solve
@@ -136,7 +137,7 @@ def test_trajectory_is_log_spaced_certified_and_repeatable() -> None:
     assert [p.objective for p in runs[0].trajectory] == [p.objective for p in runs[1].trajectory]
     for point in runs[0].trajectory:
         assert point.factored_objective >= point.objective
-    own = certify(problem, runs[0].solution.factors).certificate
+    own = certify_point(problem, runs[0].solution.factors).certificate
     assert own.objective == pytest.approx(runs[0].trajectory[-1].objective, abs=1e-10)
     assert runs[0].solution.status == "not-converged" and "raise steps" in runs[0].solution.remedy
     different = train_lora(problem, 2, method="sgd", learning_rate=0.1, batch_size=4, steps=100, looks=5, seed=4)
@@ -190,7 +191,7 @@ def test_looks_are_certificates_against_the_given_optimum() -> None:
             problem, 2, method="gd", learning_rate=0.1, init="large", steps=30, perturbation=p, optimum=optimum
         )
         factors = run.factors if p is None else p.inward(run.factors)
-        own = certify(target, factors, optimum.certificate.dual).certificate
+        own = certify_point(target, factors, optimum.certificate.dual).certificate
         last = run.trajectory[-1]
         assert last.objective == pytest.approx(own.objective, abs=1e-12)
         assert last.relative_gap == pytest.approx(own.relative_gap, rel=1e-9)
@@ -206,15 +207,10 @@ def test_looks_are_certificates_against_the_given_optimum() -> None:
 
 def ridge(problem: Problem, v: Factors) -> Factors:
     """Minimiser over ``u`` at fixed ``v`` for squared error, from the normal equations."""
-    n, c = problem.operator.n_samples, problem.operator.n_outputs
-    rows = []
-    for index in range(n * c):
-        unit = torch.zeros(n * c, dtype=torch.float64)
-        unit[index] = 1
-        grads = problem.operator.adjoint(unit.view(n, c))
-        rows.append(torch.cat([(grads[name] @ v[name][1]).reshape(-1) for name in v]))
-    j = torch.stack(rows)
-    weights = 2 / problem.n_logits * problem.weights.repeat_interleave(c)  # a mean of squares, no half
+    grads = DenseOperator.from_operator(problem.operator).jacobians()
+    j = torch.cat([(grads[name] @ v[name][1]).flatten(2) for name in v], 2).flatten(0, 1)
+    # a mean of squares, no half
+    weights = 2 / problem.n_logits * problem.weights.repeat_interleave(problem.operator.n_outputs)
     target = (problem.labels - problem.base_logits).reshape(-1)
     decay = torch.cat(
         [torch.full((u.numel(),), problem.penalty[name], dtype=torch.float64) for name, (u, _) in v.items()]

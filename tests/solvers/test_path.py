@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ranksure.certificate import certify, lambda_max
+from ranksure.certificate import certify_point, lambda_max
 from ranksure.errors import SettingError
 from ranksure.losses import CrossEntropy, Loss
 from ranksure.operators.dense import DenseOperator
@@ -28,7 +28,7 @@ def test_every_point_is_the_solution_at_its_lambda(loss: Loss) -> None:
         assert point.solution.certificate.objective >= cold.certificate.dual - 1e-12
         gain = problem.objective_at_zero - cold.certificate.objective
         assert point.solution.certificate.objective - cold.certificate.objective <= 1.01e-6 * gain + 1e-9
-        own = certify(problem.with_penalty(point.lam), point.solution.factors).certificate
+        own = certify_point(problem.with_penalty(point.lam), point.solution.factors).certificate
         assert own.objective == pytest.approx(point.solution.certificate.objective, abs=1e-12)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -10,8 +13,13 @@ from ranksure.bundled.names import DATA, MODELS, named_data, named_model
 from ranksure.data.images import ImageRows, image_rows
 from ranksure.data.texts import Rows
 from ranksure.errors import DataError, SettingError
-from ranksure.tasks.load import load_samples, load_task
+from ranksure.planner.settings import PlanSettings
+from ranksure.runs.fitting.settings import FitSettings
+from ranksure.runs.saved.data import DataSettings
+from ranksure.tasks.load import KINDS, load_samples, load_task
+from ranksure.tasks.options import Loading, ModelOptions, RowOptions, TaskOptions, values_of
 from ranksure.tasks.text import TextTask
+from tests.refusals import refusal
 from tests.tiny_text import save_bert, save_csv
 
 
@@ -51,13 +59,13 @@ def test_inputs_of_another_kind(texts):
 @pytest.mark.parametrize(
     ("kind", "options", "named"),
     [
-        ("text", {"template": "{text}"}, "--template has no meaning for the task text: it is for prompt"),
-        ("text", {"image_size": 8}, "--image-size has no meaning"),
-        ("prompt", {"pooling": "mean"}, "--pooling mean has no meaning"),
-        ("prompt", {"loss": "logistic"}, "--loss logistic has no meaning"),
-        ("image", {"max_length": 8}, "--max-length has no meaning .* text and prompt"),
-        ("speech", {"verbalizers": "a=b"}, "--verbalizers has no meaning"),
-        ("text", {"max_seconds": 1.0}, "--max-seconds has no meaning"),
+        ("text", {"template": "{text}"}, "`template` has no meaning for the task text: it is for prompt"),
+        ("text", {"image_size": 8}, "`image_size` has no meaning"),
+        ("prompt", {"pooling": "mean"}, "`pooling` mean has no meaning"),
+        ("prompt", {"loss": "logistic"}, "`loss` logistic has no meaning"),
+        ("image", {"max_length": 8}, "`max_length` has no meaning .* text and prompt"),
+        ("speech", {"verbalizers": "a=b"}, "`verbalizers` has no meaning"),
+        ("text", {"max_seconds": 1.0}, "`max_seconds` has no meaning"),
     ],
 )
 def test_options_of_another_task(texts, kind, options, named):
@@ -74,3 +82,35 @@ def test_names_give_way_to_files(tmp_path, monkeypatch):
     (tmp_path / "minilm").mkdir()
     (tmp_path / "asterisk").mkdir()
     assert named_model("minilm") == "minilm" and named_data("asterisk") == "asterisk"
+
+
+def load_toy(model: Any, rows: Rows, **options: Any) -> Any:
+    return {"model": model, "rows": rows, **options}
+
+
+def test_a_new_kind_is_a_row_of_the_table(texts, monkeypatch):
+    """It gets its own options and those of loading, and the options of others are refused for it by name."""
+    row = replace(KINDS["text"], load="tests.tasks.test_load:load_toy", options=("template",))
+    monkeypatch.setitem(KINDS, "toy", row)
+    assert load_samples("toy", texts) is texts
+    found: Any = load_task("toy", "m", texts, processor="p", template="{text}", seed=3)
+    own = {"model": "m", "rows": texts, "tokenizer": "p", "template": "{text}"}
+    assert found == {**own, **values_of(Loading(seed=3, batch_size=32), Loading)}
+    for options, message in (
+        ({"pooling": "mean"}, "--pooling mean has no meaning for the task toy: it is for text"),
+        ({"max_length": 4}, "--max-length has no meaning for the task toy: it is for text and prompt"),
+    ):
+        refusal(SettingError, [message], load_task, "toy", "m", texts, **options)
+    refusal(SettingError, ["it is for prompt and toy"], load_task, "image", "m", texts, template="{text}")
+    refusal(SettingError, ["text, prompt, image, speech or toy"], load_task, "video", "m", texts)
+    refusal(TypeError, ["unheard_of"], load_task, "toy", "m", texts, unheard_of=1)
+
+
+def test_settings_share_their_options():
+    """A plan, a fit and the data of a run have the same defaults for the same names."""
+    shared = values_of(TaskOptions(), TaskOptions)
+    assert values_of(FitSettings(), TaskOptions) == shared
+    assert values_of(PlanSettings(), TaskOptions) == {**shared, "batch_size": 32}
+    assert values_of(DataSettings(), RowOptions) == values_of(RowOptions(), RowOptions)
+    assert set(ModelOptions.__dataclass_fields__) >= {name for row in KINDS.values() for name in row.options}
+    assert set(RowOptions.__dataclass_fields__) >= {name for row in KINDS.values() for name in row.columns}

@@ -16,13 +16,13 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from ranksure.bundled.smollm import smollm2_path
 from ranksure.data.texts import Rows
 from ranksure.errors import ModelError, RanksureError, SettingError
 from ranksure.network.logits import predict
 from ranksure.tasks.load import load_task
 from ranksure.tasks.prompt import PromptTask, class_offsets, load_prompt_task
 from ranksure.tasks.prompt_model import Verbalized
+from tests.refusals import refusal
 from tests.tasks.prompt_parts import (
     CHEMISTRY,
     MOLECULES,
@@ -40,17 +40,6 @@ from tests.tasks.prompt_parts import (
     tiny_roberta,
 )
 from tests.tiny_text import save_bert, save_bert_classifier
-
-
-@pytest.fixture(scope="module")
-def albert_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_albert(tmp_path_factory.mktemp("rxn") / "albert")
-
-
-@pytest.fixture(scope="module")
-def smollm() -> PromptTask:
-    return load_prompt_task(str(smollm2_path()), rows_of(SENTENCES), batch_size=4)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # calibration
@@ -138,7 +127,7 @@ def test_features_collator_and_remarks():
     cut = sum(len(row["input_ids"]) == 12 for row in features)
     (remark,) = task.remarks(rows)
     assert remark.startswith(f"{len(task.encoder.encode(rows).cut)} of the 6 training texts were cut") and cut
-    assert "at most 12 tokens; raise --max-length" in remark
+    assert "at most 12 tokens; raise `max_length`" in remark
     assert task.tokens(plain) == int(plain["attention_mask"].sum()) < task.padded_tokens(plain)
     spelled = rows_of([("a <mask>", "negative"), ("b", "positive")])
     roomy = tiny(tiny_roberta(), True)
@@ -246,10 +235,7 @@ def test_an_adapter_loads_back(build: Any, masked: bool, tmp_path: Path):
 
 
 def refused(error: type[RanksureError], *parts: str, model: Any, rows: Rows | None = None, **options: Any) -> None:
-    with pytest.raises(error) as caught:
-        load_prompt_task(model, rows or rows_of(SENTENCES), **options)
-    message = str(caught.value)
-    assert all(part in message for part in parts) and "\n" not in message, message
+    refusal(error, parts, load_prompt_task, model, rows or rows_of(SENTENCES), **options)
 
 
 @needs_albert
@@ -298,9 +284,9 @@ def test_models_that_cannot_be_read(tmp_path: Path):
 def test_data_and_options_that_do_not_fit():
     floats = Rows(texts=["a", "b"], labels=[0.5, 1.5], label_names=None, source="f", sha256="", notes=[])
     common = {"model": tiny_llama(), "tokenizer": byte_bpe(False)}
-    refused(SettingError, "float targets", "--task text", rows=floats, **common)
+    refused(SettingError, "float targets", "`task` text", rows=floats, **common)
     others = rows_of([("good", "0"), ("bad", "1")])
-    refused(SettingError, "'0', '1'", "--verbalizers '0=WORD,1=WORD'", rows=others, **common)
+    refused(SettingError, "'0', '1'", "`verbalizers` '0=WORD,1=WORD'", rows=others, **common)
     pairs = rows_of(SENTENCES, pairs=["x"] * len(SENTENCES))
     refused(SettingError, "pairs of texts", "{pair}", rows=pairs, **common)
     refused(SettingError, "{mask}", "ends where the answer begins", template="{text} {mask}", **common)

@@ -13,6 +13,7 @@ from ranksure.bundled.smollm import smollm2_path
 from ranksure.data.texts import Rows
 from ranksure.errors import DataError, ModelError, SettingError
 from ranksure.tasks.prompt_encoder import PromptEncoder, parse_template, parse_verbalizers
+from tests.refusals import refusal
 from tests.tasks.prompt_parts import (
     MOLECULES,
     SENTENCES,
@@ -81,10 +82,7 @@ def plain_ids(tokenizer: Any, text: str) -> list[int]:
     ],
 )
 def test_templates_that_are_refused(template, architecture, pairs, parts):
-    with pytest.raises(SettingError) as caught:
-        parse_template(template, architecture, pairs)
-    message = str(caught.value)
-    assert all(part in message for part in parts) and "--template" in message and "\n" not in message
+    refusal(SettingError, [*parts, "`template`"], parse_template, template, architecture, pairs)
 
 
 def test_a_template_is_filled():
@@ -120,7 +118,7 @@ def test_default_words_follow_the_order_of_the_labels():
 @pytest.mark.parametrize(
     ("given", "names", "parts"),
     [
-        (None, ["0", "1"], ["'0', '1'", "--verbalizers '0=WORD,1=WORD'"]),
+        (None, ["0", "1"], ["'0', '1'", "`verbalizers` '0=WORD,1=WORD'"]),
         (None, ["a", "b", "c", "d"], ["'a=WORD,b=WORD,c=WORD,...'"]),
         ("bad", NAMES, ["1 words for the 2 classes"]),
         ("bad,good,odd", NAMES, ["3 words for the 2 classes"]),
@@ -135,10 +133,7 @@ def test_default_words_follow_the_order_of_the_labels():
     ],
 )
 def test_words_that_are_refused(given, names, parts):
-    with pytest.raises(SettingError) as caught:
-        parse_verbalizers(given, names, "causal")
-    message = str(caught.value)
-    assert all(part in message for part in parts) and "--verbalizers" in message and "\n" not in message
+    refusal(SettingError, [*parts, "`verbalizers`"], parse_verbalizers, given, names, "causal")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -301,7 +296,7 @@ def test_an_end_token_is_not_the_end_of_the_prompt():
 
 
 def test_no_room_and_no_mask(bpe):
-    with pytest.raises(SettingError, match=r"template alone takes \d+ of the 4 tokens: shorten it, or raise --max-len"):
+    with pytest.raises(SettingError, match=r"template alone takes \d+ of the 4 tokens: shorten it, or raise `max_len"):
         encoder_of(bpe, "{text} It was a very very long {mask}.", 4)
     causal = byte_bpe(masked=False)
     with pytest.raises(ModelError, match="no mask token"):

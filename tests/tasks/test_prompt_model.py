@@ -17,7 +17,6 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from ranksure.bundled.smollm import smollm2_path
 from ranksure.capture import capture
 from ranksure.data.texts import Rows
 from ranksure.errors import ModelError
@@ -34,7 +33,6 @@ from tests.tasks.prompt_parts import (
     needs_albert,
     needs_smollm,
     rows_of,
-    save_albert,
     tiny,
     tiny_gpt2,
     tiny_llama,
@@ -42,16 +40,6 @@ from tests.tasks.prompt_parts import (
 )
 
 CONTRASTS = get_loss("cross-entropy").contrasts(2)
-
-
-@pytest.fixture(scope="module")
-def albert_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_albert(tmp_path_factory.mktemp("rxn") / "albert")
-
-
-@pytest.fixture(scope="module")
-def smollm() -> PromptTask:
-    return load_prompt_task(str(smollm2_path()), rows_of(SENTENCES), batch_size=4)
 
 
 def whole_model(task: PromptTask, rows: Rows) -> Tensor:
@@ -222,7 +210,7 @@ def check_capture(
     named = select_targets(task.adapted, task.default_targets(), layers, [])
     targets = {name: task.adapted.get_submodule(name) for name in named}
     captured = capture(task.model, task.batches(rows), targets, CONTRASTS, dtype=dtype)
-    dense = DenseOperator.from_operator(captured.operator).jacobians
+    dense = DenseOperator.from_operator(captured.operator).jacobians()
     expected = dense_jacobians(task, rows, targets)
     assert set(dense) == set(expected) and len(expected) >= 2
     for name, jacobian in expected.items():

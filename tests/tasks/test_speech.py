@@ -89,7 +89,7 @@ def logits(task: SpeechTask, rows: SpeechRows) -> torch.Tensor:
 
 
 def targets(task: SpeechTask) -> dict[str, torch.nn.Module]:
-    last = [name for name, _ in task.model.named_modules() if name.endswith(task.default_targets())]
+    last = [name for name, _ in task.model.named_modules() if name.endswith(tuple(task.default_targets()))]
     return {name: task.model.get_submodule(name) for name in last[-2:]}
 
 
@@ -129,7 +129,7 @@ def test_whisper_from_a_speech_recogniser(whisper_folder: Path) -> None:
     task = load_task("speech", whisper_folder, rows, max_seconds=1, batch_size=4)
     assert isinstance(task, SpeechTask) and task.adapted is task.model and task.prefix == ""
     assert (task.head, task.new_modules, task.head_is_new) == ("classifier", ["classifier", "projector"], True)
-    assert task.saved_modules == ["classifier", "projector"] and task.default_targets() == ("q_proj", "v_proj")
+    assert task.saved_modules == ["classifier", "projector"] and task.default_targets() == ["q_proj", "v_proj"]
     assert task.label_names == ["high", "low"] and task.labels(rows).tolist() == [1, 0] * 3
     assert task.notes == ["Whisper's encoder is cut to its first 50 of 200 positions (1 of 4 s)."]
     batches = task.batches(rows)
@@ -212,7 +212,7 @@ def test_wav2vec2(wav2vec2_folder: Path) -> None:
     task = load_speech_task(wav2vec2_folder, rows, max_seconds=0.75, batch_size=4)
     masked = "layer" in wav2vec2_folder.name
     assert task.head == "classifier" and task.new_modules == ["classifier", "projector"] and task.window is None
-    assert task.default_targets() == ("q_proj", "v_proj") and task.pooling == "model"
+    assert task.default_targets() == ["q_proj", "v_proj"] and task.pooling == "model"
     first, second = task.batches(rows)
     assert ("attention_mask" in first) == masked
     # With a mask a batch is as long as its longest row (of 0.3 to 0.6 s, then 0.7 and 0.8, cut); without, the window.

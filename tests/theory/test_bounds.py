@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from ranksure.certificate import certify
+from ranksure.certificate import certify_point
 from ranksure.curvature import inertia
 from ranksure.errors import SettingError
 from ranksure.operators.dense import DenseOperator
@@ -223,7 +223,7 @@ def test_the_sum_form_is_not_enough_for_the_landscape():
     assert float(flatten(gradient).abs().max()) < 1e-14
     hessian = torch.func.hessian(lambda x: factored_objective(problem, trap, x))(flat)
     assert float(torch.linalg.eigvalsh(hessian)[0]) > 0.01
-    assert inertia(problem, trap, certify(problem, trap)).no_negative_curvature
+    assert inertia(problem, trap, certify_point(problem, trap)).no_negative_curvature
     # It is spurious by the independent solver, and starts do end there.
     optimum, _ = convex_optimum(problem)
     assert float(value) - optimum == pytest.approx(excess, abs=1e-6) and excess > 0.05

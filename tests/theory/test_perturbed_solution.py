@@ -9,10 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ranksure.certificate import certify, lambda_max
+from ranksure.certificate import certify_point, lambda_max
+from ranksure.factors import FactorLayout
 from ranksure.perturbation import Perturbation, random_perturbation
 from ranksure.solvers.burer_monteiro import solve
-from ranksure.solvers.lbfgs import FactorLayout, minimize
+from ranksure.solvers.lbfgs import minimize, objective_on
 from ranksure.solvers.proximal import proximal_gradient
 from ranksure.theory.bounds import landscape_rank
 from ranksure.theory.perturbed_solution import distance_bound, lifted_certificate, solve_perturbed
@@ -22,6 +23,7 @@ from tests.helpers import (
     convex_optimum,
     dense_operator,
     jacobians_of,
+    minimise,
     objective,
     random_factors,
     random_problem,
@@ -33,31 +35,16 @@ seeds = st.integers(0, 10_000)
 def lifted_optimum(perturbation: Perturbation) -> float:
     """``min F_P`` over ``X_j = Q_j Q_j^T`` positive semidefinite, by cvxpy with Clarabel, from its definition."""
     problem = perturbation.unperturbed
-    base, weights = problem.base_logits.numpy(), problem.weights.numpy()
-    n, k = base.shape
-    contrasts = problem.loss.contrasts(k).numpy()
-    c = contrasts.shape[1]
-    flat: cp.Expression = cp.Constant(np.zeros(n * c))
+    size = problem.operator.n_samples * problem.operator.n_outputs
+    flat: cp.Expression = cp.Constant(np.zeros(size))
     penalty: cp.Expression = cp.Constant(0.0)
     for name, g in jacobians_of(problem).items():
         m, width = problem.operator.shapes[name]
         x = cp.Variable((m + width, m + width), PSD=True)
-        flat = flat + g.reshape(n * c, -1).numpy() @ cp.vec(x[:m, m:], order="C")
+        flat = flat + g.reshape(size, -1).numpy() @ cp.vec(x[:m, m:], order="C")
         cost = problem.penalty[name] / 2 * np.eye(m + width) + perturbation.matrices[name].numpy()
         penalty = penalty + cp.trace(cost @ x)
-    z = base + cp.reshape(flat, (n, c), order="C") @ contrasts.T
-    y = problem.labels.numpy()
-    if problem.loss.name == "cross-entropy":
-        hot = np.eye(k)[y]
-        losses = [cp.log_sum_exp(z[i]) - hot[i] @ z[i] for i in range(n)]
-    elif problem.loss.name == "logistic":
-        losses = [cp.sum(cp.logistic(z[i]) - cp.multiply(y[i], z[i])) / k for i in range(n)]
-    else:
-        losses = [cp.sum_squares(z[i] - y[i]) / k for i in range(n)]
-    goal = cp.Problem(cp.Minimize(cp.sum(cp.multiply(weights, cp.hstack(losses))) + penalty))
-    goal.solve(solver=cp.CLARABEL, **{f"tol_{kind}": 1e-10 for kind in ("gap_abs", "gap_rel", "feas", "ktratio")})
-    assert goal.status in ("optimal", "optimal_inaccurate"), goal.status
-    return float(goal.value)
+    return minimise(problem, flat, penalty)
 
 
 @pytest.mark.parametrize("loss", LOSS_NAMES)
@@ -178,7 +165,7 @@ def test_above_the_threshold_every_start_ends_globally_optimal(seed, loss, size)
     layout = FactorLayout(dict(inner.operator.shapes), {"w": landscape_rank(n * k)})
     starts = torch.randn(24, layout.size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     starts *= 10.0 ** torch.linspace(-2, 1, 24, dtype=torch.float64)[:, None]
-    ends = minimize(layout.function(inner), starts, tolerance=1e-10, max_evaluations=4000)
+    ends = minimize(objective_on(inner, layout), starts, tolerance=1e-10, max_evaluations=4000)
     for row in ends.x:
-        certificate = certify(inner, layout.unflatten(row[None]), optimum.dual).certificate
+        certificate = certify_point(inner, layout.unflatten(row[None]), optimum.dual).certificate
         assert certificate.relative_gap <= 1e-7

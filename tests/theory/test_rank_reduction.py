@@ -39,7 +39,7 @@ from tests.helpers import (
 
 def matrix_of(operator: DenseOperator) -> np.ndarray:
     """The operator as one matrix, ``(N C, sum of m n)``."""
-    return torch.cat([g.double().flatten(0, 1).flatten(1) for g in operator.jacobians.values()], 1).numpy()
+    return torch.cat([g.double().flatten(0, 1).flatten(1) for g in operator.jacobians().values()], 1).numpy()
 
 
 def nuclear(factors: Factors, penalty: dict[str, float]) -> float:
@@ -90,7 +90,7 @@ def cases(draw) -> tuple[DenseOperator, Factors, dict[str, float], int]:
     if draw(st.booleans()):  # equations that repeat, and combinations of others
         mixing = randn(operator.n_samples + 3, operator.n_samples, generator=g)
         mixing[:2] = torch.eye(operator.n_samples, dtype=torch.float64)[:1]
-        operator = DenseOperator({n: torch.tensordot(mixing, j, 1) for n, j in operator.jacobians.items()})
+        operator = DenseOperator({n: torch.tensordot(mixing, j, 1) for n, j in operator.jacobians().items()})
     ranks = {name: draw(st.integers(0, 11)) for name in names}
     factors = {}
     for name, (u, v) in random_factors(shapes, ranks, seed, scale=10 ** draw(scales)).items():

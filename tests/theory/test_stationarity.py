@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ranksure.certificate import certify, lambda_max
+from ranksure.certificate import certify_point, lambda_max
 from ranksure.curvature import EscapeDirection, hessian_vector
 from ranksure.errors import SettingError
 from ranksure.losses import get_loss
@@ -174,7 +174,7 @@ def test_start_of_lora_is_not_stationary():
     start = {name: (0 * u, v) for name, (u, v) in random_factors(SHAPES, 2, 1).items()}
     found = classify(problem, start)
     assert found.verdict == "not-stationary"
-    g = certify(problem, start).gradients
+    g = certify_point(problem, start).gradients
     squares = sum(
         float((g[n] @ v).square().sum() + (problem.penalty[n] * v).square().sum()) for n, (_, v) in start.items()
     )
@@ -288,7 +288,7 @@ def test_rotations_of_weak_columns_are_not_taken_for_a_saddle():
 def test_global_is_the_gap_and_nothing_else():
     problem = random_problem(4, "logistic", 6, 2, SHAPES, 0.2)
     near = solve(problem, tolerance=1e-2).factors
-    gap = certify(problem, near).certificate.relative_gap
+    gap = certify_point(problem, near).certificate.relative_gap
     assert gap > 1e-6
     assert classify(problem, near, tolerance=1.001 * gap).verdict == "global"
     for gradient_tolerance in (1e-12, 1.0):
@@ -303,7 +303,7 @@ def test_the_optimums_dual_proves_more_than_the_points_own():
     best = solve(problem, tolerance=1e-9)
     off = random_factors({"a": (3, 2)}, best.ranks, 5)
     near = {n: (u + 1e-3 * off[n][0], v + 1e-3 * off[n][1]) for n, (u, v) in best.factors.items()}
-    assert certify(problem, near).certificate.relative_gap > 2e-5
+    assert certify_point(problem, near).certificate.relative_gap > 2e-5
     for optimum in (best, None):
         found = classify(problem, near, tolerance=1e-5, gradient_tolerance=1.0, optimum=optimum)
         assert found.verdict == "global"
@@ -401,7 +401,7 @@ def test_radius_holds_a_local_minimum(r, loss):
 def test_flat_directions_beyond_rotations_are_not_strict():
     """A zero block whose gradient has norm lambda exactly is flat along one more direction than rotations explain."""
     problem, trap, _, _ = spurious_instance(1)
-    w = problem.operator.jacobians["w"]
+    w = problem.operator.jacobians()["w"]
     labels = torch.cat([problem.labels, torch.tensor([[0.4]], dtype=torch.float64)])
     extra = torch.zeros(3, 1, 1, 1, dtype=torch.float64)
     extra[2] = 1.0
@@ -511,7 +511,7 @@ def test_wide_blocks_are_judged_on_the_span_of_their_tokens():
     torch.testing.assert_close(
         classify(problem, moved).gradient_norm, classify(dense, moved).gradient_norm, rtol=1e-9, atol=0
     )
-    state = certify(problem, padded(stuck))
+    state = certify_point(problem, padded(stuck))
     image = hessian_vector(problem, padded(stuck), state, found.escape.direction)
     d = flatten(found.escape.direction)
     assert float(d @ flatten(image)) == pytest.approx(found.escape.curvature)

@@ -10,26 +10,22 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
-from torch import nn
-from transformers.utils import logging as transformers_logging
+from peft import PeftModel, get_peft_model_state_dict
+from torch import Tensor, nn
 
 from ranksure.errors import AdapterError
+from ranksure.network.checkpoints import quiet
 
 
 def alias_model(model: nn.Module) -> nn.Module:
     """Copy a network's modules and settings while sharing the storage of every parameter and buffer.
 
-    The alias may be wrapped, frozen, or have whole parameters replaced; only writing *into* one of
-    its parameters would reach the original. Sharing between modules (tied weights, layers used
-    several times) is kept.
-
-    Args:
-        model: any network.
-
-    Returns:
-        The alias; its own parameters are frozen, the original's ``requires_grad`` stays as it is.
+    The alias may be wrapped, frozen, or have whole parameters replaced; only writing *into* one of its parameters would
+    reach the original. Sharing between modules (tied weights, layers used several times) is kept. Its own parameters
+    are frozen; the original's ``requires_grad`` stays.
 
     Raises:
         AdapterError: the network holds something that cannot be copied.
@@ -59,12 +55,20 @@ def refuse_adapted(model: nn.Module) -> None:
 @contextmanager
 def quietly() -> Iterator[None]:
     """Trial runs on an alias: no warnings or progress bars, and the global random stream stays as it is."""
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+    with quiet(), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def load_back(base: nn.Module, folder: Path) -> tuple[PeftModel, dict[str, Tensor]]:
+    """Load an adapter's folder onto a network (an alias, which it changes): the model, and what PEFT would save of it.
+
+    Raises:
+        AdapterError: PEFT fails.
+    """
     try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
+        with quietly():
+            loaded = PeftModel.from_pretrained(base, str(folder), torch_device="cpu")
+            return loaded, get_peft_model_state_dict(loaded, save_embedding_layers=False)
+    except (ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
+        raise AdapterError(f"the adapter does not load back: {error}") from error

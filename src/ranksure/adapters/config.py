@@ -20,6 +20,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 
+import yaml
 from peft import LoraConfig
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -33,7 +34,7 @@ def kept_ranks(factors_or_ranks: Mapping[str, int | tuple[Tensor, Tensor]]) -> d
     """Ranks of the modules that an adapter keeps: those of rank at least 1.
 
     Raises:
-        AdapterError: every rank is zero, or one is negative or not an integer.
+        AdapterError: every rank is zero, or one is no whole number.
     """
     ranks: dict[str, int] = {}
     for name, value in factors_or_ranks.items():
@@ -71,19 +72,17 @@ def lora_config(
     """Build the ``LoraConfig`` for these ranks, with scale exactly 1 in every module.
 
     Args:
-        factors_or_ranks: rank, or the factors (u of shape (m, r), v of shape (n, r)), by qualified
-            module name; modules of rank 0 are left out.
-        model: the base network; if given, every name must be one of its modules, and
-            ``fan_in_fan_out`` is read from it.
+        factors_or_ranks: rank, or the factors (u of shape (m, r), v of shape (n, r)), by qualified module name; modules
+            of rank 0 are left out.
+        model: the base network; if given, every name must be one of its modules.
         task_type: as PEFT's, such as ``"SEQ_CLS"``.
         modules_to_save: qualified names of new heads.
-        base_model_name_or_path: recorded in the configuration.
-        revision: the base model's revision, recorded in the configuration.
-        uniform: one rank (the largest) for all and no patterns, for consumers that read only ``r``
-            and ``lora_alpha``; the factors must then be zero-padded to it.
-        fan_in_fan_out: whether the targets store (in, out) weights, as GPT-2's Conv1D. Default: read
-            from ``model``. PEFT decides per module whatever is set; with both kinds among the
-            targets it warns, and sets each one right.
+        base_model_name_or_path: recorded.
+        revision: of the base model, recorded.
+        uniform: one rank (the largest) for all and no patterns, for consumers that read only ``r`` and ``lora_alpha``;
+            the factors must then be zero-padded to it.
+        fan_in_fan_out: whether the targets store (in, out) weights, as GPT-2's Conv1D; read from ``model`` by default.
+            PEFT decides per module whatever is set; where it warns of both kinds, it sets each one right.
 
     Returns:
         The configuration, ready for ``get_peft_model``.
@@ -119,15 +118,7 @@ def lora_config(
 
 
 def config_snippet(config: LoraConfig, variable: str = "lora_config") -> str:
-    """Python source that rebuilds ``config``: what differs from PEFT's defaults, and the scale's parts.
-
-    Args:
-        config: any ``LoraConfig`` without callables.
-        variable: the name that the source assigns to.
-
-    Returns:
-        Source that runs on its own (it imports ``LoraConfig``).
-    """
+    """Python source that runs on its own and rebuilds ``config`` as ``variable``: what differs from PEFT's defaults."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         defaults = LoraConfig()
@@ -155,51 +146,39 @@ def axolotl_yaml(
     modules_to_save: Sequence[str] | None = None,
     uniform: bool = False,
 ) -> str:
-    """The adapter part of an axolotl configuration for these ranks.
+    """The adapter part of an axolotl configuration for these ranks (see :func:`lora_config`), as YAML.
 
-    axolotl passes ``lora_rank_pattern`` and ``lora_alpha_pattern`` to PEFT since its pull request
-    3673 (May 2026); older versions have no such option, and train every module at ``lora_r``.
-
-    Args:
-        factors_or_ranks: as for :func:`lora_config`.
-        weight_decay: the L2 weight decay (lambda, the scale being 1); written with a note on AdamW.
-        modules_to_save: qualified names of new heads.
-        uniform: one rank for all and no patterns.
-
-    Returns:
-        YAML text.
+    axolotl passes ``lora_rank_pattern`` and ``lora_alpha_pattern`` to PEFT since its pull request 3673 (May 2026);
+    older versions have no such option, and train every module at ``lora_r``. ``weight_decay`` is L2 (lambda, the scale
+    being 1), written with a note on AdamW.
 
     Raises:
         AdapterError: all ranks are zero, or a rank is invalid.
     """
     ranks = kept_ranks(factors_or_ranks)
     largest = max(ranks.values())
-    lines = ["adapter: lora", f"lora_r: {largest}", f"lora_alpha: {largest}  # equal to lora_r: scale 1"]
-    lines += ["lora_dropout: 0.0", f"lora_target_modules: {_quoted(exact_targets(list(ranks)))}"]
+    text = "# lora_alpha is equal to lora_r: scale 1.\n" + _yaml(
+        adapter="lora",
+        lora_r=largest,
+        lora_alpha=largest,
+        lora_dropout=0.0,
+        lora_target_modules=exact_targets(list(ranks)),
+    )
     if not uniform and len(set(ranks.values())) > 1:
-        lines += [
-            "# Per-module ranks need axolotl's pull request 3673 (May 2026) or newer. Older versions have no such",
-            "# option: delete the two patterns there, and every module trains at lora_r.",
-        ]
-        for key in ("lora_rank_pattern", "lora_alpha_pattern"):
-            lines.append(f"{key}:")
-            lines += [f"  {_quoted(exact_pattern(name))}: {rank}" for name, rank in ranks.items()]
+        patterns = {exact_pattern(name): rank for name, rank in ranks.items()}
+        text += (
+            "# Per-module ranks need axolotl's pull request 3673 (May 2026) or newer. Older versions have no such\n"
+            "# option: delete the two patterns there, and every module trains at lora_r.\n"
+        ) + _yaml(lora_rank_pattern=patterns, lora_alpha_pattern=dict(patterns))  # one object would become an alias
     if modules_to_save:
-        lines += ["lora_modules_to_save:", *(f"  - {_quoted(name)}" for name in modules_to_save)]
+        text += _yaml(lora_modules_to_save=list(modules_to_save))
     if weight_decay is not None:
-        lines += [
-            "# This is the weight decay of an L2 penalty, as SGD applies it. AdamW's decoupled decay is another",
-            "# thing: its strength depends on the learning rate, so this number does not carry over to it.",
-            f"weight_decay: {_number(weight_decay)}",
-        ]
-    return "\n".join(lines) + "\n"
+        text += (
+            "# This is the weight decay of an L2 penalty, as SGD applies it. AdamW's decoupled decay is another\n"
+            "# thing: its strength depends on the learning rate, so this number does not carry over to it.\n"
+        ) + _yaml(weight_decay=float(weight_decay))
+    return text
 
 
-def _number(value: float) -> str:
-    mantissa, e, exponent = repr(float(value)).partition("e")
-    # YAML 1.1 reads 1e-05 as a string: the mantissa needs its dot.
-    return mantissa + (".0" if e and "." not in mantissa else "") + e + exponent
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
+def _yaml(**values: object) -> str:
+    return yaml.safe_dump(values, sort_keys=False, width=float("inf"))

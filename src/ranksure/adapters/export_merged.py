@@ -18,7 +18,7 @@ from ranksure.errors import AdapterError
 from ranksure.factors import Factors
 from ranksure.files import staged_folder
 from ranksure.network.side_path import check_factors
-from ranksure.network.targets import base_layer, to_weight_shape
+from ranksure.network.targets import base_layer, parameter_users, to_weight_shape
 
 
 def export_merged(
@@ -32,9 +32,9 @@ def export_merged(
 ) -> None:
     """Write the whole network at W0 + delta, head included, loadable with its Auto class, without PEFT.
 
-    ``delta = u v^T`` is formed and added in the wider of the weight's and the factors' dtypes (float32 at
-    least) and rounded to the weight's dtype once. ``model`` stays as it is: an alias shares all weights
-    but the updated ones. Memory: those, and for the check that follows one more copy of the network.
+    ``delta = u v^T`` is formed and added in the wider of the weight's and the factors' dtypes (float32 at least) and
+    rounded to the weight's dtype once. ``model`` stays as it is: an alias shares all weights but the updated ones.
+    Memory: those, and for the check that follows one more copy of the network.
 
     Args:
         model: a ``transformers`` network with the fitted head in place; without adapters.
@@ -45,9 +45,8 @@ def export_merged(
         shown_path: the checkpoint's path in the README's snippet, if it is not ``out_dir``.
 
     Raises:
-        AdapterError: nothing to export; factors that do not fit; a weight tied to another module
-            (an update of the embedding would change the output head too); a quantised weight; a
-            network without ``save_pretrained``; a folder that cannot be written, or does not load back.
+        AdapterError: nothing to export; factors that do not fit; a weight that is quantised or tied to another module;
+            a folder that cannot be written, or does not load back.
     """
     if not isinstance(model, PreTrainedModel):
         raise AdapterError(f"{type(model).__name__} is no transformers model: only those have a merged checkpoint")
@@ -83,13 +82,10 @@ def export_merged(
 
 
 def _refuse_tied(model: nn.Module, targets: Mapping[str, int]) -> None:
-    owners: dict[int, dict[int, str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), {}).setdefault(id(module), name)
+    users = parameter_users(model)
     for name in targets:
         weight = base_layer(model.get_submodule(name)).weight
-        others = [other for other in owners[id(weight)].values() if other != name]
+        others = [other for other in users[id(weight)] if other != name]
         if others:
             raise AdapterError(
                 f"the weight of {name} is tied to {others[0]}: merged, its update would change that module too; "

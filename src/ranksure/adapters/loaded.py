@@ -1,14 +1,12 @@
 """What a PEFT LoRA adapter holds, as factors by module; and which adapters can be certified at all.
 
-An update is ``delta_j = s_j B_j A_j``. With ``u = sqrt(s) B`` and ``v = sqrt(s) A^T`` it is ``u v^T``, and an
-L2 penalty ``(wd / 2)(||A||^2 + ||B||^2)`` on PEFT's matrices is ``(lambda_j / 2)(||u||^2 + ||v||^2)`` with
-``lambda_j = wd / s_j``.
+An L2 penalty ``(wd / 2)(||A||^2 + ||B||^2)`` on PEFT's matrices is ``(lambda_j / 2)(||u||^2 + ||v||^2)`` on the
+factors (see ``adapters/matrices.py``), with ``lambda_j = wd / s_j``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,10 +15,18 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from ranksure.adapters.matrices import (
+    active_adapters,
+    adapted_layers,
+    chosen_adapter,
+    is_factor,
+    matrices,
+    scale_of,
+    to_factors,
+)
 from ranksure.errors import AdapterError
 from ranksure.factors import Factors
 from ranksure.network.targets import base_layer, is_supported
@@ -59,9 +65,8 @@ class LoraBlock:
     """One adapted module.
 
     Attributes:
-        module: PEFT's wrapper.
+        module: PEFT's wrapper, with the scale ``s``.
         factors: ``u`` (m, r) and ``v`` (n, r), float64 on the CPU, with ``u v^T`` the update.
-        scale: PEFT's ``s``.
     """
 
     module: nn.Module
@@ -76,12 +81,9 @@ class LoraBlock:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A model's LoRA adapter.
+    """A model's LoRA adapter; its blocks by qualified name in the base network.
 
     Attributes:
-        name: the adapter's name in the model.
-        config: its configuration.
-        blocks: adapted modules by qualified name in the base network.
         outside: what else was trained with it, in words: not covered by any certificate.
         untested: reasons why it cannot be certified; empty when it can.
     """
@@ -135,14 +137,11 @@ def read_adapter(model: nn.Module, adapter: str | None = None) -> Adapter:
             adapters, or a value that is not finite.
     """
     configs = getattr(model, "peft_config", None)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     if not isinstance(configs, Mapping) or not configs:
         raise AdapterError("the model has no PEFT adapter: load one with PeftModel.from_pretrained")
-    active = sorted({name for layer in layers.values() for name in layer.active_adapters})
-    if adapter is None:
-        if len(active) > 1:
-            raise AdapterError(f"several adapters are active ({', '.join(active)}): name one (adapter=)")
-        adapter = active[0] if active else next(iter(configs))
+    layers = adapted_layers(model)
+    active = active_adapters(layers)
+    adapter = chosen_adapter(layers, adapter, next(iter(configs)))
     if adapter not in configs:
         raise AdapterError(f"the model has no adapter {adapter!r}; it has {', '.join(configs)}")
     config = configs[adapter]
@@ -151,7 +150,6 @@ def read_adapter(model: nn.Module, adapter: str | None = None) -> Adapter:
         raise AdapterError(f"adapter {adapter!r} is a {kind} adapter; only LoRA adapters can be read")
     if adapter not in active:
         raise AdapterError(f"adapter {adapter!r} is not active: call model.set_adapter({adapter!r}) first")
-    prefix = "base_model.model." if any(name.startswith("base_model.model.") for name in layers) else ""
     blocks: dict[str, LoraBlock] = {}
     untested = _untested_fields(config) + _untested_network(model)
     for name, layer in layers.items():
@@ -161,30 +159,21 @@ def read_adapter(model: nn.Module, adapter: str | None = None) -> Adapter:
             raise AdapterError(f"the adapter is merged into the weights of {name}: call model.unmerge_adapter() first")
         if layer.disable_adapters:
             raise AdapterError("the adapters are disabled: call model.enable_adapter_layers() first")
-        assert isinstance(layer, nn.Module)
-        shown = name.removeprefix(prefix)
-        if (reason := _untested_layer(shown, layer)) is not None:
+        if (reason := _untested_layer(name, layer)) is not None:
             untested.append(reason)
         else:
-            blocks[shown] = _block(shown, layer, adapter)
+            blocks[name] = _block(name, layer, adapter)
     if not blocks and not untested:
         raise AdapterError(f"adapter {adapter!r} adapts no module of the model")
     return Adapter(adapter, config, blocks, _outside(model, config, adapter, active), list(dict.fromkeys(untested)))
 
 
 def _block(name: str, layer: Any, adapter: str) -> LoraBlock:
-    if adapter in layer.lora_embedding_A:
-        a, b = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
-    else:
-        a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-    a, b = a.detach().cpu().double().flatten(1), b.detach().cpu().double().flatten(1)
+    a, b = matrices(layer, adapter)
     if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
         raise AdapterError(f"the adapter's matrices for {name} hold a value that is not finite (NaN or infinity)")
-    scale = float(layer.scaling[adapter])
-    if not 0 < scale < math.inf:
-        raise AdapterError(f"the adapter's scale for {name} is {scale:g} (lora_alpha over r); it must be positive")
-    root = math.sqrt(scale)
-    return LoraBlock(layer, (root * b, root * a.T.contiguous()), scale)
+    scale = scale_of(name, layer, adapter)
+    return LoraBlock(layer, to_factors(a, b, scale), scale)
 
 
 def _untested_fields(config: LoraConfig) -> list[str]:
@@ -244,7 +233,7 @@ def _outside(model: nn.Module, config: LoraConfig, adapter: str, active: list[st
         name
         for name, p in model.named_parameters()
         if p.requires_grad
-        and "lora_" not in name
+        and not is_factor(name)
         and id(p) not in inside
         and not (config.bias != "none" and name.endswith("bias"))
     ]

@@ -20,17 +20,9 @@ MERGE_LIMIT = 2**30
 def merged(model: nn.Module, modules: Iterable[nn.Module], memory_bytes: float = math.inf) -> Iterator[int]:
     """Run adapted linear layers as ``W0 + delta``; afterwards every base weight holds its own bits again.
 
-    Layers are left as they are where the sum would not be the same network (weights narrower than float32, which
-    would round the update away; weights that another module reads too), and all are where the copies that
-    are kept to put back would exceed ``MERGE_LIMIT`` or the budget.
-
-    Args:
-        model: the whole network, to see which weights are shared.
-        modules: adapted modules.
-        memory_bytes: most bytes of copies.
-
-    Yields:
-        Number of layers merged.
+    Layers are left as they are where the sum would not be the same network (weights narrower than float32, which would
+    round the update away; weights that another module of ``model`` reads too), and all are where the copies that are
+    kept to put back would exceed ``MERGE_LIMIT`` or ``memory_bytes``. Yields the number of layers merged.
     """
     readers = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     layers = [module for module in modules if isinstance(module, LoraLayer) and _can(module, readers)]

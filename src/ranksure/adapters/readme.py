@@ -126,14 +126,9 @@ _ABOUT_RANKS = ("Ranks", "Training", "Grown", "Compressed", "Ranks changed")
 
 
 def moved_readme(words: str, folder: str) -> str | None:
-    """A README of this package for the same adapter with other ranks, in another folder: what it says of ranks goes.
+    """A README of this package for the adapter in another ``folder``; what it says of the ranks goes.
 
-    Args:
-        words: the README, with front matter.
-        folder: what the loading snippet shall name.
-
-    Returns:
-        The README, to add sections to; None where it says nowhere how to load the adapter.
+    None where it says nowhere how to load the adapter.
     """
     first, *sections = words.rstrip().split("\n## ")
     kept = [part.rstrip() for part in sections if part.partition("\n")[0] not in _ABOUT_RANKS]

@@ -19,24 +19,25 @@ from typing import Any
 
 import peft
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ranksure.adapters.aliasing import alias_model, quietly
+from ranksure.adapters import matrices
+from ranksure.adapters.aliasing import alias_model, load_back, quietly
 from ranksure.adapters.config import exact_pattern, exact_targets
+from ranksure.adapters.matrices import PREFIX, zero_column
 from ranksure.adapters.readme import auto_class, base_settings, labels_of, loading_snippet, moved_readme
 from ranksure.errors import AdapterError
-from ranksure.factors import Factors
+from ranksure.factors import Factors, ranks_of
 from ranksure.files import staged_folder
 from ranksure.network.side_path import check_factors
-from ranksure.network.targets import base_layer
+from ranksure.network.targets import base_layer, base_network
 
 PathLike = str | os.PathLike[str]
-_PREFIX = "base_model.model."
 _WEIGHTS = "adapter_model.safetensors"
 _MARK = "<!-- ranksure: ranks changed -->"
 _OWN_TAGS = "tags: [lora, ranksure]"
@@ -50,13 +51,9 @@ _STALE += ("plan.json", "report.html")
 
 @dataclass(frozen=True)
 class Rewritten:
-    """What was written.
+    """What was written: folder, configuration, and by module that stayed rank, scale and cost.
 
     Attributes:
-        folder: where.
-        config: the configuration.
-        ranks: rank by module; modules left out have none.
-        scales: PEFT's scale by module.
         dtype: of the stored factors.
         rounding: ``||stored - meant||_F / ||meant||_F`` of each update: what the stored dtype costs.
     """
@@ -80,21 +77,19 @@ def rewrite_adapter(
     dtype: torch.dtype | None = None,
     title: str = "Ranks changed",
     text: str = "",
-    write_more: Callable[[Path], None] | None = None,
+    write_more: Callable[[Path], None] = lambda stage: None,
 ) -> Rewritten:
     """Write a loaded LoRA adapter again with other factors, verified by loading it onto its base network.
 
-    Kept: every module's scale, trained heads and biases, the base model's name, the task type and all other fields
-    of the configuration, and (from ``source``) the other files of the folder but for training state. A module of
-    rank 0 is left out of the adapter; where biases were trained it stays, with one column of zeros. The folder
-    appears whole, replacing an earlier adapter, or not at all; ``source`` may be the same folder.
+    Kept: every module's scale, trained heads and biases, all other fields of the configuration, and (from
+    ``source``) the other files of the folder but for training state. A module of rank 0 is left out; where biases
+    were trained it stays, with one column of zeros. The folder appears whole, replacing an earlier adapter, or not
+    at all; ``source`` may be the same folder.
 
     Args:
-        model: the network with the adapter loaded (a ``PeftModel``, or a transformers model with adapters); it
-            stays as it is.
-        factors: ``u`` (m, r) and ``v`` (n, r) with ``u v^T`` the update (the scale included), for every adapted
-            module.
-        out_dir: the folder to create, or an earlier adapter's to replace.
+        model: the network with the adapter loaded; it stays as it is.
+        factors: ``u`` (m, r) and ``v`` (n, r) with ``u v^T`` the update, for every adapted module.
+        out_dir: the folder.
         adapter: the adapter's name in the model.
         source: the folder that the adapter was loaded from: its stored dtype and its other files.
         prefix: of the names in ``factors``, where they are of a network around ``model``.
@@ -109,7 +104,32 @@ def rewrite_adapter(
             adapter that does not load back as written.
     """
     config, layers = _layers(model, adapter)
-    factors = {name.removeprefix(prefix): pair for name, pair in factors.items()}
+    kept = _kept({name.removeprefix(prefix): pair for name, pair in factors.items()}, layers, config)
+    others = _other_tensors(model, adapter, source, set(layers) - set(kept))
+    stored = dtype or stored_dtype(model, adapter, source)
+    ranks = ranks_of(kept)
+    new, scales = _with_ranks(config, ranks, layers, adapter)
+    tensors: dict[str, Tensor] = {}
+    rounding = {}
+    for name, (u, v) in kept.items():
+        own = matrices.stored(layers[name], name, u, v, scales[name], stored)
+        rounding[name] = _rounding(u, v, scales[name], *own.values())
+        tensors |= own
+    out = Path(out_dir)
+    written = Rewritten(out, new, ranks, scales, stored, rounding)
+    readme = _readme(model, written, source, title, text)
+    with staged_folder(out, "adapter_config.json") as stage:
+        _copy_others(source, stage)
+        new.save_pretrained(str(stage))
+        save_file(tensors | others, stage / _WEIGHTS, metadata={"format": "pt"})
+        (stage / "README.md").write_text(readme, encoding="utf-8")
+        write_more(stage)
+        _verify(model, adapter, stage, tensors | others, scales)
+    return written
+
+
+def _kept(factors: Factors, layers: dict[str, nn.Module], config: LoraConfig) -> Factors:
+    """The factors of the modules that stay in the adapter."""
     if set(factors) != set(layers):
         odd = sorted(set(factors) ^ set(layers))[0]
         raise AdapterError(f"factors and adapter differ in {odd}: give one pair for every adapted module")
@@ -118,32 +138,13 @@ def rewrite_adapter(
     if not kept:
         raise AdapterError("nothing is left to write: every module has rank 0 (the base network alone does the same)")
     if config.bias != "none":  # a bias is stored under its wrapper's name
-        kept = {name: pair if pair[0].shape[1] else _zero_column(*pair) for name, pair in factors.items()}
-    others = _other_tensors(model, adapter, source, set(layers) - set(kept))
-    stored = dtype or stored_dtype(model, adapter, source)
-    new, scales = _with_ranks(config, {name: u.shape[1] for name, (u, _) in kept.items()}, layers, adapter)
-    tensors: dict[str, Tensor] = {}
-    rounding = {}
-    for name, (u, v) in kept.items():
-        own, rounding[name] = _factor_tensors(layers[name], name, u, v, scales[name], stored)
-        tensors |= own
-    out = Path(out_dir)
-    readme = _readme(model, new, kept, scales, source, out, title, text)
-    with staged_folder(out, "adapter_config.json") as stage:
-        _copy_others(source, stage)
-        new.save_pretrained(str(stage))
-        save_file(tensors | others, stage / _WEIGHTS, metadata={"format": "pt"})
-        (stage / "README.md").write_text(readme, encoding="utf-8")
-        if write_more is not None:
-            write_more(stage)
-        _verify(model, adapter, stage, tensors | others, scales)
-    return Rewritten(out, new, {name: u.shape[1] for name, (u, _) in kept.items()}, scales, stored, rounding)
+        kept = {name: pair if pair[0].shape[1] else zero_column(*pair) for name, pair in factors.items()}
+    return kept
 
 
 def base_of(model: nn.Module, adapter: str) -> nn.Module:
     """The network without any adapter, trained heads and biases in place, sharing all weights with ``model``."""
-    alias = alias_model(model)
-    inner = alias.get_base_model() if isinstance(alias, PeftModel) else alias
+    inner = base_network(alias_model(model))
     for name, module in list(inner.named_modules()):
         found: nn.Module | None = None
         if isinstance(module, LoraLayer):
@@ -168,10 +169,8 @@ def stored_dtype(model: nn.Module, adapter: str = "default", source: PathLike | 
     """
     path = None if source is None else Path(source) / _WEIGHTS
     if path is not None and path.is_file():
-        return next(value.dtype for key, value in _read(path).items() if ".lora_" in key)
-    layer: Any = next(iter(_layers(model, adapter)[1].values()))
-    embedded = adapter in layer.lora_embedding_A
-    return layer.lora_embedding_A[adapter].dtype if embedded else layer.lora_A[adapter].weight.dtype
+        return next(value.dtype for key, value in _read(path).items() if matrices.is_factor(key))
+    return matrices.matrices(next(iter(_layers(model, adapter)[1].values())), adapter)[0].dtype
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -191,16 +190,11 @@ def _layers(model: nn.Module, adapter: str) -> tuple[LoraConfig, dict[str, nn.Mo
             "only plain LoRA adapters can be rewritten (no DoRA, no lora_bias, no initialisation that changes the "
             f"base weights): init_lora_weights={config.init_lora_weights!r}, use_dora={config.use_dora}"
         )
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    layers = {
-        name: module
-        for name, module in inner.named_modules()
-        if isinstance(module, LoraLayer) and adapter in module.scaling
-    }
+    layers = {n: layer for n, layer in matrices.adapted_layers(model).items() if adapter in layer.scaling}
     for name, module in layers.items():
         if module.merged:
             raise AdapterError(f"the adapter is merged into the weights of {name}: call unmerge_adapter() first")
-    return config, layers  # pyright: ignore[reportReturnType]
+    return config, layers
 
 
 def _with_ranks(
@@ -233,27 +227,12 @@ def _divisor(rank: int, rslora: bool) -> float:
     return math.sqrt(rank) if rslora else rank
 
 
-def _zero_column(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    return u.new_zeros(u.shape[0], 1), v.new_zeros(v.shape[0], 1)
-
-
-def _factor_tensors(
-    module: nn.Module, name: str, u: Tensor, v: Tensor, scale: float, dtype: torch.dtype
-) -> tuple[dict[str, Tensor], float]:
-    """One module's matrices under PEFT's file keys and in its shapes, and the relative error of rounding them."""
-    layer, rank, root = base_layer(module), u.shape[1], math.sqrt(scale)
+def _rounding(u: Tensor, v: Tensor, scale: float, a: Tensor, b: Tensor) -> float:
+    """Relative error of the stored matrices' update."""
     u, v = u.detach().to("cpu", torch.float64), v.detach().to("cpu", torch.float64)
-    b, a = (u / root).to(dtype).contiguous(), (v / root).T.to(dtype).contiguous()
-    if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
-        raise AdapterError(f"factors of {name} overflow {dtype}: store them in float32")
+    p, q = matrices.to_factors(a, b)
     size = _product_norm(u, v)
-    apart = _product_norm(torch.cat([u, -scale * b.double()], 1), torch.cat([v, a.T.double()], 1))
-    key = f"{_PREFIX}{name}"
-    if isinstance(layer, nn.Embedding):
-        return {f"{key}.lora_embedding_A": a, f"{key}.lora_embedding_B": b}, apart / max(size, 1e-300)
-    if isinstance(layer, nn.Conv2d):
-        a, b = a.reshape(rank, *layer.weight.shape[1:]), b[:, :, None, None]
-    return {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}, apart / size if size > 0 else 0.0
+    return _product_norm(torch.cat([u, -scale * p], 1), torch.cat([v, q], 1)) / size if size > 0 else 0.0
 
 
 def _product_norm(u: Tensor, v: Tensor) -> float:
@@ -272,12 +251,12 @@ def _other_tensors(model: nn.Module, adapter: str, source: PathLike | None, drop
             found = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     out = {}
     for key, value in found.items():
-        if ".lora_" in key:
+        if matrices.is_factor(key):
             continue
         for name in dropped:  # no wrapper any more: what is stored of the layer inside has the layer's own name
-            key = key.replace(f"{_PREFIX}{name}.base_layer.", f"{_PREFIX}{name}.")
+            key = key.replace(f"{PREFIX}{name}.base_layer.", f"{PREFIX}{name}.")
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise AdapterError(f"{key.removeprefix(_PREFIX)} of the adapter holds a value that is not finite")
+            raise AdapterError(f"{key.removeprefix(PREFIX)} of the adapter holds a value that is not finite")
         out[key] = value.detach().to("cpu").clone(memory_format=torch.contiguous_format)
     return out
 
@@ -288,18 +267,10 @@ def _copy_others(source: PathLike | None, stage: Path) -> None:
             shutil.copy2(path, stage / path.name)
 
 
-def _readme(
-    model: nn.Module,
-    config: LoraConfig,
-    kept: Factors,
-    scales: Mapping[str, float],
-    source: PathLike | None,
-    out: Path,
-    title: str,
-    text: str,
-) -> str:
+def _readme(model: nn.Module, written: Rewritten, source: PathLike | None, title: str, text: str) -> str:
     """The user's own README with a section added; a new one if there was none, or one that ranksure wrote."""
-    rows = [f"| `{name}` | {u.shape[1]} | {scales[name]:g} |" for name, (u, _) in kept.items()]
+    config, out = written.config, written.folder
+    rows = [f"| `{name}` | {rank} | {written.scales[name]:g} |" for name, rank in written.ranks.items()]
     section = [f"## {title}", *([text.strip()] if text.strip() else [])]
     section += ["\n".join(["| module | rank | scale |", "|---|---:|---:|", *rows])]
     section += [
@@ -315,7 +286,7 @@ def _readme(
         if (moved := moved_readme(words, str(out))) is not None:
             return "\n\n".join([moved, *section]) + "\n"
     base = config.base_model_name_or_path
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner = base_network(model)
     labels = labels_of(inner, None, None) if config.task_type in ("SEQ_CLS", "TOKEN_CLS") else {}
     snippet = loading_snippet(inner, auto_class(inner), base, base_settings(inner, config.revision, labels), str(out))
     named = [f"base_model: {json.dumps(base)}"] if base else []
@@ -327,17 +298,8 @@ def _verify(
     model: nn.Module, adapter: str, folder: Path, tensors: Mapping[str, Tensor], scales: Mapping[str, float]
 ) -> None:
     """Load the folder onto the base network (an alias of it) and compare all of it with what was meant."""
-    try:
-        with quietly():
-            loaded = PeftModel.from_pretrained(base_of(model, adapter), str(folder), torch_device="cpu")
-            state = get_peft_model_state_dict(loaded, save_embedding_layers=False)
-    except (ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
-        raise AdapterError(f"the adapter does not load back: {error}") from error
-    found = {
-        name: module.scaling["default"]
-        for name, module in loaded.get_base_model().named_modules()
-        if isinstance(module, LoraLayer)
-    }
+    loaded, state = load_back(base_of(model, adapter), folder)
+    found = {name: layer.scaling["default"] for name, layer in matrices.adapted_layers(loaded).items()}
     problem = None
     if set(found) != set(scales):
         problem = f"module {sorted(set(found) ^ set(scales))[0]} is not in both"

@@ -15,6 +15,7 @@ import torch
 from peft import LoraConfig, PeftConfig
 from torch import Tensor
 
+from ranksure.adapters.matrices import PREFIX, is_a, is_factor
 from ranksure.errors import AdapterError, one_line
 from ranksure.files import file_sha256
 
@@ -23,15 +24,7 @@ CONFIG, SAFE, PICKLED = "adapter_config.json", "adapter_model.safetensors", "ada
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """An adapter as saved.
-
-    Attributes:
-        folder: where it lies.
-        config: its configuration.
-        tensors: its weights by PEFT's names, on the CPU.
-        sha256: of the file of weights.
-        notes: sentences for the user.
-    """
+    """An adapter as saved: its weights by PEFT's names, on the CPU, and the sha256 of their file."""
 
     folder: Path
     config: LoraConfig
@@ -41,8 +34,8 @@ class AdapterFiles:
 
     @property
     def head(self) -> dict[str, Tensor]:
-        """What was saved beside the low-rank matrices: heads, biases, embeddings."""
-        return {name: tensor for name, tensor in self.tensors.items() if "lora_" not in name}
+        """What was saved beside the low-rank matrices, by name in the base network: heads, biases, embeddings."""
+        return {name.removeprefix(PREFIX): tensor for name, tensor in self.tensors.items() if not is_factor(name)}
 
 
 def read_files(folder: Path, adapter: str | None = None) -> AdapterFiles:
@@ -59,7 +52,7 @@ def read_files(folder: Path, adapter: str | None = None) -> AdapterFiles:
     config = _config(folder)
     notes: list[str] = []
     tensors, path = _tensors(folder, notes)
-    if not any("lora_" in name for name in tensors):
+    if not any(map(is_factor, tensors)):
         raise AdapterError(f"{path} holds no LoRA matrix (no tensor named lora_A or lora_B)")
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
@@ -83,7 +76,7 @@ def _folder(folder: Path, adapter: str | None) -> Path:
     if inner:
         raise AdapterError(
             f"{folder} holds no {CONFIG} itself, but several folders do ({', '.join(inner[:5])}): give one of those, "
-            "or its name with --adapter"
+            "or its name with `adapter`"
         )
     if (folder / "config.json").is_file():
         raise AdapterError(f"{folder} is a whole model (config.json), not an adapter: there is no {CONFIG}")
@@ -136,8 +129,9 @@ def check_fit(files: AdapterFiles, expected: Mapping[str, Tensor], optional: Map
 
     Args:
         files: what was read.
-        expected: what PEFT would save of the model that the configuration makes, by name.
-        optional: the same with embeddings, which PEFT saves at times.
+        expected: what PEFT would save of the model that the configuration makes; ``optional``: the same with
+            embeddings, which PEFT saves at times.
+        optional: see above.
         base: the base model's name.
 
     Raises:
@@ -158,15 +152,15 @@ def check_fit(files: AdapterFiles, expected: Mapping[str, Tensor], optional: Map
         shape, given = tuple(optional[name].shape), tuple(tensor.shape)
         if shape == given:
             continue
-        inner = 0 if "lora_A" in name or "lora_embedding_A" in name else 1
-        if "lora_" in name and len(shape) == len(given) and shape[inner] != given[inner]:
+        inner = 0 if is_a(name) else 1
+        if is_factor(name) and len(shape) == len(given) and shape[inner] != given[inner]:
             raise AdapterError(
                 f"{where}: {name} has rank {given[inner]} (shape {given}), but {CONFIG} says {shape[inner]}; the "
                 "configuration and the weights are not of one run"
             )
         raise AdapterError(
             f"{where}: {name} has shape {given}, but {base} needs {shape}; this is not the base model that the adapter "
-            "was trained on (name it with --base)"
+            "was trained on (name it with `base`)"
         )
 
 

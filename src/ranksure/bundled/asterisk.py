@@ -8,19 +8,14 @@ where it does. Licences: CC BY-SA 3.0 (English, Spanish, French) and CC BY 3.0 (
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-from scipy.io import wavfile
-
-from ranksure.bundled.packages import PACKAGES, package_path, tree_sha256
-from ranksure.data.recordings import SAMPLING_RATE, SpeechRows, Waveform, resampled
+from ranksure.bundled.packages import PACKAGES, package_path, verified_folder
+from ranksure.data.recordings import SAMPLING_RATE, SpeechRows, Waveform, resampled, soundfile
 from ranksure.data.samples import listed
-from ranksure.errors import DataError, SettingError
+from ranksure.errors import SettingError
 from ranksure.progress import Reporter, Silent
 
 SOUNDS = "usr/share/asterisk/sounds"
@@ -100,21 +95,11 @@ def asterisk_languages(
     digest = hashlib.sha256(f"{sampling_rate}\n".encode())
     left_out = 0
     for label, language in enumerate(languages):
-        package = f"asterisk-core-sounds-{language}-wav"
-        folder = _verified(package_path(package, reporter) / SOUNDS / VOICES[language], language)
-        digest.update(f"{language} {PACKAGES[package].sha256}\n".encode())
-        paths = sorted(folder.rglob("*.wav"), key=lambda path: path.relative_to(folder).as_posix())
-        with (reporter or Silent()).stage(f"Reading the prompts in {language}") as advance:
-            for index, path in enumerate(paths):
-                waveform = (
-                    _read(path) if is_used(path.relative_to(folder).with_suffix("").as_posix(), language) else None
-                )
-                if waveform is None or not len(waveform):
-                    left_out += 1
-                else:
-                    waveforms.append(resampled(waveform, ORIGINAL_RATE, sampling_rate))
-                    labels.append(label)
-                advance(index + 1, len(paths))
+        digest.update(f"{language} {PACKAGES[_package(language)].sha256}\n".encode())
+        spoken, silent = _prompts(language, sampling_rate, reporter)
+        waveforms += spoken
+        labels += [label] * len(spoken)
+        left_out += silent
     notes = [
         f"{left_out} of {left_out + len(labels)} recordings were left out: tones, silence, the spelling alphabet, and "
         "second copies."
@@ -147,22 +132,25 @@ def is_used(name: str, language: str) -> bool:
     return not (name in NOT_SPEECH or name.startswith(NO_LANGUAGE) or name in REPEATED[language])
 
 
+def _package(language: str) -> str:
+    return f"asterisk-core-sounds-{language}-wav"
+
+
+def _prompts(language: str, sampling_rate: int, reporter: Reporter | None) -> tuple[list[Waveform], int]:
+    """The recordings in use, by name and at the wanted rate, and how many are left out."""
+    package = _package(language)
+    root = package_path(package, reporter)
+    below = f"{SOUNDS}/{VOICES[language]}"
+    folder = verified_folder(package, root, below, "*.wav", SOUNDS_SHA256[language], "recordings")
+    paths = sorted(folder.rglob("*.wav"), key=lambda path: path.relative_to(folder).as_posix())
+    spoken = []
+    with (reporter or Silent()).stage(f"Reading the prompts in {language}") as advance:
+        for index, path in enumerate(paths):
+            if is_used(path.relative_to(folder).with_suffix("").as_posix(), language) and len(samples := _read(path)):
+                spoken.append(resampled(samples, ORIGINAL_RATE, sampling_rate))
+            advance(index + 1, len(paths))
+    return spoken, len(paths) - len(spoken)
+
+
 def _read(path: Path) -> Waveform:
-    try:
-        rate, samples = wavfile.read(io.BytesIO(path.read_bytes()))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
-    if rate != ORIGINAL_RATE or samples.dtype != np.int16 or samples.ndim != 1:
-        raise DataError(f"{path}: {rate} Hz and {samples.dtype} of shape {samples.shape}, not {ORIGINAL_RATE} Hz mono")
-    return samples.astype(np.float32) / np.float32(2**15)
-
-
-@functools.lru_cache(maxsize=8)
-def _verified(folder: Path, language: str) -> Path:
-    if (found := tree_sha256(folder, "*.wav")) != SOUNDS_SHA256[language]:
-        package = f"asterisk-core-sounds-{language}-wav"
-        raise DataError(
-            f"{folder} does not hold the recordings of {package} {PACKAGES[package].version} (sha256 {found[:8]}..., "
-            f"expected {SOUNDS_SHA256[language][:8]}...); remove it, it is fetched again at the next call"
-        )
-    return folder
+    return soundfile().read(path, dtype="float32")[0]  # 16 bits, one channel, ORIGINAL_RATE: its checksum was verified

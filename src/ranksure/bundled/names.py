@@ -5,77 +5,40 @@ A folder or file of the same name in the working directory has precedence.
 
 from __future__ import annotations
 
+import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ranksure.data.samples import Samples
 
 
-def _minilm() -> Path:
-    from ranksure.bundled.minilm import minilm_path
-
-    return minilm_path()
-
-
-def _smollm2() -> Path:
-    from ranksure.bundled.smollm import smollm2_path
-
-    return smollm2_path()
-
-
-def _dinov2() -> Path:
-    from ranksure.bundled.dinov2 import dinov2_path
-
-    return dinov2_path()
-
-
-def _whisper() -> Path:
-    from ranksure.bundled.whisper import whisper_path
-
-    return whisper_path()
-
-
-def _rotten_tomatoes() -> Samples:
-    from ranksure.bundled.rotten_tomatoes import rotten_tomatoes
-
-    return rotten_tomatoes()
-
-
-def _spam_assassin() -> Samples:
-    from ranksure.bundled.spam_assassin import spam_assassin
-
-    return spam_assassin()
-
-
-def _fashion_mnist() -> Samples:
-    from ranksure.bundled.fashion_mnist import fashion_mnist
-
-    return fashion_mnist()
-
-
-def _asterisk() -> Samples:
-    from ranksure.bundled.asterisk import asterisk_languages
-
-    return asterisk_languages()
+def _part(module: str, function: str) -> Callable[[], Any]:
+    """A function of this package, imported when it is called."""
+    return lambda: getattr(importlib.import_module(f"ranksure.bundled.{module}"), function)()
 
 
 MODELS: dict[str, Callable[[], Path]] = {
-    "minilm": _minilm,
-    "smollm2": _smollm2,
-    "dinov2": _dinov2,
-    "whisper": _whisper,
+    "minilm": _part("minilm", "minilm_path"),
+    "smollm2": _part("smollm", "smollm2_path"),
+    "dinov2": _part("dinov2", "dinov2_path"),
+    "whisper": _part("whisper", "whisper_path"),
 }
 """all-MiniLM-L6-v2, SmolLM2-135M-Instruct, DINOv2-S/14, Whisper tiny.en: a function that gives each one's folder."""
 
 DATA: dict[str, tuple[str, Callable[[], Samples]]] = {
-    "rotten-tomatoes": ("text", _rotten_tomatoes),
-    "spam-assassin": ("text", _spam_assassin),
-    "fashion-mnist": ("image", _fashion_mnist),
-    "asterisk": ("speech", _asterisk),
+    "rotten-tomatoes": ("text", _part("rotten_tomatoes", "rotten_tomatoes")),
+    "spam-assassin": ("text", _part("spam_assassin", "spam_assassin")),
+    "fashion-mnist": ("image", _part("fashion_mnist", "fashion_mnist")),
+    "asterisk": ("speech", _part("asterisk", "asterisk_languages")),
 }
 """The kind of each data set's inputs, and a function that gives its rows; ``asterisk`` is English and Spanish."""
+
+
+def _named(value: Any, known: Mapping[str, Any]) -> str | None:
+    named = isinstance(value, (str, os.PathLike)) and os.fspath(value) in known and not Path(value).exists()
+    return os.fspath(value) if named else None
 
 
 def named_model(model: Any) -> Any:
@@ -84,9 +47,8 @@ def named_model(model: Any) -> Any:
     Raises:
         ModelError: its package is not installed, or cannot be had.
     """
-    if isinstance(model, (str, os.PathLike)) and os.fspath(model) in MODELS and not Path(model).exists():
-        return str(MODELS[os.fspath(model)]())
-    return model
+    name = _named(model, MODELS)
+    return model if name is None else str(MODELS[name]())
 
 
 def named_data(data: Any) -> Any:
@@ -95,6 +57,5 @@ def named_data(data: Any) -> Any:
     Raises:
         DataError: its package is not installed, or cannot be had.
     """
-    if isinstance(data, (str, os.PathLike)) and os.fspath(data) in DATA and not Path(data).exists():
-        return DATA[os.fspath(data)][1]()
-    return data
+    name = _named(data, DATA)
+    return data if name is None else DATA[name][1]()

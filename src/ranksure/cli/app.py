@@ -1,35 +1,53 @@
-"""The application that commands register with, and its entry point."""
+"""The group of all commands, and its entry point."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
-from typing import Annotated
 
-import typer
-from rich.console import Console
+import click
+from click.shell_completion import get_completion_class
 
+from ranksure.cli.commands import CONTEXT, LazyCommands, spoken, usage_mistake
 from ranksure.errors import RanksureError
 from ranksure.openmp import wait_briefly
 
-app = typer.Typer(
-    name="ranksure",
+# In the order of --help.
+_COMMANDS = ("plan", "demo", "certify", "fit", "grow", "compress", "lab", "reproduce", "report")
+
+
+def _version(ctx: click.Context, param: click.Parameter, asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        click.echo(f"ranksure {version('ranksure')}")
+        ctx.exit()
+
+
+def _completion(ctx: click.Context, param: click.Parameter, shell: str | None) -> None:
+    if shell and (kind := get_completion_class(shell)):
+        click.echo(kind(ctx.command, {}, "ranksure", "_RANKSURE_COMPLETE").source())
+        ctx.exit()
+
+
+app = LazyCommands(
+    "ranksure",
+    lazy={name: f"ranksure.cli.{'plan' if name == 'demo' else name}:{name}" for name in _COMMANDS},
     help="Which LoRA rank does this fine-tuning need? Answered with a certificate.",
     no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    context_settings=dict(CONTEXT),
+    params=[
+        click.Option(["--version"], is_flag=True, is_eager=True, callback=_version, help="Print the version and stop."),
+        click.Option(
+            ["--completion"],
+            type=click.Choice(["bash", "zsh", "fish"]),
+            is_eager=True,
+            callback=_completion,
+            help="Print a script that completes commands and options in this shell, and stop.",
+        ),
+    ],
 )
-
-
-@app.callback(invoke_without_command=True)
-def root(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
-    """Which LoRA rank does this fine-tuning need? Answered with a certificate."""
-    if version:
-        from importlib.metadata import version as installed
-
-        typer.echo(f"ranksure {installed('ranksure')}")
-        raise typer.Exit
 
 
 def main() -> None:
@@ -37,20 +55,29 @@ def main() -> None:
     on_interrupt(_nothing)
     wait_briefly()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(_run())
+
+
+def _run() -> int:
     try:
-        app()
+        code = app.main(prog_name="ranksure", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+    except click.UsageError as error:
+        _say_error(usage_mistake(error))
+    except click.ClickException as error:
+        _say_error(error.format_message())
     except RanksureError as error:
-        Console(stderr=True, soft_wrap=True).print(
-            f"[bold red]error[/bold red] {_escaped(str(error))}", highlight=False
-        )
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        _say_interrupted()
-        raise SystemExit(130) from None
-    except SystemExit as stop:
-        if stop.code == 130:  # what typer makes of Ctrl-C
-            _say_interrupted()
-        raise
+        _say_error(spoken(str(error)))
+    except (click.Abort, KeyboardInterrupt):
+        click.echo(f"interrupted; {_left()}", err=True)
+        return 130
+    return 2
+
+
+def _say_error(message: str) -> None:
+    click.echo(f"{click.style('error', fg='red', bold=True)} {' '.join(message.split())}", err=True)
 
 
 def _nothing() -> str:
@@ -68,13 +95,3 @@ def on_interrupt(left: Callable[[], str]) -> None:
     """
     global _left
     _left = left
-
-
-def _say_interrupted() -> None:
-    Console(stderr=True, soft_wrap=True).print(f"interrupted; {_escaped(_left())}", highlight=False)
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

@@ -1,154 +1,110 @@
 """``ranksure compress``."""
 
-from __future__ import annotations
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
-from rich.console import Console
-from rich.table import Table
-
-from ranksure.cli.app import app
-from ranksure.cli.options import (
-    PLACES,
-    ROWS,
-    AdapterDir,
-    AdapterName,
-    Base,
-    BaseDtype,
-    BaseRevision,
-    CompletionColumn,
-    Decay,
-    Device,
-    Json,
-    LabelColumn,
-    Lambda,
-    LossOn,
-    MaxLength,
-    MessagesColumn,
-    NewAdapter,
-    PairColumn,
-    PromptColumn,
-    RowSeed,
-    RunBatchSize,
-    RunTask,
-    SplitName,
-    TextColumn,
-    Trust,
-    Weighting,
-    picked,
-)
-from ranksure.cli.report import report_beside
-from ranksure.cli.runs import check_out, load, provenance, show_notes
-from ranksure.cli.terminal import command_line, width
+from ranksure.cli.commands import command
+from ranksure.cli.runs import NewAdapter, RunCommand, check_out, load, provenance
+from ranksure.errors import SettingError
+from ranksure.options import COMMON, DATA, Option, whole
+from ranksure.runs.options import PlaceOptions
+from ranksure.tasks.options import values_of
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ranksure.progress import Reporter
     from ranksure.runs.resizing.compress_result import Compression
-
-_EXAMPLES = """
-[bold]Examples[/bold]
-
-  ranksure compress out/my-lora --out out/small
-
-  ranksure compress out/my-lora --data train.csv --captured 0.99 --out out/small
-
-  ranksure compress out/my-lora --data chat.jsonl --max-loss-increase 0.01 --out out/small
-
-  ranksure compress out/my-lora --data train.csv --level data-exact --out out/small
-"""
+    from ranksure.runs.saved.base import LoadedRun
+    from ranksure.runs.saved.data import RunData
 
 
-@app.command("compress", epilog=_EXAMPLES)
-def compress_command(
-    adapter_dir: AdapterDir,
-    out: NewAdapter,
-    data: Annotated[
-        str | None,
-        typer.Option("--data", help="Rows to measure the loss on: the training data, or held-out rows."),
-    ] = None,
+@dataclass(frozen=True, kw_only=True)
+class CompressCommand(RunCommand):
+    """What ``ranksure compress`` is asked."""
+
+    LEFT_OUT: ClassVar = ("packing", "tolerance")
+
+    out: NewAdapter
+    data: Annotated[str | None, Option("Rows to measure the loss on: the training data, or held-out rows.", COMMON)] = (
+        None
+    )
     level: Annotated[
-        str | None,
-        typer.Option("--level", help="lossless (default), data-exact, or budget (which the two below imply)."),
-    ] = None,
-    captured: Annotated[
-        float | None, typer.Option("--captured", help="Budget: share of the adapter's gain to keep, such as 0.99.")
-    ] = None,
-    max_loss_increase: Annotated[
-        float | None, typer.Option("--max-loss-increase", help="Budget: most that the mean loss may rise.")
-    ] = None,
-    base: Base = None,
-    weight_decay: Decay = None,
-    lam: Lambda = None,
-    adapter: AdapterName = None,
-    task: RunTask = None,
-    weighting: Weighting = "token",
-    text_column: TextColumn = "text",
-    text_pair_column: PairColumn = None,
-    label_column: LabelColumn = "label",
-    prompt_column: PromptColumn = "prompt",
-    completion_column: CompletionColumn = "completion",
-    messages_column: MessagesColumn = "messages",
-    loss_on: LossOn = "completion",
-    split: SplitName = None,
-    samples: Annotated[int | None, typer.Option("--samples", help="Measure on so many rows only.")] = None,
-    seed: RowSeed = 0,
-    max_length: MaxLength = None,
-    batch_size: RunBatchSize = None,
-    memory: Annotated[str, typer.Option("--memory", help="Memory budget of data-exact.")] = "8GB",
-    device: Device = "auto",
-    dtype: BaseDtype = "auto",
-    revision: BaseRevision = None,
-    trust_remote_code: Trust = False,
-    json: Json = False,
-) -> None:
+        Literal["lossless", "data-exact", "budget"] | None,
+        Option("lossless (default), data-exact, or budget (which the two below imply).", COMMON),
+    ] = None
+    captured: Annotated[float | None, Option("Budget: share of the adapter's gain to keep, such as 0.99.", COMMON)] = (
+        None
+    )
+    max_loss_increase: Annotated[float | None, Option("Budget: most that the mean loss may rise.", COMMON)] = None
+    samples: Annotated[int | None, Option("Measure on so many rows only.", DATA, check=whole(1))] = None
+
+
+@command(
+    CompressCommand,
+    "ranksure compress out/my-lora --out out/small",
+    "ranksure compress out/my-lora --data train.csv --captured 0.99 --out out/small",
+    "ranksure compress out/my-lora --data chat.jsonl --max-loss-increase 0.01 --out out/small",
+    "ranksure compress out/my-lora --data train.csv --level data-exact --out out/small",
+)
+def compress(asked: CompressCommand) -> None:
     """Lower the ranks of a trained adapter, with the true loss before and after."""
-    given = dict(locals())
-    check_out(out)
-    from ranksure.cli.terminal import RichReporter
+    check_out(asked.out)
+    from ranksure.cli.report import report_beside
+    from ranksure.cli.terminal import RichReporter, command_line, show_notes, window
     from ranksure.quantities import parse_memory
     from ranksure.runs.resizing.compress import check_settings, compress
 
-    chosen: Any = level or ("lossless" if captured is None and max_loss_increase is None else "budget")
-    check_settings(chosen, captured, max_loss_increase, weight_decay, lam, has_data=data is not None)
-    memory_bytes = parse_memory(memory)
-    reporter = RichReporter(Console(stderr=True))
-    run, rows = load(
-        adapter_dir,
-        data,
-        picked(given, PLACES),
-        picked(given, (*ROWS, "samples", "seed"), by_length=True),
-        weighting,
-        reporter,
-    )
+    budget = (asked.captured, asked.max_loss_increase)
+    level = asked.level or ("lossless" if budget == (None, None) else "budget")
+    check_settings(level, *budget, asked.weight_decay, asked.lam, has_data=asked.data is not None)
+    memory_bytes = parse_memory(asked.memory)
+    reporter = RichReporter()
+    run, rows = _load(asked, reporter)
     with reporter.stage("Compressing and measuring"):
         found = compress(
             run.model,
             None if rows is None else rows.batches,
-            level=chosen,
-            captured=captured,
-            max_loss_increase=max_loss_increase,
-            weight_decay=weight_decay,
-            lam=lam,
-            weighting=weighting,  # pyright: ignore[reportArgumentType]  (checked in load)
+            level=level,
+            captured=asked.captured,
+            max_loss_increase=asked.max_loss_increase,
+            weight_decay=asked.weight_decay,
+            lam=asked.lam,
+            weighting=asked.weighting,
             memory_bytes=memory_bytes,
             source=run.folder,
-            seed=seed,
+            seed=asked.seed,
         )
     with reporter.stage("Writing and checking the adapter"):
-        written = found.save(out_dir=out, **run.rewritten, extra=provenance(run, rows))
-    console = Console(stderr=json, width=width())
+        written = found.save(out_dir=asked.out, **run.rewritten, extra=provenance(run, rows))
+    console = window(asked.json)
     show(found, console)
     show_notes([*run.notes, *([] if rows is None else rows.notes), *found.notes], console)
     console.print(f"written to {written.folder}", highlight=False)
-    report_beside(out, console, command_line())
-    if json:
-        import sys
-
-        sys.stdout.write((out / "compress.json").read_text(encoding="utf-8"))
+    report_beside(asked.out, console, command_line())
+    if asked.json:
+        sys.stdout.write((asked.out / "compress.json").read_text(encoding="utf-8"))
 
 
-def show(found: Compression, console: Console) -> None:
+def _load(asked: CompressCommand, reporter: "Reporter") -> "tuple[LoadedRun, RunData | None]":
+    """The run and its data, if any was named."""
+    if asked.data is not None:
+        return load(asked, asked.data, reporter)
+    from ranksure.runs.saved.open import load_run, task_of
+
+    if (kind := task_of(asked.adapter_dir)) is not None:
+        raise SettingError(
+            f"the adapter in {asked.adapter_dir} is for the task {kind}, which is opened with data: give `data`"
+        )
+    with reporter.stage("Loading the run"):
+        return load_run(asked.adapter_dir, **values_of(asked, PlaceOptions)), None
+
+
+def show(found: "Compression", console: "Console") -> None:
     """Print what a compression did."""
+    from rich.table import Table
+
     share = found.parameters_after / found.parameters_before
     ranks = f"ranks {sum(found.ranks_before.values())} to {sum(found.ranks_after.values())}"
     console.print(

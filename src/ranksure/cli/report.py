@@ -1,47 +1,46 @@
 """``ranksure report``, and the page that other commands write beside their results."""
 
-from __future__ import annotations
-
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import typer
-from rich.console import Console
+from ranksure.cli.commands import command
+from ranksure.errors import RanksureError
+from ranksure.options import COMMON, Option, Settings
 
-from ranksure.cli.app import app
-from ranksure.cli.terminal import width
-
-_EXAMPLES = """
-[bold]Examples[/bold]
-
-  ranksure report out/demo --open
-
-  ranksure report out --out report.html
-"""
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
-@app.command("report", epilog=_EXAMPLES)
-def report_command(
-    folder: Annotated[
+@dataclass(frozen=True, kw_only=True)
+class ReportCommand(Settings):
+    """What ``ranksure report`` is asked."""
+
+    dir: Annotated[
         Path,
-        typer.Argument(
-            metavar="DIR", help="--out of plan, certify, fit, grow, compress, lab or reproduce, or a folder of several."
+        Option(
+            "`out` of plan, certify, fit, grow, compress, lab or reproduce, or a folder of several.",
+            COMMON,
+            positional=True,
         ),
-    ],
-    out: Annotated[Path | None, typer.Option("--out", help="The file to write (default: DIR/report.html).")] = None,
-    show: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
-) -> None:
+    ]
+    out: Annotated[Path | None, Option("The file to write (default: DIR/report.html).", COMMON)] = None
+    open: Annotated[bool, Option("Open it in the browser.", COMMON)] = False
+
+
+@command(ReportCommand, "ranksure report out/demo --open", "ranksure report out --out report.html")
+def report(asked: ReportCommand) -> None:
     """One page about the results in a folder: self-contained, for any screen, without a network."""
+    from ranksure.cli.terminal import window
     from ranksure.report import write_report
 
-    path = write_report(folder, out)
-    console = Console(width=width())
+    path, console = write_report(asked.dir, asked.out), window()
     console.print(f"written to {path} ({path.stat().st_size / 1000:.0f} kB)", highlight=False, markup=False)
-    if show:
+    if asked.open:
         open_page(path, console)
 
 
-def open_page(path: Path, console: Console) -> None:
+def open_page(path: Path, console: "Console") -> None:
     """Show a page in the browser; say where it is if there is none."""
     import webbrowser
 
@@ -53,7 +52,7 @@ def open_page(path: Path, console: Console) -> None:
         console.print(f"no browser could be opened: open {path.resolve()} in one", highlight=False, markup=False)
 
 
-def report_beside(folder: Path, console: Console, command: str | None = None) -> None:
+def report_beside(folder: Path, console: "Console", command: str | None = None) -> None:
     """Write ``report.html`` into a result folder; where it cannot be written, the result still stands.
 
     Args:
@@ -61,7 +60,6 @@ def report_beside(folder: Path, console: Console, command: str | None = None) ->
         console: receives one line.
         command: the command line that made it.
     """
-    from ranksure.errors import RanksureError
     from ranksure.report import write_report
 
     try:

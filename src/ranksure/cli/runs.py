@@ -1,39 +1,62 @@
-"""What the commands on trained runs share: loading, checks, records, notes."""
-
-from __future__ import annotations
+"""What the commands on trained runs share: options, loading, checks, records."""
 
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from rich.console import Console
-from rich.markup import escape
+from ranksure.cli.commands import Json
+from ranksure.options import COMMON, Option, not_negative
+from ranksure.runs.options import CertificateOptions, DataSettings, PlaceOptions
+from ranksure.tasks.options import KindOptions, values_of
 
 if TYPE_CHECKING:
+    from ranksure.progress import Reporter
+    from ranksure.runs.saved.base import LoadedRun
     from ranksure.runs.saved.data import RunData
-    from ranksure.runs.saved.open import LoadedRun
 
 
-def load(
-    adapter_dir: Path, data: str | None, places: dict[str, Any], options: dict[str, Any], weighting: str, reporter: Any
-) -> tuple[LoadedRun, RunData | None]:
-    """The run and its data, if any was named."""
-    from ranksure.errors import SettingError
-    from ranksure.runs.saved.data import DataSettings
-    from ranksure.runs.saved.open import load_run, open_run, task_of
+RunRows = Annotated[
+    str,
+    Option(
+        "The training data: labelled texts, or for a causal language model JSON lines with prompt and completion, or "
+        "messages.",
+        COMMON,
+    ),
+]
+NewAdapter = Annotated[Path, Option("Folder of the new adapter (ADAPTER_DIR itself is replaced whole).", COMMON)]
 
-    if weighting not in ("token", "sample"):
-        raise SettingError(f"unknown weighting {weighting!r}: use token or sample")
-    chosen = DataSettings(**options)
-    if data is None:
-        if (kind := task_of(adapter_dir)) is not None:
-            raise SettingError(
-                f"the adapter in {adapter_dir} is for the task {kind}, which is opened with data: give --data"
-            )
-        with reporter.stage("Loading the run"):
-            return load_run(adapter_dir, **places), None
+
+@dataclass(frozen=True, kw_only=True)
+class RunCommand(CertificateOptions, PlaceOptions, KindOptions, DataSettings):
+    """What ``certify``, ``grow`` and ``compress`` are asked about a finished run."""
+
+    adapter_dir: Annotated[
+        Path, Option("Folder of the trained LoRA adapter; it stays as it is.", COMMON, positional=True)
+    ]
+    weight_decay: Annotated[
+        float | None,
+        Option(
+            "L2 decay of PEFT's matrices A and B, as SGD applies it. AdamW's decoupled decay is none: leave it out.",
+            COMMON,
+            check=not_negative,
+        ),
+    ] = None
+    lam: Annotated[
+        float | None,
+        Option("In its place, one lambda for the updates of every module.", COMMON, "--lambda", check=not_negative),
+    ] = None
+    json: Json = False
+    by_length: bool = True
+
+
+def load(asked: RunCommand, data: str, reporter: "Reporter") -> "tuple[LoadedRun, RunData]":
+    """The run and its data."""
+    from ranksure.runs.saved.open import open_run
+
     with reporter.stage("Loading the run and reading the data"):
-        return open_run(adapter_dir, data, chosen, **places)
+        own = values_of(asked, KindOptions)
+        return open_run(asked.adapter_dir, data, asked, task_options=own, **values_of(asked, PlaceOptions))
 
 
 def check_out(out: Path) -> None:
@@ -42,25 +65,19 @@ def check_out(out: Path) -> None:
 
     try:
         if out.exists() and not out.is_dir():
-            raise AdapterError(f"--out {out} is a file: name a folder")
+            raise AdapterError(f"`out` {out} is a file: name a folder")
         if out.is_dir() and any(out.iterdir()) and not (out / "adapter_config.json").is_file():
-            raise AdapterError(f"--out {out} is not empty and holds no adapter: name a new folder, or empty this one")
+            raise AdapterError(f"`out` {out} is not empty and holds no adapter: name a new folder, or empty this one")
         parent = next((folder for folder in out.resolve().parents if folder.exists()), out.resolve())
         with tempfile.TemporaryDirectory(prefix=".ranksure-", dir=parent):
             pass
     except OSError as error:
-        raise AdapterError(f"--out {out} cannot be written: {error.strerror or error}") from None
+        raise AdapterError(f"`out` {out} cannot be written: {error.strerror or error}") from None
 
 
-def provenance(run: LoadedRun, rows: RunData | None) -> dict[str, Any]:
+def provenance(run: "LoadedRun", rows: "RunData | None") -> dict[str, Any]:
     """Which adapter, base and data a record is about: further fields of it."""
     from importlib.metadata import version
 
     data = None if rows is None else rows.described
     return {"run": run.source, "data": data, "ranksure_version": version("ranksure")}
-
-
-def show_notes(notes: list[str], console: Console) -> None:
-    """Print notes of what was read."""
-    for note in notes:
-        console.print(f"[yellow]note[/yellow] {escape(note)}", highlight=False)

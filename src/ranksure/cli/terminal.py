@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
+from ranksure.cli.commands import spoken
 from ranksure.progress import Advance
 
 
-def width() -> int | None:
-    """Wide tables where nothing says how wide the reader's window is."""
-    return None if sys.stdout.isatty() else 140
+class Window(Console):
+    """Where results are shown; arguments that a sentence of the library names become options."""
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        return super().render_str(spoken(text), **how)
+
+
+def window(json: bool = False) -> Window:
+    """Standard output, or standard error where that is for JSON; wide tables where no width is known."""
+    return Window(stderr=json, width=None if sys.stdout.isatty() else 140)
 
 
 def command_line() -> str:
@@ -23,11 +34,17 @@ def command_line() -> str:
     return shlex.join(["ranksure", *sys.argv[1:]])
 
 
-class RichReporter:
-    """Progress bars on a console."""
+def show_notes(notes: Iterable[str], console: Console) -> None:
+    """Print notes of what was read."""
+    for note in notes:
+        console.print(f"[yellow]note[/yellow] {escape(note)}", highlight=False)
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+
+class RichReporter:
+    """Progress bars on a console, by default standard error."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
 
     @contextmanager
     def stage(self, title: str) -> Iterator[Advance]:

@@ -14,11 +14,11 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from ranksure.choices import LossOn
 from ranksure.data.tables import MissingColumnError, Table, read_source
 from ranksure.data.texts import content_hash
 from ranksure.errors import DataError, ModelError, SettingError, one_line, shown
 
-LossOn = Literal["completion", "all"]
 Form = Literal["prompt and completion", "messages"]
 IGNORED = -100
 """Label of a token that carries no loss, as everywhere in transformers."""
@@ -201,39 +201,49 @@ def encode(examples: Examples, tokenizer: Any, *, max_length: int, loss_on: Loss
     if loss_on not in ("completion", "all"):
         raise SettingError(f"unknown loss_on {loss_on!r}: use completion or all")
     out = Encoded()
-    whole = loss_on == "all"
-    if examples.form == "messages":
-        if not getattr(tokenizer, "chat_template", None):
-            raise ModelError(
-                "the tokenizer has no chat template, which messages need: write the data as prompt and completion, or "
-                "save a template with the tokenizer"
-            )
-        marked = isinstance(tokenizer.chat_template, str) and _MARKERS.search(tokenizer.chat_template) is not None
-        if marked and not whole and not any(examples.prompts):
-            ids, masks = _marked(examples, tokenizer)
-        else:
-            texts, spans = _rendered(examples, tokenizer, out.notes, whole)
-            ids, masks, _ = _masked(texts, spans, tokenizer, special=False)
-    else:
-        texts = [p + c for p, c in zip(examples.prompts, examples.completions, strict=True)]
-        starts = [0 if whole else len(prompt) for prompt in examples.prompts]
-        ids, masks, across = _masked(
-            texts, [[(s, len(t))] for s, t in zip(starts, texts, strict=True)], tokenizer, special=True
-        )
-        for row, mask in zip(ids, masks, strict=True):
-            if tokenizer.eos_token_id is not None and row[-1:] != [tokenizer.eos_token_id]:
-                row.append(tokenizer.eos_token_id)
-                mask.append(True)
-        special = set(tokenizer.all_special_ids)
-        if tokenizer.eos_token_id is None and not all(row[-1] in special for row in ids):
-            out.notes.append("The tokenizer has no end token: completions end without one.")
-        if across and not whole:
-            out.notes.append(
-                f"In {across} of {len(texts)} rows a token spans the end of the prompt; it counts as completion. Where "
-                "prompts end with a space, move the space to the completion."
-            )
+    tokens = _of_messages if examples.form == "messages" else _of_prompts
+    ids, masks = tokens(examples, tokenizer, out.notes, loss_on == "all")
     _collect(out, ids, masks, max_length, examples.source)
     return out
+
+
+Tokens = tuple[list[list[int]], list[list[bool]]]
+"""Token ids by row, and whether each carries loss."""
+
+
+def _of_messages(examples: Examples, tokenizer: Any, notes: list[str], whole: bool) -> Tokens:
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
+        raise ModelError(
+            "the tokenizer has no chat template, which messages need: write the data as prompt and completion, or "
+            "save a template with the tokenizer"
+        )
+    marked = isinstance(template, str) and _MARKERS.search(template) is not None
+    if marked and not whole and not any(examples.prompts):
+        return _marked(examples, tokenizer)
+    texts, spans = _rendered(examples, tokenizer, notes, whole)
+    return _masked(texts, spans, tokenizer, special=False)[:2]
+
+
+def _of_prompts(examples: Examples, tokenizer: Any, notes: list[str], whole: bool) -> Tokens:
+    texts = [p + c for p, c in zip(examples.prompts, examples.completions, strict=True)]
+    starts = [0 if whole else len(prompt) for prompt in examples.prompts]
+    spans = [[(start, len(text))] for start, text in zip(starts, texts, strict=True)]
+    ids, masks, across = _masked(texts, spans, tokenizer, special=True)
+    end = tokenizer.eos_token_id
+    for row, mask in zip(ids, masks, strict=True):
+        if end is not None and row[-1:] != [end]:
+            row.append(end)
+            mask.append(True)
+    special = set(tokenizer.all_special_ids)
+    if end is None and not all(row[-1] in special for row in ids):
+        notes.append("The tokenizer has no end token: completions end without one.")
+    if across and not whole:
+        notes.append(
+            f"In {across} of {len(texts)} rows a token spans the end of the prompt; it counts as completion. Where "
+            "prompts end with a space, move the space to the completion."
+        )
+    return ids, masks
 
 
 def _collect(out: Encoded, ids: list[list[int]], masks: list[list[bool]], max_length: int, source: str) -> None:
@@ -251,7 +261,7 @@ def _collect(out: Encoded, ids: list[list[int]], masks: list[list[bool]], max_le
     if dropped := len(ids) - len(out.rows):
         out.notes.append(f"{dropped} of {len(ids)} rows have no token with a loss left and were dropped.")
     if not out.rows:
-        raise DataError(f"{source}: no row has a token with a loss within {max_length} tokens; raise --max-length")
+        raise DataError(f"{source}: no row has a token with a loss within {max_length} tokens; raise `max_length`")
 
 
 def _masked(

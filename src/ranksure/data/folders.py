@@ -21,12 +21,7 @@ def class_folders(
     """Files, class ids, class names and notes of a folder of class folders.
 
     Classes come in the order of their names, in numeric order where all are numbers; files by path.
-
-    Args:
-        folder: holds a folder per class; or a folder per split (``train``, ``validation``, ``test``) that does.
-        split: which split, where there are several; by default ``train``, or the only one.
-        noun: what an input is called in messages, such as "recording".
-        is_input: whether a file is one, by its name.
+    The folder may hold one such folder per split (``train``, ``validation``, ``test``).
 
     Raises:
         DataError: inputs of no class, fewer than two classes, or a class without inputs.

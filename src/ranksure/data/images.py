@@ -1,8 +1,4 @@
-"""Labelled images: read, decoded, checked, coded.
-
-:func:`load_image_rows` turns a folder of class folders, a table of paths, or a data set into :class:`ImageRows`;
-whatever cannot be used is one clear :class:`~ranksure.errors.DataError`.
-"""
+"""Labelled images: read, decoded, checked, coded."""
 
 from __future__ import annotations
 
@@ -18,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from ranksure.data.media import Found, Seen, decode_inputs, find_inputs, inputs_in_memory
+from ranksure.data import media
 from ranksure.data.samples import Samples
 from ranksure.errors import DataError, one_line, shown
 from ranksure.progress import Reporter
@@ -66,13 +62,10 @@ def load_image_rows(
     """Read labelled images.
 
     Args:
-        source: a folder with one folder of images per class (or, one level up, a folder with such a folder for
-            each split); a ``.csv``, ``.tsv``, ``.jsonl``, ``.json`` or ``.parquet`` file with a column of paths
-            (relative to the file's folder) or of encoded images; a folder that ``datasets.save_to_disk`` wrote; a
-            Hub id (``owner/name``, or ``owner/name:configuration``); a data frame; a data set.
+        source: as :func:`ranksure.data.media.find_inputs` takes it, which raises what it cannot use.
         image_column: the column of images: paths, encoded bytes, PIL images, or uint8 arrays.
-        label_column: the column of labels, as for :func:`ranksure.data.texts.load_rows`.
-        split: which split, where there are several; by default ``train``, or the only one.
+        label_column: the column of labels.
+        split: which split, where there are several.
         reporter: shown the decoding; silent by default.
 
     Returns:
@@ -81,20 +74,10 @@ def load_image_rows(
         greyscale. ``notes`` tell either.
 
     Raises:
-        DataError: the source cannot be read, or an image or label cannot be used.
+        DataError: an image cannot be used.
         MemoryBudgetError: the decoded images would take more than 4 GiB.
-        SettingError: the arguments contradict each other.
     """
-    found = find_inputs(
-        source,
-        column=image_column,
-        label_column=label_column,
-        split=split,
-        noun="image",
-        kind="image",
-        is_input=_is_image_name,
-    )
-    return _rows(found, reporter)
+    return _rows(media.find_inputs(source, _MEDIUM, image_column, label_column, split), reporter)
 
 
 def image_rows(
@@ -108,14 +91,14 @@ def image_rows(
 
     Args:
         images: PIL images, or uint8 arrays ``(height, width)``, ``(height, width, 1)`` or ``(height, width, 3)``.
-        labels: one per image: class ids where ``label_names`` are given, else labels as in a file.
-        label_names: the name of each class id.
+        labels: class ids where ``label_names`` are given, else labels as in a file.
+        label_names: by class id.
         source: what messages call them.
 
     Raises:
         DataError: an image or label cannot be used, or the numbers of images and labels differ.
     """
-    return _rows(inputs_in_memory(list(images), labels, label_names, source, "image"), None)
+    return _rows(media.inputs_in_memory(list(images), labels, label_names, source, _MEDIUM.noun), None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -127,20 +110,21 @@ def _is_image_name(path: Path) -> bool:
     return Image.registered_extensions().get(path.suffix.lower()) in Image.OPEN
 
 
-def _rows(found: Found, reporter: Reporter | None) -> ImageRows:
-    source, labels, names = found.source, found.labels, found.names
-    images, notes = decode_inputs(found, _decoded, noun="image", smaller="smaller", most=MAX_BYTES, reporter=reporter)
+_MEDIUM = media.Medium("image", "image", "smaller", _is_image_name)
+
+
+def _rows(found: media.Found, reporter: Reporter | None) -> ImageRows:
+    images, notes = media.decode_inputs(found, _decoded, _MEDIUM, MAX_BYTES, reporter)
     grey = sum(image.ndim == 2 for image in images)
     if 0 < grey < len(images):
         images = [np.repeat(image[:, :, None], 3, 2) if image.ndim == 2 else image for image in images]
         notes.append(
-            f"{source}: {grey} of {len(images)} images are greyscale and the others in colour; all are read as RGB."
+            f"{found.source}: {grey} of {len(images)} images are greyscale and the others in colour; all are read as "
+            "RGB."
         )
-    digest = hashlib.sha256()
-    for image, label in zip(images, labels, strict=True):
-        digest.update(_digest(image) + names[label].encode() + b"\n")
+    sha256 = media.labelled_sha256([_digest(image) for image in images], found)
     return ImageRows(
-        images=images, labels=labels, label_names=names, source=source, sha256=digest.hexdigest(), notes=notes
+        images=images, labels=found.labels, label_names=found.names, source=found.source, sha256=sha256, notes=notes
     )
 
 
@@ -148,12 +132,9 @@ def _digest(image: Pixels) -> bytes:
     return hashlib.sha256(repr(image.shape).encode() + np.ascontiguousarray(image).tobytes()).digest()
 
 
-def _decoded(value: Any, place: str, base: Path, seen: Seen) -> Pixels:
+def _decoded(value: Any, place: str, base: Path, seen: media.Seen) -> Pixels:
     """A path, encoded bytes, a PIL image or an array as 8-bit greyscale or RGB."""
-    if isinstance(value, dict) and set(value) >= {"bytes", "path"}:  # as datasets keeps an image
-        value = value["bytes"] if value["bytes"] is not None else value["path"]
-    if value is None or (isinstance(value, str) and not value):
-        raise DataError(f"{place}: the image is missing; remove the row or fill it in")
+    value = media.given(value, place, base, _MEDIUM.noun)
     if isinstance(value, np.ndarray):
         return _checked(value, place)
     if isinstance(value, list):  # how a data frame or a data set gives back an array
@@ -162,15 +143,9 @@ def _decoded(value: Any, place: str, base: Path, seen: Seen) -> Pixels:
         return _checked(array.astype(np.uint8) if whole else array, place)
     if isinstance(value, Image.Image):
         return _pixels(value, place, seen)
-    if isinstance(value, bytes):
-        file: Any = io.BytesIO(value)
-    elif isinstance(value, (str, Path)):
-        file = base / Path(value).expanduser()
-        if not file.is_file():
-            relative = "" if Path(value).is_absolute() else f" (paths are relative to {base.resolve()})"
-            raise DataError(f"{place}: no such image {file}{relative}")
-    else:
+    if not isinstance(value, (bytes, Path)):
         raise DataError(f"{place}: {shown(value)} is no image but of type {type(value).__name__}")
+    file = io.BytesIO(value) if isinstance(value, bytes) else value
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged metadata, which does not matter
@@ -186,10 +161,10 @@ def _decoded(value: Any, place: str, base: Path, seen: Seen) -> Pixels:
         reason = (
             "no image format that Pillow knows" if isinstance(error, Image.UnidentifiedImageError) else one_line(error)
         )
-        raise DataError(f"{place}: the image does not decode ({reason}); replace or remove it") from None
+        raise media.undecodable(place, _MEDIUM.noun, reason) from None
 
 
-def _pixels(image: Image.Image, place: str, seen: Seen) -> Pixels:
+def _pixels(image: Image.Image, place: str, seen: media.Seen) -> Pixels:
     if getattr(image, "n_frames", 1) > 1:
         seen.converted["have several frames, of which the first is read"] += 1
     mode = image.mode

@@ -1,8 +1,6 @@
 """Labelled recordings: read, decoded, mixed to mono, resampled, checked and coded.
 
-:func:`load_speech_rows` turns a folder of class folders, a table of paths, or a data set into :class:`SpeechRows`;
-whatever cannot be used is one clear :class:`~ranksure.errors.DataError`. Recordings are decoded with ``soundfile``
-(wav, flac, ogg, mp3); without it, wav files by SciPy.
+They are decoded with ``soundfile`` (wav, flac, ogg, mp3).
 """
 
 from __future__ import annotations
@@ -10,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +15,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.io import wavfile
 from scipy.signal import resample_poly
 
-from ranksure.data.media import Found, Seen, decode_inputs, find_inputs, inputs_in_memory
+from ranksure.data import media
 from ranksure.data.samples import Samples
 from ranksure.errors import DataError, SettingError, one_line, shown
 from ranksure.progress import Reporter
@@ -39,7 +35,6 @@ MAX_SECONDS = 120
 MAX_BYTES = 4 * 2**30
 """Decoded recordings are held in memory; more than this is refused."""
 SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au"}
-SOUNDFILE_INSTALL = "pip install soundfile"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,14 +74,11 @@ def load_speech_rows(
     """Read labelled recordings.
 
     Args:
-        source: a folder with one folder of recordings per class (or, one level up, a folder with such a folder for
-            each split); a ``.csv``, ``.tsv``, ``.jsonl``, ``.json`` or ``.parquet`` file with a column of paths
-            (relative to the file's folder) or of encoded recordings; a folder that ``datasets.save_to_disk`` wrote; a
-            Hub id (``owner/name``, or ``owner/name:configuration``); a data frame; a data set.
+        source: as :func:`ranksure.data.media.find_inputs` takes it, which raises what it cannot use.
         audio_column: the column of recordings: paths, encoded bytes, or dictionaries with ``array`` and
             ``sampling_rate``.
-        label_column: the column of labels, as for :func:`ranksure.data.texts.load_rows`.
-        split: which split, where there are several; by default ``train``, or the only one.
+        label_column: the column of labels.
+        split: which split, where there are several.
         sampling_rate: in Hz; recordings of another rate are resampled to it, which ``notes`` tell.
         reporter: shown the decoding; silent by default.
 
@@ -95,20 +87,10 @@ def load_speech_rows(
         two minutes cut; ``notes`` tell either.
 
     Raises:
-        DataError: the source cannot be read, or a recording or label cannot be used.
+        DataError: a recording cannot be used.
         MemoryBudgetError: the decoded recordings would take more than 4 GiB.
-        SettingError: the arguments contradict each other.
     """
-    found = find_inputs(
-        source,
-        column=audio_column,
-        label_column=label_column,
-        split=split,
-        noun="recording",
-        kind="audio",
-        is_input=is_audio_name,
-    )
-    return _rows(found, sampling_rate, reporter)
+    return _rows(media.find_inputs(source, _MEDIUM, audio_column, label_column, split), sampling_rate, reporter)
 
 
 def speech_rows(
@@ -123,16 +105,16 @@ def speech_rows(
 
     Args:
         waveforms: float arrays ``(samples,)`` or ``(channels, samples)``, or int16 ones.
-        labels: one per recording: class ids where ``label_names`` are given, else labels as in a file.
+        labels: class ids where ``label_names`` are given, else labels as in a file.
         sampling_rate: of all of them, in Hz.
-        label_names: the name of each class id.
+        label_names: by class id.
         source: what messages call them.
 
     Raises:
         DataError: a recording or label cannot be used, or their numbers differ.
     """
     values = [{"array": waveform, "sampling_rate": sampling_rate} for waveform in waveforms]
-    return _rows(inputs_in_memory(values, labels, label_names, source, "recording"), sampling_rate, None)
+    return _rows(media.inputs_in_memory(values, labels, label_names, source, _MEDIUM.noun), sampling_rate, None)
 
 
 def resampled(waveform: Waveform, rate: int, wanted: int) -> Waveform:
@@ -148,31 +130,45 @@ def is_audio_name(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES
 
 
+def soundfile() -> Any:
+    """The library ``soundfile``, imported when a recording is read.
+
+    Raises:
+        DataError: it brings no libsndfile for this machine, and the system has none.
+    """
+    try:
+        import soundfile
+    except OSError as error:
+        raise DataError(
+            f"recordings are decoded by libsndfile, which is missing here ({one_line(error)}); install it (Debian: "
+            "apt-get install libsndfile1)"
+        ) from None
+    return soundfile
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # decoding
 
 
-def _rows(found: Found, sampling_rate: int, reporter: Reporter | None) -> SpeechRows:
+_MEDIUM = media.Medium("recording", "audio", "shorter", is_audio_name)
+
+
+def _rows(found: media.Found, sampling_rate: int, reporter: Reporter | None) -> SpeechRows:
     if not 1000 <= sampling_rate <= 384_000:
         raise SettingError(f"sampling rate {sampling_rate} Hz is out of range: use 1000 to 384000, as a rule 16000")
-    labels, names = found.labels, found.names
 
-    def decode(value: Any, place: str, base: Path, seen: Seen) -> Waveform:
+    def decode(value: Any, place: str, base: Path, seen: media.Seen) -> Waveform:
         return _waveform(value, place, base, sampling_rate, seen)
 
-    waveforms, notes = decode_inputs(
-        found, decode, noun="recording", smaller="shorter", most=MAX_BYTES, reporter=reporter
-    )
-    digest = hashlib.sha256(f"{sampling_rate}\n".encode())
-    for waveform, label in zip(waveforms, labels, strict=True):
-        digest.update(_digest(waveform) + names[label].encode() + b"\n")
+    waveforms, notes = media.decode_inputs(found, decode, _MEDIUM, MAX_BYTES, reporter)
+    digests = [_digest(waveform) for waveform in waveforms]
     return SpeechRows(
         waveforms=waveforms,
         sampling_rate=sampling_rate,
-        labels=labels,
-        label_names=names,
+        labels=found.labels,
+        label_names=found.names,
         source=found.source,
-        sha256=digest.hexdigest(),
+        sha256=media.labelled_sha256(digests, found, f"{sampling_rate}\n".encode()),
         notes=notes,
     )
 
@@ -181,7 +177,7 @@ def _digest(waveform: Waveform) -> bytes:
     return hashlib.sha256(np.ascontiguousarray(waveform).tobytes()).digest()
 
 
-def _waveform(value: Any, place: str, base: Path, sampling_rate: int, seen: Seen) -> Waveform:
+def _waveform(value: Any, place: str, base: Path, sampling_rate: int, seen: media.Seen) -> Waveform:
     """A path, encoded bytes or an array as mono float32 at the wanted rate."""
     array, rate = _decoded(value, place, base)
     if array.ndim == 2 and array.shape[1] > 1:
@@ -203,21 +199,14 @@ def _decoded(value: Any, place: str, base: Path) -> tuple[NDArray[Any], int]:
     """Samples ``(n,)`` or ``(n, channels)`` at full scale 1, and their rate in Hz."""
     if isinstance(value, dict) and "array" in value:
         return _array(value["array"], value.get("sampling_rate"), place)
-    if isinstance(value, dict) and set(value) >= {"bytes", "path"}:  # as datasets keeps a recording
-        value = value["bytes"] if value["bytes"] is not None else value["path"]
-    if value is None or (isinstance(value, (str, bytes)) and not value):
-        raise DataError(f"{place}: the recording is missing; remove the row or fill it in")
-    if isinstance(value, bytes):
-        raw = value
-    elif isinstance(value, (str, Path)):
-        file = base / Path(value).expanduser()
-        if not file.is_file():
-            relative = "" if Path(value).is_absolute() else f" (paths are relative to {base.resolve()})"
-            raise DataError(f"{place}: no such recording {file}{relative}")
+    value = media.given(value, place, base, _MEDIUM.noun)
+    if isinstance(value, Path):
         try:
-            raw = file.read_bytes()
+            raw = value.read_bytes()
         except OSError as error:
-            raise DataError(f"{place}: {file} cannot be read: {error.strerror}") from None
+            raise DataError(f"{place}: {value} cannot be read: {error.strerror}") from None
+    elif isinstance(value, bytes):
+        raw = value
     else:
         raise DataError(
             f"{place}: {shown(value)} is no recording but of type {type(value).__name__}; give a path, or a dictionary "
@@ -225,35 +214,16 @@ def _decoded(value: Any, place: str, base: Path) -> tuple[NDArray[Any], int]:
         )
     if not raw:
         raise DataError(f"{place}: the recording is empty (a file of 0 bytes); replace or remove it")
+    library = soundfile()
     try:
-        import soundfile
-    except (ImportError, OSError):  # not installed, or without its library
-        return _wav(raw, place)
-    try:
-        return soundfile.read(io.BytesIO(raw), dtype="float32")
+        return library.read(io.BytesIO(raw), dtype="float32")
     except Exception as error:  # whatever a damaged file makes the library raise
-        raise DataError(f"{place}: the recording does not decode ({_reason(error)}); replace or remove it") from None
+        raise media.undecodable(place, _MEDIUM.noun, _reason(error)) from None
 
 
 def _reason(error: Exception) -> str:
     """Libsndfile's message without the name of the stream in memory."""
     return one_line(error).rpartition(">: ")[2].rstrip(".") or type(error).__name__
-
-
-def _wav(raw: bytes, place: str) -> tuple[NDArray[Any], int]:
-    if raw[:4] not in (b"RIFF", b"RIFX"):
-        raise DataError(f"{place}: the recording is no wav file; other formats need a library: {SOUNDFILE_INSTALL}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", wavfile.WavFileWarning)  # chunks of notes that it does not read
-            rate, samples = wavfile.read(io.BytesIO(raw))
-    except Exception as error:  # as above
-        raise DataError(f"{place}: the recording does not decode ({one_line(error)}); replace or remove it") from None
-    if samples.dtype.kind == "f":
-        return samples, rate
-    # PCM: 8 bits are unsigned, 24 come shifted into 32.
-    whole = samples.astype(np.float64) - (128 if samples.dtype == np.uint8 else 0)
-    return (whole / 2.0 ** (8 * samples.dtype.itemsize - 1)).astype(np.float32), rate
 
 
 def _array(array: Any, rate: Any, place: str) -> tuple[NDArray[Any], int]:

@@ -1,8 +1,4 @@
-"""Labelled inputs of any kind: what texts, images and recordings share.
-
-:class:`Samples` knows labels, order and origin; its subclasses hold the inputs. Every operation is
-deterministic given a seed.
-"""
+"""Labelled inputs of any kind: what texts, images and recordings share. All is deterministic given a seed."""
 
 from __future__ import annotations
 
@@ -21,7 +17,7 @@ AnySamples = TypeVar("AnySamples", bound="Samples")
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """Labelled inputs.
+    """Labelled inputs, whose subclasses hold them.
 
     Attributes:
         labels: a class id per row, from 0; for regression a float.

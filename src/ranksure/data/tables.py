@@ -1,7 +1,6 @@
 """Where labelled rows come from: text files, Parquet, data frames, saved data sets, the Hub.
 
-A source is read into a :class:`Table`: the wanted columns as plain lists, nothing checked but the
-form. What the values must be is :mod:`ranksure.data.texts`'s business.
+Nothing is checked but the form: what the values must be is :mod:`ranksure.data.texts`'s business.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from ranksure.data.folders import is_saved_data_set
 from ranksure.errors import DataError, SettingError, one_line, shown
 
 if TYPE_CHECKING:  # datasets takes a second to import: only sources that need it pay
@@ -295,7 +295,7 @@ def _parquet(path: Path, raw: bytes, wanted: Sequence[str], label_column: str) -
 
 
 def _saved(path: Path, wanted: Sequence[str], label_column: str, split: str | None) -> Table:
-    if not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+    if not is_saved_data_set(path):
         files = sorted(p.name for p in path.iterdir() if p.suffix.lower() in {".csv", ".tsv", ".jsonl", ".parquet"})
         hint = f"name one of its files ({', '.join(files[:5])})" if files else "name a file"
         raise DataError(f"{path} is a folder, but not one that datasets.save_to_disk wrote; {hint}")

@@ -1,8 +1,4 @@
-"""Labelled texts: read, checked, coded and shuffled.
-
-:func:`load_rows` turns a table into :class:`Rows`; whatever cannot be used is one clear
-:class:`~ranksure.errors.DataError`. Every check is on the whole table, before any is sampled.
-"""
+"""Labelled texts: read, checked and coded; every check is on the whole table, before any is sampled."""
 
 from __future__ import annotations
 
@@ -62,13 +58,12 @@ def load_rows(
     """Read a table of labelled texts.
 
     Args:
-        source: a ``.csv``, ``.tsv``, ``.jsonl``, ``.json`` (lines, or one array) or ``.parquet`` file; a
-            folder that ``datasets.save_to_disk`` wrote; a Hub id (``owner/name``, or
-            ``owner/name:configuration``); a data frame; a data set.
+        source: a ``.csv``, ``.tsv``, ``.jsonl``, ``.json`` (lines, or one array) or ``.parquet`` file; a folder that
+            ``datasets.save_to_disk`` wrote; a Hub id (``owner/name``, or ``owner/name:configuration``); a data frame; a
+            data set.
         text_column: the column of texts.
-        label_column: the column of labels: strings, integers or booleans, or floats for regression.
-            Numbers written as strings or floats (``"1"``, ``1.0``) are the integers they equal; strings
-            lose white space at their ends.
+        label_column: the column of labels: strings, integers or booleans, or floats for regression. Numbers written as
+            strings or floats (``"1"``, ``1.0``) are the integers they equal; strings lose white space at their ends.
         text_pair_column: the column of second texts (entailment, paraphrase), or None.
         split: which split of a Hub or saved data set; by default ``train``, or the only one.
         regression: read labels as finite floats, for the squared error.
@@ -88,9 +83,7 @@ def load_rows(
     table = read_source(source, wanted, label_column, split)
     values = table.columns
     if not values[text_column]:
-        raise DataError(
-            f"{table.name} has a header but no rows" if table.lines is not None else f"{table.name} is empty"
-        )
+        raise DataError(f"{table.name} {'has a header but no rows' if table.lines is not None else 'is empty'}")
     notes = list(table.notes)
     if regression:
         labels: list[Any] = _targets(table, label_column)
@@ -98,15 +91,13 @@ def load_rows(
     else:
         labels, names = classes(table, label_column)
         content = [names[label] for label in labels]
-        if absent := sorted(set(range(len(names))) - set(labels)):
-            notes.append(f"{table.name} has no row of {listed([names[i] for i in absent])}.")
+        notes += absent_classes(table, labels, names)
     columns = {column: _texts(table, column) for column in wanted if column != label_column}
     sha256 = table.sha256 or content_hash([*columns.values(), content])
     cut = {column: _truncated(texts, column, notes) for column, texts in columns.items()}
-    pairs = None if text_pair_column is None else cut[text_pair_column]
     return Rows(
         texts=cut[text_column],
-        pairs=pairs,
+        pairs=None if text_pair_column is None else cut[text_pair_column],
         labels=labels,
         label_names=names,
         source=table.name,
@@ -192,6 +183,12 @@ def classes(table: Table, column: str) -> tuple[list[int], list[str]]:
     return labels, names
 
 
+def absent_classes(table: Table, labels: Sequence[int], names: Sequence[str]) -> list[str]:
+    """A sentence on named classes that have no row, if any."""
+    absent = sorted(set(range(len(names))) - set(labels))
+    return [f"{table.name} has no row of {listed([names[i] for i in absent])}."] if absent else []
+
+
 def _check_class_count(table: Table, column: str, distinct: Sequence[Any], n_rows: int) -> None:
     fractions = any(isinstance(key, float) for key in distinct)
     # Measurements rarely repeat; names and whole numbers that never do are identifiers.
@@ -201,7 +198,7 @@ def _check_class_count(table: Table, column: str, distinct: Sequence[Any], n_row
         examples = ", ".join(shown(str(key), 20) for key in distinct[:3])
         cure = "choose another label column"
         if not isinstance(distinct[0], str):
-            cure = f"for regression use --loss squared-error, else {cure}"
+            cure = f"for regression use `loss` squared-error, else {cure}"
         raise DataError(
             f"{table.name}: column {column!r} has {found} ({examples}, ...), which are not classes (at most "
             f"{MAX_CLASSES:,}); {cure}"

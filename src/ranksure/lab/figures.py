@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from cycler import cycler
+from matplotlib.rcsetup import cycler
+
+from ranksure.lab.claim import Curve
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -18,6 +21,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 
 INK = "#333333"
 
+_MARKERS = "osD^vPX*"
 _STYLE: Any = {
     "axes.prop_cycle": cycler(color=COLOURS),
     "font.size": 10,
@@ -35,11 +39,12 @@ _STYLE: Any = {
     "lines.linewidth": 1.8,
     "lines.markersize": 5,
     "figure.dpi": 100,
+    "svg.hashsalt": "ranksure",  # the same bytes for the same figure
 }
 
 
 def style() -> AbstractContextManager[None]:
-    """The style, for as long as the context lasts; entries are run inside it."""
+    """The style, for as long as the context lasts; claims are measured inside it."""
     import matplotlib as mpl
 
     return mpl.rc_context(_STYLE)
@@ -58,16 +63,89 @@ def panels(columns: int, rows: int = 1, *, height: float = 3.6) -> tuple[Figure,
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def png(figure: Figure, scale: int = 2) -> bytes:
-    """The figure as PNG, ``scale`` times 800 pixels wide."""
+def image(figure: Figure, kind: str) -> bytes:
+    """The figure as ``png`` (1,600 pixels wide) or ``svg``."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100 * scale, metadata={"Software": None})
+    dropped = {"png": "Software", "svg": "Date"}[kind]
+    figure.savefig(buffer, format=kind, dpi=200, metadata={dropped: None})
     return buffer.getvalue()
 
 
-def lines(axes: Any, x: Sequence[float], series: dict[str, Sequence[float]], **style: Any) -> None:
-    """Lines with markers and a legend, one colour each."""
-    markers = "osD^vP"
-    for index, (label, y) in enumerate(series.items()):
-        axes.plot(x, y, marker=markers[index % 6], color=COLOURS[index % 6], label=label, **style)
-    axes.legend()
+def curve_panels(
+    curves: Sequence[Curve],
+    *,
+    x: str,
+    y: str,
+    height: float = 2.7,
+    transform: Callable[[Curve], Sequence[float]] = lambda curve: curve.y,
+    y_scale: str = "linear",
+    level: Mapping[str, float] | float | None = None,
+    level_label: str = "",
+    markers: bool = False,
+) -> Figure:
+    """One panel per group of curves, one colour per label, a shared legend below; x is logarithmic.
+
+    Args:
+        curves: the lines.
+        x: name of the axis.
+        y: name of the axis.
+        height: inches of a row.
+        transform: what is drawn of a curve.
+        y_scale: ``log`` or ``linear``.
+        level: a horizontal line, one for all panels or by group.
+        level_label: its label.
+        markers: draw the points.
+    """
+    groups: dict[str, list[Curve]] = {}
+    for curve in curves:
+        groups.setdefault(curve.group, []).append(curve)
+    labels = list(dict.fromkeys(curve.label for curve in curves))
+    columns = min(2, len(groups))
+    rows = -(-len(groups) // columns)
+    figure, axes = panels(columns, rows, height=height if rows > 1 else 3.6)
+    handles: dict[str, Any] = {}
+    for axis in axes.flat[len(groups) :]:
+        axis.set_visible(False)
+    for index, (axis, (group, mine)) in enumerate(zip(axes.flat, groups.items(), strict=False)):
+        for curve in mine:
+            handles[curve.label] = _curve(axis, curve, transform(curve), labels.index(curve.label), markers)
+        at = level.get(group) if isinstance(level, Mapping) else level
+        if at is not None:
+            handles[level_label] = axis.axhline(at, color=INK, linestyle=(0, (4, 3)), linewidth=1, zorder=0.9)
+        axis.set_title(group)
+        _x_axis(axis, [value for curve in mine for value in curve.x], markers)
+        if y_scale == "log":
+            axis.set_yscale("log")
+        elif all(float(value).is_integer() for curve in mine for value in curve.y):
+            axis.yaxis.get_major_locator().set_params(integer=True)  # ranks
+        if index >= len(groups) - columns:
+            axis.set_xlabel(x)
+        if index % columns == 0:
+            axis.set_ylabel(y)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(3, len(handles)))
+    return figure
+
+
+def _curve(axis: Axes, curve: Curve, values: Sequence[float], place: int, markers: bool) -> Any:
+    """A line in the style of its place among the labels."""
+    style: Any = {"color": COLOURS[place % len(COLOURS)], "linestyle": ("-", "--", ":")[place // len(COLOURS) % 3]}
+    if markers:
+        style["marker"] = _MARKERS[place % len(_MARKERS)]
+    (handle,) = axis.plot(curve.x, values, label=curve.label, **style)
+    if curve.spread is not None:
+        y, spread = np.asarray(values), np.asarray(curve.spread)
+        axis.fill_between(curve.x, y - spread, y + spread, color=style["color"], alpha=0.15, lw=0)
+    return handle
+
+
+def _x_axis(axis: Axes, values: Sequence[float], markers: bool) -> None:
+    """Logarithmic, so that a start at step 0 has its place, too; a few whole numbers are ticks of their own."""
+    if min(values) > 0:
+        axis.set_xscale("log")
+        ticks = sorted(set(values))
+        if markers and len(ticks) <= 8 and all(value == int(value) for value in ticks):
+            axis.set_xticks(ticks, [f"{value:g}" for value in ticks])
+            axis.set_xticks([], minor=True)
+    else:
+        axis.set_xscale("symlog", linthresh=min((v for v in values if v > 0), default=1), linscale=0.3)
+        axis.set_xlim(left=0)

@@ -1,86 +1,172 @@
-"""Finding, running and writing lab entries."""
+"""Claims found by their names, measured and written: one way for the theory's and the paper's.
+
+Names and words are read without running a claim's file, so that a list needs neither torch nor matplotlib.
+"""
 
 from __future__ import annotations
 
-import difflib
-import json
-import pkgutil
+import ast
+import csv
+import io
 import platform
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ranksure.errors import SettingError
-from ranksure.files import write_file
-from ranksure.lab import entries
-from ranksure.lab.entry import Entry, Finding, Run
-from ranksure.lab.figures import png, style
+from ranksure.lab.claim import Claim, Finding, Run, Table
+from ranksure.lab.output import json_bytes, near, plain, write_whole
 
 
-def names() -> list[str]:
-    """Names of all entries; one per file of ``ranksure/lab/entries``."""
-    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(entries.__path__))
+@dataclass(frozen=True)
+class Shelf:
+    """The claims that one command measures.
 
-
-def load(name: str) -> Entry:
-    """An entry by its name.
-
-    Raises:
-        SettingError: there is none of that name.
+    Attributes:
+        command: its name.
+        folder: of this package, one claim per file.
+        what: what an error message calls a claim.
+        verdicts: that all, some or none of a claim was found.
+        all: whether the command takes ``all`` for a name.
     """
-    known = names()
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=2, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
-        raise SettingError(f"there is no lab entry {name!r}: {hint}")
-    return import_module(f"{entries.__name__}.{name.replace('-', '_')}").ENTRY
+
+    command: str
+    folder: str
+    what: str
+    verdicts: tuple[str, str, str]
+    all: bool = False
+
+    def names(self) -> list[str]:
+        """Names of all claims, in the order in which they are run: the quick ones first."""
+        return sorted(self._files(), key=lambda name: (self.load(name).minutes or (0, 0))[0])
+
+    def load(self, name: str) -> Claim:
+        """A claim by its name; its file is read for the words, and runs when it is measured.
+
+        Raises:
+            SettingError: there is none of that name.
+        """
+        files = self._files()
+        if name not in files:
+            raise SettingError(f"there is no {self.what} {name!r}: {near(name, files, *['all'] * self.all)}")
+        module = f"{__package__}.{self.folder}.{files[name].stem}"
+
+        def measure(run: Run) -> Finding:
+            return import_module(module).CLAIM.measure(run)
+
+        return Claim(**_words(files[name]), measure=measure)
+
+    def chosen(self, asked: Sequence[str]) -> list[str]:
+        """Claims by what the user wrote: names, or ``all``; each once.
+
+        Raises:
+            SettingError: a name that is none.
+        """
+        for name in asked:
+            if not (self.all and name == "all"):
+                self.load(name)
+        return self.names() if self.all and "all" in asked else list(dict.fromkeys(asked))
+
+    def minutes(self, asked: Sequence[str], run: Run) -> float:
+        """About how long these take on two cores if no part of them is finished."""
+        return sum(0.1 if run.small else (self.load(name).minutes or (2, 30))[run.full] for name in asked)
+
+    def _files(self) -> dict[str, Path]:
+        found = sorted((Path(__file__).parent / self.folder).glob("[!_]*.py"))
+        return {path.stem.replace("_", "-"): path for path in found}
 
 
-def measure(name: str, run: Run) -> tuple[Finding, dict[str, Any]]:
-    """Run an entry.
+THEORY = Shelf("lab", "theory", "lab entry", ("reproduced", "partly", "not-reproduced"))
+PAPER = Shelf("reproduce", "paper", "experiment", ("agreed", "partly", "not agreed"), all=True)
+
+
+def _words(path: Path) -> dict[str, Any]:
+    """The words of the ``CLAIM`` of a file, which is not run for it."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        match node:
+            case ast.Assign(targets=[ast.Name(id="CLAIM")], value=ast.Call(keywords=words)):
+                return {word.arg: ast.literal_eval(word.value) for word in words if word.arg and word.arg != "measure"}
+    raise ValueError(f"{path} has no CLAIM = Claim(title=..., claim=..., source=..., measure=...)")
+
+
+def measure(shelf: Shelf, name: str, run: Run, command: str = "") -> tuple[Finding, dict[str, Any]]:
+    """Measure a claim.
 
     Returns:
-        The finding, and its record as plain JSON: what ``NAME.json`` holds.
+        The finding, and its record: what ``NAME.json`` holds.
     """
-    entry = load(name)
-    began = time.perf_counter()
+    from ranksure.lab.figures import style
+
+    claim = shelf.load(name)
+    began, before = time.perf_counter(), run.parts_count()
     with style():
-        finding = entry.measure(run)
+        finding = claim.measure(run)
+    summary = [check.measured for check in finding.checks]
+    numbers = finding.numbers
     record = {
         "schema": 1,
+        "kind": shelf.command,
         "name": name,
-        "title": entry.title,
-        "claim": entry.claim,
-        "measured": {"summary": [check.measured for check in finding.checks], **finding.numbers},
-        "verdict": finding.verdict,
-        "checks": [{"claim": c.claim, "measured": c.measured, "holds": bool(c.holds)} for c in finding.checks],
-        "source": entry.source,
+        "title": claim.title,
+        "claim": claim.claim,
+        "source": claim.source,
+        "where": claim.source,
+        "settings": {**run.to_json(), "missing": finding.missing},
+        "axes": finding.axes,
+        "curves": [{key: value for key, value in vars(curve).items() if value is not None} for curve in finding.curves],
+        "reference": {"label": "certified optimum", "value": None, "per_group": finding.reference},
+        "table": vars(finding.table),
+        "summary": [*summary, *finding.missing],
+        "checks": [{**vars(check), "holds": bool(check.holds)} for check in finding.checks],
+        **({"numbers": numbers} if shelf is PAPER else {"measured": {"summary": summary, **numbers}}),
+        "verdict": finding.verdict(shelf.verdicts),
         "size": run.size("small", "default", "full"),
         "seed": run.seed,
+        "versions": {"python": platform.python_version(), **{package: version(package) for package in _PACKAGES}},
+        "command": command or f"ranksure {shelf.command} {name}",
         "seconds": round(time.perf_counter() - began, 2),
-        "versions": {
-            "python": platform.python_version(),
-            **{package: version(package) for package in ("ranksure", "torch", "numpy", "scipy")},
-        },
+        "parts": {kind: count - before[kind] for kind, count in run.parts_count().items()},
     }
-    return finding, record
+    return finding, plain(record)
 
 
-def write(out: Path, finding: Finding, record: dict[str, Any]) -> tuple[Path, Path]:
-    """Write ``NAME.json`` and ``NAME.png`` into ``out``, each whole or not at all.
+_PACKAGES = ("ranksure", "torch", "transformers", "peft", "numpy", "scipy")
+
+
+def write(out: Path, finding: Finding, record: dict[str, Any]) -> list[Path]:
+    """Write ``NAME.json`` and ``NAME.png`` into ``out``, with a table ``NAME.csv`` and ``NAME.svg``, too.
+
+    Each is there whole or not at all.
 
     Raises:
         SettingError: the folder cannot be written.
     """
-    paths = out / f"{record['name']}.json", out / f"{record['name']}.png"
-    text = json.dumps(record, indent=1, allow_nan=False) + "\n"
-    try:
-        with style():
-            image = png(finding.figure)
-        for path, content in zip(paths, (text.encode(), image), strict=True):
-            write_file(path, content)
-    except OSError as error:
-        raise SettingError(f"--out {out} cannot be written: {error.strerror or error}") from None
-    return paths
+    from ranksure.lab.figures import image, style
+
+    name, table = record["name"], finding.table
+    with style():
+        content = {f"{name}.{kind}": image(finding.figure, kind) for kind in ("png", *["svg"] * bool(table.columns))}
+    if table.columns:
+        content[f"{name}.csv"] = table_csv(table).encode()
+    # Last: where the record is, its figures are.
+    content[f"{name}.json"] = json_bytes(record)
+    for file in content:
+        if (out / file).is_dir():
+            raise SettingError(f"`out` {out} cannot be written: {file} is a folder")
+    for file, data in content.items():
+        write_whole(out / file, data)
+    return [out / file for file in reversed(content)]
+
+
+def table_csv(table: Table) -> str:
+    """The table as CSV; an empty cell is a number that does not exist."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(table.columns)
+    for row in table.rows:
+        writer.writerow(["" if cell is None else f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row])
+    return buffer.getvalue()

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ranksure.choices import Weighting
 from ranksure.errors import CaptureError, DataError, SettingError
-from ranksure.loss_terms import CHUNK_VALUES, Terms, Weighting, batch_terms, is_shifted, kind_of, token_places
+from ranksure.loss_terms import CHUNK_VALUES, Terms, batch_terms, is_shifted, kind_of, token_places
 from ranksure.losses import CrossEntropy, Kind, get_loss
-from ranksure.network.logits import Batch, device_of, to_device
-from ranksure.network.targets import base_layer
+from ranksure.network.logits import Batch, device_of, logits_in, to_device, unlabelled
+from ranksure.network.targets import base_layer, base_network
 
 _TEXT_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
 _WORDS = 8  # tokens of a text on which the model's own loss is looked at
@@ -36,9 +37,7 @@ class Forward:
         check: compare the loss with the one that the model computes itself, on a few rows of the first batch.
 
     Attributes:
-        weight: total weight of the terms seen.
-        total: weighted sum of their losses.
-        n_samples: rows seen.
+        weight: total weight of the terms seen; ``total`` is the weighted sum of their losses, ``n_samples`` their rows.
 
     Raises:
         SettingError: unknown weighting.
@@ -54,11 +53,8 @@ class Forward:
     ) -> None:
         if weighting not in ("token", "sample"):
             raise SettingError(f"unknown weighting {weighting!r}: use token or sample")
-        unwrap: Any = getattr(model, "get_base_model", None)  # of a PeftModel
         self.model = model
-        base = unwrap() if callable(unwrap) else model
-        assert isinstance(base, nn.Module)
-        self.base = base
+        self.base = base_network(model)
         self.kind: Kind | None = kind
         self.weighting: Weighting = weighting
         self.weight = self.total = 0.0
@@ -91,13 +87,11 @@ class Forward:
     def gradients(self, batch: Batch, restart: Callable[[], None], backward: Callable[[], None]) -> None:
         """Add a batch's terms, and propagate the gradient of their weighted sum back.
 
-        Args:
-            batch: as for :meth:`losses_only`.
-            restart: called when the forward pass is to be run again from the beginning.
-            backward: called before the backward pass.
+        ``restart`` is called when the forward pass is to be run again from the beginning, ``backward`` before the
+        backward pass.
 
         Raises:
-            DataError: as above.
+            DataError: as :meth:`losses_only`.
             SettingError: the model computes another loss than the one that was found for it.
         """
         inputs, labels = self._split(batch)
@@ -224,15 +218,10 @@ class Forward:
         found = [key for key in ("labels", "label") if isinstance(batch.get(key), Tensor)]
         if not found:
             raise DataError("a batch has no 'labels' tensor: the certificate needs the loss that was trained")
-        rest = {key: value for key, value in batch.items() if key not in ("labels", "label")}
-        return to_device(rest, device_of(self.model)), batch[found[0]]
+        return to_device(unlabelled(batch), device_of(self.model)), batch[found[0]]
 
     def _check_loss(self, inputs: dict[str, Any], labels: Tensor) -> None:
-        """Compare with the loss that the model computes itself, on at most two rows.
-
-        Raises:
-            SettingError: they differ.
-        """
+        """Compare with the loss that the model computes itself, on at most two rows."""
         if "labels" not in inspect.signature(self.base.forward).parameters:
             return
         rows = labels.shape[0]
@@ -266,10 +255,10 @@ class Forward:
 
 def _logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     output = model(**inputs)
-    logits = getattr(output, "logits", output[0] if isinstance(output, (tuple, list)) else output)
-    if not isinstance(logits, Tensor) or logits.dim() not in (1, 2, 3):
+    logits = logits_in(output)
+    if not isinstance(logits, Tensor) or logits.dim() not in (2, 3):
         raise CaptureError(f"the network returned {type(output).__name__} without logits of shape (B, K) or (B, L, V)")
-    return logits[:, None] if logits.dim() == 1 else logits
+    return logits
 
 
 def _output_embeddings(base: nn.Module, targets: set[nn.Module]) -> nn.Module | None:

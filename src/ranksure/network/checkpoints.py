@@ -62,19 +62,10 @@ def check_checkpoint(name: str, dtype: str) -> None:
 
 
 def load_weights(auto: Any, name: str, notes: list[str], **arguments: Any) -> tuple[PreTrainedModel, Mapping[str, Any]]:
-    """A checkpoint's model from safetensors; from pickled weights where it has no others, which is noted.
+    """A checkpoint's model by ``auto.from_pretrained``, and transformers' loading information.
 
-    Args:
-        auto: ``AutoModelFor...``.
-        name: folder or Hub id.
-        notes: receives a sentence where weights are pickled.
-        arguments: for ``from_pretrained``.
-
-    Returns:
-        The model, and transformers' loading information.
-
-    Raises:
-        Exception: whatever ``from_pretrained`` raises; of a damaged folder these are errors of many libraries.
+    From safetensors; from pickled weights where it has no others, which is told in ``notes``. Raises whatever
+    ``from_pretrained`` does: of a damaged folder these are errors of many libraries.
     """
     with quiet():
         try:

@@ -7,6 +7,7 @@ and gradient checkpointing of either kind.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -23,65 +24,133 @@ Uses: TypeAlias = dict[str, list[tuple[Tensor, int, list[Tensor]]]]
 """By module, for each use: inputs, the identity of the input tensor, one gradient per backward pass."""
 
 
-@dataclass
-class Use:
-    """One pass of an input through a target module."""
+class Hooks:
+    """Forward hooks on modules; a subclass says in :meth:`seen` what becomes of each use."""
 
-    module: str
-    inputs: Tensor
-    version: int
-    owner: int  # identity of the input tensor, so that modules that read the same tensor share it
-    pending: bool  # seen without gradients first: a reentrant checkpoint will run it again
-    grads: list[Tensor] = field(default_factory=list)
-
-
-class Recorder:
-    """Forward hooks on the targets: inputs when seen, gradients at the outputs during backward."""
-
-    def __init__(self, targets: Mapping[str, nn.Module]) -> None:
-        self.targets = targets
-        self.uses: list[Use] = []
-        self.backward = False
-        self.replayed: list[Use] = []
-        self._keep: dict[int, Tensor] = {}
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self.modules = modules
+        self.in_backward = False
 
     def attach(self, stack: ExitStack) -> None:
-        for name, module in self.targets.items():
-            handle = module.register_forward_hook(self._hook(name), with_kwargs=True)
-            stack.callback(handle.remove)
+        """Hook every module until the stack is left."""
+        for name, module in self.modules.items():
+            stack.callback(module.register_forward_hook(self._hook(name), with_kwargs=True).remove)
 
     def start(self) -> None:
-        self.uses, self.replayed, self.backward = [], [], False
-        self._keep = {}
+        """Forget the uses of the batch before."""
+        self.in_backward = False
+
+    def backward(self) -> None:
+        """What runs from now on until :meth:`start` is a checkpoint's second run."""
+        self.in_backward = True
+
+    def seen(self, name: str, x: Tensor) -> Callable[[Tensor], None] | None:
+        """A use with the input ``x``: what takes the gradient at its output. Called without gradients too."""
+        raise NotImplementedError
 
     def _hook(self, name: str) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
             x = args[0] if args else next(iter(kwargs.values()), None)
             if not isinstance(x, Tensor) or not isinstance(output, Tensor):
                 raise CaptureError(f"target module {name} does not map one tensor to one tensor")
-            use = self._record(name, x, pending=not torch.is_grad_enabled())
+            take = self.seen(name, x)
             if not torch.is_grad_enabled():
                 return None
             if not output.requires_grad:  # frozen base: nothing before this module asks for gradients
                 output = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
             else:  # a linear layer may return a view, whose hooks are lost when it is changed in place
                 output = output.clone()
-            if use is not None:
-                output.register_hook(use.grads.append)
+            if take is not None:
+                output.register_hook(take)
             return output
 
         return hook
 
-    def _record(self, name: str, x: Tensor, pending: bool) -> Use | None:
-        if self.backward:  # a checkpoint runs its segment again
-            waiting = any(use.pending and use.module == name for use in self.uses)
-            if not waiting:
-                return None
-        # Keeping the tensor alive keeps its identity unique among the inputs of this batch.
-        self._keep[id(x)] = x
-        use = Use(name, x.detach(), x._version, id(x), pending)
-        (self.replayed if self.backward else self.uses).append(use)
-        return use
+
+class Streamed(Hooks):
+    """Hands every use's input and the gradient at its output on as soon as the gradient is there; keeps neither.
+
+    Args:
+        modules: by name.
+        take: called with the name, the input and the gradient.
+
+    Attributes:
+        reached: uses that a gradient came back to, by module.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], take: Callable[[str, Tensor, Tensor], None]) -> None:
+        super().__init__(modules)
+        self.reached: Counter[str] = Counter()
+        self._take = take
+        self._waiting: Counter[str] = Counter()  # uses without gradients: a reentrant checkpoint runs them again
+
+    def start(self) -> None:
+        super().start()
+        self._waiting.clear()
+
+    def finish(self) -> None:
+        """Check that every use of the batch was seen with gradients.
+
+        Raises:
+            CaptureError: a reentrant checkpoint cut a module off.
+        """
+        for name, count in self._waiting.items():
+            if count > 0:
+                raise CaptureError(
+                    f"target module {name} got no gradient in {count} of its uses: a reentrant checkpoint cuts it off "
+                    "(call model.enable_input_require_grads(), or turn checkpointing off)"
+                )
+
+    def seen(self, name: str, x: Tensor) -> Callable[[Tensor], None] | None:
+        if not torch.is_grad_enabled():
+            self._waiting[name] += 0 if self.in_backward else 1
+            return None
+        version, replayed = x._version, self.in_backward
+
+        def arrived(gradient: Tensor) -> None:
+            if x._version != version:
+                raise CaptureError(
+                    f"the input of target module {name} is changed in place after the module reads it: its gradient "
+                    "cannot be taken"
+                )
+            self.reached[name] += 1
+            if replayed:
+                self._waiting[name] -= 1
+            self._take(name, x.detach(), gradient)
+
+        return arrived
+
+
+@dataclass
+class _Use:
+    """One pass of an input through a target module."""
+
+    x: Tensor  # kept: modules that read the same tensor are known by its identity
+    pending: bool  # seen without gradients first: a reentrant checkpoint will run it again
+    grads: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.version = self.x._version
+
+
+class Recorder(Hooks):
+    """Keeps every use of a batch: its input, and one gradient per backward pass."""
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        super().__init__(modules)
+        self.start()
+
+    def start(self) -> None:
+        super().start()
+        self._uses: dict[str, list[_Use]] = {name: [] for name in self.modules}
+        self._replayed: dict[str, list[_Use]] = {name: [] for name in self.modules}
+
+    def seen(self, name: str, x: Tensor) -> Callable[[Tensor], None] | None:
+        if self.in_backward and not any(use.pending for use in self._uses[name]):
+            return None  # a checkpoint runs its segment again, whose gradients come to the first run's use
+        use = _Use(x, pending=not torch.is_grad_enabled())
+        (self._replayed if self.in_backward else self._uses)[name].append(use)
+        return use.grads.append
 
     def collect(self, n_backward: int) -> Uses:
         """Uses by module as (inputs, owner, one gradient per backward pass).
@@ -89,40 +158,41 @@ class Recorder:
         Raises:
             CaptureError: a use without exactly one gradient per backward pass.
         """
-        out: Uses = {name: [] for name in self.targets}
-        for name in self.targets:
-            uses = [use for use in self.uses if use.module == name]
-            replayed = [use for use in self.replayed if use.module == name]
-            if any(use.pending for use in uses):
-                if not all(use.pending for use in uses) or len(replayed) != n_backward * len(uses):
-                    raise CaptureError(
-                        f"target module {name} was run {len(uses)} times forward but {len(replayed)} times again for "
-                        f"{n_backward} backward passes; turn gradient checkpointing off (or use_reentrant=False)"
-                    )
-                count = len(uses)
-                merged = [
-                    Use(name, replayed[i].inputs, replayed[i].version, replayed[i].owner, False) for i in range(count)
-                ]
-                for index, use in enumerate(replayed):
-                    merged[index % count].grads.extend(use.grads)
-                uses = merged
-            if not uses:
-                raise CaptureError(f"target module {name} was never used in the forward pass; leave it out")
-            for use in uses:
-                if len(use.grads) != n_backward:
-                    raise CaptureError(
-                        f"target module {name} got {len(use.grads)} gradients in {n_backward} backward passes: the "
-                        "logits do not depend on it, or a reentrant checkpoint cuts it off (call "
-                        "model.enable_input_require_grads() or turn checkpointing off)"
-                    )
-                kept = self._keep.get(use.owner)
-                if kept is not None and kept._version != use.version:
-                    raise CaptureError(
-                        f"the input of target module {name} is changed in place after the module reads it; "
-                        "leave this module out, or make the operation after it out-of-place"
-                    )
-                out[name].append((use.inputs, use.owner, use.grads))
-        return out
+        return {
+            name: [self._checked(name, use, n_backward) for use in self._of(name, n_backward)] for name in self._uses
+        }
+
+    def _of(self, name: str, n_backward: int) -> list[_Use]:
+        """A module's uses; of what a reentrant checkpoint ran again, the first replay with all replays' gradients."""
+        uses, replayed = self._uses[name], self._replayed[name]
+        if not uses:
+            raise CaptureError(f"target module {name} was never used in the forward pass; leave it out")
+        if not any(use.pending for use in uses):
+            return uses
+        count = len(uses)
+        if not all(use.pending for use in uses) or len(replayed) != n_backward * count:
+            raise CaptureError(
+                f"target module {name} was run {count} times forward but {len(replayed)} times again for "
+                f"{n_backward} backward passes; turn gradient checkpointing off (or use_reentrant=False)"
+            )
+        for index, use in enumerate(replayed[count:]):
+            replayed[index % count].grads.extend(use.grads)
+        return replayed[:count]
+
+    @staticmethod
+    def _checked(name: str, use: _Use, n_backward: int) -> tuple[Tensor, int, list[Tensor]]:
+        if len(use.grads) != n_backward:
+            raise CaptureError(
+                f"target module {name} got {len(use.grads)} gradients in {n_backward} backward passes: the "
+                "logits do not depend on it, or a reentrant checkpoint cuts it off (call "
+                "model.enable_input_require_grads() or turn checkpointing off)"
+            )
+        if use.x._version != use.version:
+            raise CaptureError(
+                f"the input of target module {name} is changed in place after the module reads it; "
+                "leave this module out, or make the operation after it out-of-place"
+            )
+        return use.x.detach(), id(use.x), use.grads
 
 
 def input_tokens(module: nn.Module, x: Tensor) -> Tensor:

@@ -18,23 +18,31 @@ from ranksure.errors import CaptureError
 Batch: TypeAlias = Mapping[str, Any]
 
 
+def logits_in(output: Any) -> Any:
+    """The logits of a network's output: a Hugging Face output, a mapping, a tuple that starts with them, or themselves.
+
+    A ``(rows,)`` tensor counts as K = 1.
+    """
+    logits = getattr(output, "logits", None)
+    if logits is None and isinstance(output, Mapping):
+        logits = output.get("logits")
+    if logits is None:
+        logits = output
+    if isinstance(logits, (tuple, list)):
+        logits = logits[0]
+    return logits[:, None] if isinstance(logits, Tensor) and logits.dim() == 1 else logits
+
+
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:
     """Logits of a batch, shape ``(rows, K)``.
 
-    Accepts a Hugging Face output with ``logits``, a bare tensor, or a tuple whose first entry is one;
-    a ``(rows,)`` tensor counts as K = 1.
-
     Raises:
-        CaptureError: the output is none of these.
+        CaptureError: there are none, or of another shape.
     """
     output = model(**batch)
-    logits = getattr(output, "logits", None)
-    if logits is None:
-        logits = output[0] if isinstance(output, (tuple, list)) else output
+    logits = logits_in(output)
     if not isinstance(logits, Tensor):
         raise CaptureError(f"the network returned {type(output).__name__}, which has no logits tensor")
-    if logits.dim() == 1:
-        logits = logits[:, None]
     if logits.dim() != 2:
         raise CaptureError(
             f"the network's logits have shape {tuple(logits.shape)}; one row of K outputs per sample is needed"
@@ -52,6 +60,11 @@ def batch_rows(batch: Batch) -> int:
     if len(sizes) != 1:
         raise CaptureError(f"the tensors of a batch must share their leading size; found sizes {sorted(sizes)}")
     return sizes.pop()
+
+
+def unlabelled(batch: Batch) -> dict[str, Any]:
+    """What the network is given: all but the labels."""
+    return {key: value for key, value in batch.items() if key not in ("labels", "label")}
 
 
 def to_device(batch: Batch, device: torch.device | str) -> dict[str, Any]:
@@ -98,7 +111,7 @@ def check_same_logits(first: Tensor, second: Tensor) -> None:
     """Two passes over the same rows must agree.
 
     Raises:
-        CaptureError: the two passes differ beyond rounding, or the logits are not finite.
+        CaptureError: they differ beyond rounding, or are not finite.
     """
     if not bool(torch.isfinite(first).all()):
         raise CaptureError("the network's logits are not finite (NaN or infinity) on the first batch")

@@ -39,26 +39,22 @@ def check_factors(targets: Mapping[str, nn.Module], factors: Factors) -> None:
 def applied(targets: dict[str, nn.Module], factors: Factors) -> Iterator[None]:
     """Make the network compute with ``W0 + u v^T`` in the target modules, through forward hooks.
 
-    Each target's output gains the low-rank side path ``u (v^T x)``. No weight changes, so a weight
-    tied to another module is adapted in this module's use only, as PEFT's adapters do. A target may
-    itself be a PEFT wrapper: the update comes on top of its adapters. Gradients flow to the factors
-    (and through them to the input); run a backward pass with gradient checkpointing inside the block.
+    Each target's output gains the low-rank side path ``u (v^T x)``. No weight changes, so a weight tied to another
+    module is adapted in this module's use only. A target may itself be a PEFT wrapper: the update comes on top of its
+    adapters. Gradients flow to the factors; run a backward pass with gradient checkpointing inside the block.
 
-    The side path is computed in the input's dtype, but in float32 for half-precision inputs, added
-    in that precision and rounded to the output's dtype once: what PEFT does with its default
-    ``autocast_adapter_dtype=True``, in the same order of operations.
-
-    A module whose ``forward`` the network bypasses (``nn.MultiheadAttention``'s ``out_proj``) never
-    runs its hook and stays unadapted.
+    The side path is computed in the input's dtype, but in float32 for half-precision inputs, and rounded to the
+    output's dtype once: what PEFT does with its default ``autocast_adapter_dtype=True``, in the same order of
+    operations. A module whose ``forward`` the network bypasses (``nn.MultiheadAttention``'s ``out_proj``) stays
+    unadapted.
 
     Args:
-        targets: modules by qualified name: Linear, Conv1D, Conv2d (with its stride, padding and
-            dilation), Embedding (``padding_idx`` as in PEFT: its row is added, but has no gradient).
+        targets: modules by qualified name (``padding_idx`` of an Embedding as in PEFT: its row is added, but has no
+            gradient).
         factors: ``{name: (u, v)}``; targets without factors, or with rank 0, stay as they are.
 
     Raises:
-        AdapterError: factors that name no target or do not fit it.
-        TargetError: a target of an unsupported kind.
+        AdapterError, TargetError: as :func:`check_factors`.
     """
     check_factors(targets, factors)
     handles = []

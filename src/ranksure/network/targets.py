@@ -19,6 +19,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,6 +39,21 @@ def base_layer(module: nn.Module) -> nn.Module:
     """The module that holds the weight: ``module`` itself, or the layer inside a PEFT wrapper."""
     inner = getattr(module, "base_layer", None)
     return base_layer(inner) if isinstance(inner, nn.Module) else module
+
+
+def base_network(model: nn.Module) -> nn.Module:
+    """The network inside a ``PeftModel``; any other as it is."""
+    unwrap: Any = getattr(model, "get_base_model", None)
+    return model if unwrap is None else unwrap()
+
+
+def parameter_users(model: nn.Module) -> dict[int, list[str]]:
+    """Names of the modules that hold a parameter, one for each module, by the parameter's ``id``."""
+    users: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            users.setdefault(id(parameter), []).append(name)
+    return users
 
 
 def is_supported(module: nn.Module) -> bool:
@@ -111,11 +127,10 @@ def select_targets(
 
     Args:
         model: the network; an adapted one is addressed by its wrappers, never by the layers inside.
-        target_modules: ``"all-linear"`` (every Linear and Conv1D but the output head), a regular
-            expression that the whole qualified name must match (a string), or names that equal a
-            qualified name or its ending after a dot (an iterable of strings).
-        layers_to_transform: see :func:`parse_layers`; ``"last"`` is the highest layer number among
-            the matches. Only modules with a layer number in their name remain.
+        target_modules: ``"all-linear"`` (every Linear and Conv1D but the output head), a regular expression that the
+            whole qualified name must match (a string), or names or their endings after a dot (an iterable).
+        layers_to_transform: see :func:`parse_layers`; ``"last"`` is the highest layer number among the matches. Only
+            modules with a layer number in their name remain.
         exclude: qualified names left out (the task head, as a rule).
 
     Returns:
@@ -126,6 +141,21 @@ def select_targets(
     """
     excluded = set(exclude)
     candidates = {name: module for name, module in _outer_modules(model) if name and name not in excluded}
+    matched = _in_layers(_matching(model, candidates, target_modules), layers_to_transform)
+    for name, module in matched.items():
+        if not is_supported(module):
+            kind = type(base_layer(module)).__name__
+            raise TargetError(
+                f"target module {name} is a {kind}: only Linear, Conv1D, Conv2d (one group, zero padding) "
+                "and Embedding (no max_norm) can be targets"
+            )
+    return matched
+
+
+def _matching(
+    model: nn.Module, candidates: dict[str, nn.Module], target_modules: str | Iterable[str]
+) -> dict[str, nn.Module]:
+    wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     if target_modules == ALL_LINEAR:
         head = _output_head(model)
         inside = set(head.modules()) if head is not None else set()
@@ -134,34 +164,23 @@ def select_targets(
             for name, module in candidates.items()
             if isinstance(base_layer(module), (nn.Linear, Conv1D)) and module not in inside
         }
-        wanted = [ALL_LINEAR]
     elif isinstance(target_modules, str):
         try:
             pattern = re.compile(target_modules)
         except re.error as error:
             raise TargetError(f"target_modules {target_modules!r} is not a regular expression: {error}") from None
         matched = {name: module for name, module in candidates.items() if pattern.fullmatch(name)}
-        wanted = [target_modules]
         if not matched and "," in target_modules:
             raise TargetError(
                 f"no module of the model matches the regular expression {target_modules!r}; pass names as a list"
             )
     else:
-        wanted = list(target_modules)
         missing = [w for w in wanted if not any(_ends_with(name, w) for name in candidates)]
         if missing:
             raise TargetError(_no_match(missing[0], candidates))
         matched = {n: m for n, m in candidates.items() if any(_ends_with(n, w) for w in wanted)}
     if not matched:
         raise TargetError(_no_match(", ".join(wanted), candidates))
-    matched = _in_layers(matched, layers_to_transform)
-    for name, module in matched.items():
-        if not is_supported(module):
-            kind = type(base_layer(module)).__name__
-            raise TargetError(
-                f"target module {name} is a {kind}: only Linear, Conv1D, Conv2d (one group, zero padding) "
-                "and Embedding (no max_norm) can be targets"
-            )
     return matched
 
 
@@ -225,12 +244,3 @@ def _no_match(wanted: str, candidates: dict[str, nn.Module]) -> str:
         called = ", ".join(endings[:_MOST_NAMES]) + ", ..." * (len(endings) > _MOST_NAMES)
         hint = f"its modules are called {called}" if endings else "it has no Linear, Conv1D, Conv2d or Embedding"
     return f"no module of the model matches target_modules {wanted!r}; {hint}"
-
-
-def parse_target_modules(text: str | None) -> str | list[str] | None:
-    """``query,value`` as names; ``all-linear`` and anything with regular-expression signs as they are."""
-    if text is None or text == "all-linear":
-        return text
-    if re.fullmatch(r"[\w.,\- ]+", text):
-        return [part.strip() for part in text.split(",") if part.strip()]
-    return text

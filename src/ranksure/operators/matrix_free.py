@@ -7,7 +7,7 @@ update enters through a hook on that module, so a tied weight is moved in this m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -15,14 +15,14 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ranksure.factors import Delta, Factors
+from ranksure.factors import Delta
 from ranksure.network.logits import Batch, batch_rows, device_of, frozen, logits_of, to_device
 from ranksure.network.side_path import side_path
 from ranksure.network.targets import block_shape
-from ranksure.operators.base import Pullback
+from ranksure.operators.base import TangentOperator
 
 
-class MatrixFreeOperator:
+class MatrixFreeOperator(TangentOperator):
     """Tangent operator by automatic differentiation of the network itself.
 
     Args:
@@ -32,43 +32,24 @@ class MatrixFreeOperator:
         contrasts: ``(K, C)`` basis of the logits (see ``Loss.contrasts``).
     """
 
+    is_stored = False
+
     def __init__(
         self, model: nn.Module, batches: Sequence[Batch], targets: Mapping[str, nn.Module], contrasts: Tensor
     ) -> None:
         self.model, self.batches, self.targets = model, list(batches), dict(targets)
-        self.device = device_of(model)
-        parameter = next(model.parameters())
-        self.dtype = parameter.dtype
-        self.contrasts = contrasts.to(self.device, self.dtype)
-        self.n_outputs = contrasts.shape[1]
         self._rows = [batch_rows(batch) for batch in self.batches]
-        self.n_samples = sum(self._rows)
-        self.shapes = {name: block_shape(module) for name, module in self.targets.items()}
+        shapes = {name: block_shape(module) for name, module in self.targets.items()}
+        dtype, device = next(model.parameters()).dtype, device_of(model)
+        super().__init__(shapes, sum(self._rows), contrasts.shape[1], dtype, device)
+        self.contrasts = contrasts.to(device, dtype)
 
     def apply(self, delta: Delta) -> Tensor:
         sides = {name: (lambda x, m=self.targets[name], d=d: side_path(m, x, d)) for name, d in delta.items()}
         return self._forward_mode(sides)
 
-    def apply_factors(self, factors: Factors) -> Tensor:
-        batched = next(iter(factors.values()))[0].dim() == 3
-        if not batched:
-            return self.apply({name: u @ v.T for name, (u, v) in factors.items()})
-        starts = next(iter(factors.values()))[0].shape[0]
-        return torch.stack([self.apply({n: u[s] @ v[s].T for n, (u, v) in factors.items()}) for s in range(starts)])
-
-    def apply_factors_vjp(self, factors: Factors) -> tuple[Tensor, Pullback]:
-        def pullback(residual: Tensor) -> Factors:
-            if residual.dim() == 2:
-                grads = self.adjoint(residual)
-                return {name: (grads[name] @ v, grads[name].T @ u) for name, (u, v) in factors.items()}
-            each = [self.adjoint(r) for r in residual]
-            stacked = {name: torch.stack([g[name] for g in each]) for name in factors}
-            return {name: (stacked[name] @ v, stacked[name].mT @ u) for name, (u, v) in factors.items()}
-
-        return self.apply_factors(factors), pullback
-
     def adjoint(self, residual: Tensor) -> Delta:
-        total = {n: torch.zeros(shape, dtype=self.dtype, device=self.device) for n, shape in self.shapes.items()}
+        total = {n: self.zeros(*shape) for n, shape in self.shapes.items()}
         low = 0
         for batch, rows in zip(self.batches, self._rows, strict=True):
             part = residual[low : low + rows]
@@ -81,35 +62,14 @@ class MatrixFreeOperator:
                 z = logits_of(self.model, to_device(batch, self.device)) @ self.contrasts
             grads = torch.autograd.grad(z, list(deltas.values()), part.to(z), allow_unused=True)
             for name, grad in zip(deltas, grads, strict=True):
-                if grad is not None:
+                if grad is not None:  # pyright: ignore[reportUnnecessaryComparison] (allow_unused gives None)
                     total[name] += grad
         return total
-
-    def gram(self, blocks: list[str] | None = None) -> Tensor:
-        chosen = blocks or list(self.shapes)
-        rows = [
-            self.apply({name: grads[name] for name in chosen}).double().flatten() for grads in self._unit_adjoints()
-        ]
-        return torch.stack(rows)
-
-    def sample_norms(self) -> dict[str, Tensor]:
-        norms: dict[str, list[Tensor]] = {name: [] for name in self.shapes}
-        for grads in self._unit_adjoints():
-            for name, grad in grads.items():
-                norms[name].append(grad.double().norm())
-        return {name: torch.stack(values).view(self.n_samples, -1) for name, values in norms.items()}
 
     def adjoint_error(self, residual: Tensor) -> dict[str, float]:
         """An estimate, not a bound: the network's own rounding cannot be bounded from outside."""
         slack = 1e3 * torch.finfo(self.dtype).eps
         return {name: slack * float(grad.double().norm()) for name, grad in self.adjoint(residual).items()}
-
-    def _unit_adjoints(self) -> Iterator[Delta]:
-        size = self.n_samples * self.n_outputs
-        for index in range(size):
-            unit = torch.zeros(size, dtype=self.dtype, device=self.device)
-            unit[index] = 1
-            yield self.adjoint(unit.view(self.n_samples, -1))
 
     def _forward_mode(self, sides: dict[str, Callable[[Tensor], Tensor]]) -> Tensor:
         out: list[Tensor] = []
@@ -137,7 +97,9 @@ def _as_tangent(side: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 @contextmanager
-def _adding(targets: Mapping[str, nn.Module], sides: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+def _adding(
+    targets: Mapping[str, nn.Module], sides: Mapping[str, Callable[[Tensor], Tensor]]
+) -> Generator[None, None, None]:
     """Add each side path to its module's output."""
 
     def hook(side: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:

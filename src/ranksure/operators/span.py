@@ -7,28 +7,29 @@ is smaller than the block, orthonormal bases make the block smaller without chan
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ranksure.factors import Factors
-from ranksure.operators.factored import FactoredOperator, Group
+from ranksure.operators.tokens import Group
 
 _WORTH = 0.75  # reduce a side only when it shrinks to this share or less
 
 
 @dataclass(frozen=True)
 class SpanBases:
-    """Orthonormal bases by block; ``None`` where a side is not reduced.
+    """Orthonormal bases by block; ``None`` or absent where a side is not reduced.
 
     ``left[name]`` is ``(m, m')``. A right basis is ``(n, n')``, or for embeddings the ``(n',)`` row
     numbers that occur.
     """
 
-    left: dict[str, Tensor | None]
-    right: dict[str, Tensor | None]
-    widths: dict[str, int]
+    left: dict[str, Tensor | None] = field(default_factory=dict)
+    right: dict[str, Tensor | None] = field(default_factory=dict)
+    widths: dict[str, int] = field(default_factory=dict)
 
     @property
     def is_trivial(self) -> bool:
@@ -64,24 +65,19 @@ def _down(basis: Tensor | None, x: Tensor) -> Tensor:
     return basis.to(x).T @ x if basis.dim() == 2 else x.index_select(0, basis)
 
 
-def reduce_to_span(operator: FactoredOperator) -> tuple[FactoredOperator, SpanBases]:
-    """The same problem on smaller blocks, in float64, and the way back.
-
-    Returns:
-        The reduced operator (float64) and its bases; both are trivial where nothing shrinks.
-    """
+def reduce_groups(groups: Sequence[Group]) -> tuple[list[Group], SpanBases]:
+    """The same map on smaller blocks, in float64, and the way back; both are trivial where nothing shrinks."""
     left: dict[str, Tensor | None] = {}
     right: dict[str, Tensor | None] = {}
     widths: dict[str, int] = {}
-    groups: list[Group] = []
-    for group in operator.groups:
+    reduced: list[Group] = []
+    for group in groups:
         inputs, basis, width = _reduce_inputs(group)
         outputs: dict[str, Tensor] = {}
         for name, b in group.outputs.items():
             outputs[name], left[name] = _reduce_outputs(b.double())
             right[name], widths[name] = basis, group.width
-        groups.append(Group(inputs, width, group.sample, outputs))
-    reduced = FactoredOperator(groups, operator.n_samples, list(operator.shapes))
+        reduced.append(Group(inputs, width, group.sample, outputs))
     return reduced, SpanBases(left, right, widths)
 
 

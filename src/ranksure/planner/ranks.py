@@ -7,7 +7,6 @@ from typing import Literal
 
 from ranksure.certificate import Certificate, captured_interval
 from ranksure.factors import Factors, ranks_of, singular_values
-from ranksure.operators.factored import FactoredOperator
 from ranksure.problem import Problem
 from ranksure.progress import Advance
 from ranksure.solvers.descent import SINGLE_PRECISION
@@ -86,13 +85,7 @@ def choose_starts(problem: Problem, rank: int, asked: int | None, most: int = 8)
     """Random starts as the size allows: at most 8, fewer when one evaluation is long."""
     if asked is not None:
         return asked
-    if not isinstance(problem.operator, FactoredOperator):
-        return 0
-    per_evaluation = sum(
-        8 * group.n_tokens * rank * (b.shape[1] * b.shape[2] + group.width)
-        for group in problem.operator.groups
-        for b in group.outputs.values()
-    )
+    per_evaluation = 8 * rank * problem.operator.multiplications if rank else 0
     return max(0, min(most, int(_START_BUDGET / (300 * max(per_evaluation, 1)))))
 
 

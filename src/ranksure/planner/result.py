@@ -43,7 +43,7 @@ def check_replaceable(folder: str | os.PathLike[str]) -> None:
     """
     out = Path(folder)
     if out.exists() and not out.is_dir():
-        raise SettingError(f"--out {out} is a file; name a folder")
+        raise SettingError(f"`out` {out} is a file; name a folder")
     found = sorted(entry.name for entry in out.iterdir()) if out.is_dir() else []
     if not found:
         return
@@ -53,7 +53,7 @@ def check_replaceable(folder: str | os.PathLike[str]) -> None:
         foreign = found
     if foreign:
         raise SettingError(
-            f"--out {out} is not empty and holds {foreign[0]}, which no plan wrote; "
+            f"`out` {out} is not empty and holds {foreign[0]}, which no plan wrote; "
             "name a new folder, or empty this one"
         )
     if (out / "weak-decay").exists():
@@ -148,7 +148,7 @@ class PlanResult:
             out.append(
                 f"The held-out loss still fell at the end of the path of lambda ({record.weight_decay:.3g}, "
                 f"{record.weight_decay / record.lambda_max:.2g} of lambda_max): a weaker decay may be "
-                "better; give --weight-decay a smaller number to see."
+                "better; give `weight_decay` a smaller number to see."
             )
         held, real = record.heldout, linearity.heldout_real_loss
         if held is not None and real is not None and real > held.loss_without_adapter:
@@ -166,7 +166,7 @@ class PlanResult:
         if mean is not None and model is not None and mean - model > 0.01 and record.pooling == "model":
             out.append(
                 f"Mean pooling is the better head here ({mean:.1%} against {model:.1%} before any adapter, on the rows "
-                "that choose lambda): try --pooling mean, and look at its linearity before you trust it."
+                "that choose lambda): try `pooling` mean, and look at its linearity before you trust it."
             )
         return out
 

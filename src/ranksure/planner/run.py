@@ -15,7 +15,6 @@ from ranksure.factors import Factors
 from ranksure.losses import accuracy
 from ranksure.network.logits import predict
 from ranksure.network.side_path import applied
-from ranksure.operators.factored import FactoredOperator
 from ranksure.planner.prepare import Linearised, Prepared, estimate, linearise, prepare
 from ranksure.planner.ranks import RankTable, TableRow, clipped, parameters, rank_table, smallest_pattern
 from ranksure.planner.result import PlanResult, generalization_record
@@ -391,7 +390,6 @@ def _linearity(lin: Linearised, factors: Factors) -> Linearity:
     if all(u.shape[1] == 0 for u, _ in factors.values()):
         return Linearity(train=0.0, heldout=0.0 if lin.report else None, note="the update is zero")
     problem = lin.problem
-    assert isinstance(problem.operator, FactoredOperator)
     train = HeldOut(problem.operator, problem.base_logits, problem.labels, loss, prepared.split.train)
     contrasts = loss.contrasts(prepared.task.n_outputs)
     for key, part in (("train", train), ("heldout", lin.report)):

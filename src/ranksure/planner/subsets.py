@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from ranksure.planner.ranks import clipped, smallest_uniform, solve_again
 from ranksure.problem import Problem
@@ -12,7 +13,6 @@ from ranksure.progress import Advance
 from ranksure.records.plan import Extrapolation, Subset
 from ranksure.solvers.burer_monteiro import solve
 from ranksure.solvers.solution import Solution
-from ranksure.tasks.linearise import at_fewer_samples
 
 TOLERANCE = 1e-3
 
@@ -20,10 +20,11 @@ TOLERANCE = 1e-3
 def subset_rows(
     problem: Problem, sizes: Sequence[int], ranks: Sequence[int], share: float, advance: Advance
 ) -> list[Subset]:
-    """Solve the problem on nested prefixes of the rows, to a relative gap of 1e-3."""
+    """Solve the problem on nested prefixes of the rows, to a relative gap of 1e-3; lambda goes with ``N^-1/2``."""
     rows: list[Subset] = []
     for index, n in enumerate(sizes):
-        smaller = at_fewer_samples(problem, n)
+        factor = (problem.operator.n_samples / n) ** 0.5
+        smaller = problem.subset(torch.arange(n)).with_penalty({k: lam * factor for k, lam in problem.penalty.items()})
         solution = solve(smaller, tolerance=TOLERANCE)
         rows.append(subset_row(smaller, solution, n, ranks, share))
         advance(index + 1, len(sizes))

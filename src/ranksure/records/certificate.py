@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
+from ranksure.choices import Verdict
 from ranksure.records.record import SCHEMA, DataSource, RunSource, plain
-
-Verdict = Literal["first-order-optimal", "rank-bound", "not-converged", "failed-loudly", "not-checked"]
 
 
 @dataclass(frozen=True)

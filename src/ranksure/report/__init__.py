@@ -1,19 +1,8 @@
-"""``report.html``: one page that opens offline, made from what a result folder holds."""
+"""``report.html``: one page that opens offline, made from what a result folder holds.
 
-from __future__ import annotations
+What a page is made of is in ``blocks.py``, one section a kind of result in ``sections/``; records are in ``records``.
+"""
 
-from typing import TYPE_CHECKING, Any
+import lazy_loader
 
-if TYPE_CHECKING:
-    from ranksure.report.page import write_report
-
-__all__ = ["write_report"]
-
-
-def __getattr__(name: str) -> Any:
-    # Loaded on first use: drawing is not needed to say that a folder does not exist.
-    if name != "write_report":
-        raise AttributeError(f"module 'ranksure.report' has no attribute {name!r}")
-    from ranksure.report.page import write_report
-
-    return write_report
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

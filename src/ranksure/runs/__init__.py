@@ -1,0 +1,5 @@
+"""Real LoRA runs: loading what was saved, certifying, fitting, growing and compressing."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

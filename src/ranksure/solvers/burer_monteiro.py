@@ -20,12 +20,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ranksure.certificate import Certificate, PointState, certify
-from ranksure.factors import Factors, balanced, ranks_of
+from ranksure.certificate import Certificate, PointState, certify_point
+from ranksure.factors import FactorLayout, Factors, balanced, ranks_of
 from ranksure.operators.base import zero_factors
 from ranksure.problem import Problem
 from ranksure.solvers.descent import descend, restricted
-from ranksure.solvers.lbfgs import FactorLayout
 from ranksure.solvers.solution import Solution, Status
 
 
@@ -39,7 +38,7 @@ def solve(
     max_evaluations: int = 20_000,
     progress: Callable[[int, Certificate], None] | None = None,
 ) -> Solution:
-    """Solve the linearised problem to a certified relative gap.
+    """Solve the linearised problem to a certified relative gap; the certificate holds whether it is reached or not.
 
     Args:
         problem: the problem.
@@ -50,20 +49,16 @@ def solve(
         max_evaluations: most objective evaluations.
         progress: called with the round and its certificate.
 
-    Returns:
-        The solution; ``status`` says whether the gap was reached, and the certificate holds either way.
     """
     began = time.perf_counter()
     working, bases = problem.reduced
     factors = restricted(working, bases, start)
-    evaluations = 0
+    evaluations, inner, stalled = 0, 1e-2, 0
     history: list[tuple[float, float]] = []
-    inner = 1e-2
     remedy = f"the limit of {max_rounds} rounds was reached; raise max_rounds or the tolerance"
     status: Status = "not-converged"
-    state = certify(working, factors, best_dual)
+    state = certify_point(working, factors, best_dual)
     best: tuple[Factors, PointState] = (factors, state)
-    stalled = 0
     for index in range(max_rounds):
         certificate = state.certificate
         best_dual = max(best_dual, certificate.dual)
@@ -76,42 +71,50 @@ def solve(
         if evaluations >= max_evaluations:
             remedy = f"the limit of {max_evaluations} evaluations was reached; raise it or the tolerance"
             break
-        before = certificate.gap
-        factors = _add_directions(working, factors, state)
         # Inner accuracy follows the gap: a gradient of relative size e costs about e of the gap.
         inner = min(inner, max(1e-10, 0.1 * certificate.relative_gap))
-        factors, used = _descend(problem, factors, inner, max_evaluations - evaluations)
+        factors, used = _improved(problem, factors, state, inner, max_evaluations - evaluations)
         evaluations += used
-        factors = balanced(factors)
-        state = certify(working, factors, best_dual)
-        if state.certificate.gap < best[1].certificate.gap:
-            best = (factors, state)
-        stalled = stalled + 1 if state.certificate.gap > 0.9 * before else 0
-        if stalled:
-            inner = max(1e-12, 0.1 * inner)
+        state = certify_point(working, factors, best_dual)
+        best = min(best, (factors, state), key=lambda point: point[1].certificate.gap)
+        stalled = stalled + 1 if state.certificate.gap > 0.9 * certificate.gap else 0
+        inner = max(1e-12, 0.1 * inner) if stalled else inner
         if stalled >= 8:
             remedy = "the gap stopped shrinking at rounding; raise the tolerance, or check the data for extreme values"
             break
     if status != "converged":
         factors, state = best
-    factors, state = _pruned(working, factors, state, tolerance, max(best_dual, state.certificate.dual))
-    lifted = bases.lift(factors) if bases is not None else factors
-    if bases is not None and not bases.is_trivial:  # certified on the stored operator, not on its reduction
-        state = certify(problem, lifted, max(best_dual, state.certificate.dual))
-        if state.certificate.relative_gap > tolerance and status == "converged":
-            status, remedy = "not-converged", "the gap on the full operator is above the tolerance; lower the tolerance"
-    return Solution(lifted, state.certificate, status, remedy, evaluations, time.perf_counter() - began, history)
+    factors, state = _finished(problem, factors, state, tolerance, max(best_dual, state.certificate.dual))
+    if state.certificate.relative_gap > tolerance and status == "converged":
+        status, remedy = "not-converged", "the gap on the full operator is above the tolerance; lower the tolerance"
+    return Solution(factors, state.certificate, status, remedy, evaluations, time.perf_counter() - began, history)
 
 
-def _descend(problem: Problem, factors: Factors, tolerance: float, budget: int) -> tuple[Factors, int]:
+def _finished(
+    problem: Problem, factors: Factors, state: PointState, tolerance: float, best_dual: float
+) -> tuple[Factors, PointState]:
+    """The point without needless directions, on the full blocks and certified there."""
+    working, bases = problem.reduced
+    factors, state = _pruned(working, factors, state, tolerance, best_dual)
+    lifted = bases.lift(factors)
+    if not bases.is_trivial:  # certified on the stored operator, not on its reduction
+        state = certify_point(problem, lifted, max(best_dual, state.certificate.dual))
+    return lifted, state
+
+
+def _improved(
+    problem: Problem, factors: Factors, state: PointState, tolerance: float, budget: int
+) -> tuple[Factors, int]:
+    """New directions, then descent over the factors; balanced, with the evaluations used."""
     working, _ = problem.reduced
-    layout = FactorLayout(dict(working.operator.shapes), ranks_of(factors))
+    factors = _add_directions(working, factors, state)
+    layout = FactorLayout(working.operator.shapes, ranks_of(factors))
     if layout.size == 0:
-        return factors, 0
+        return balanced(factors), 0
     result = descend(
         problem, layout, layout.flatten(factors), tolerance=tolerance, max_evaluations=max(1, min(budget, 3000))
     )
-    return {**zero_factors(working.operator), **layout.unflatten(result.x)}, result.evaluations
+    return balanced({**zero_factors(working.operator), **layout.unflatten(result.x)}), result.evaluations
 
 
 def _add_directions(problem: Problem, factors: Factors, state: PointState, most: int = 4) -> Factors:
@@ -220,7 +223,7 @@ def _pruned(
         fewer = balanced(factors, drop=share)
         if ranks_of(fewer) == ranks_of(factors):
             break
-        candidate = certify(problem, fewer, best_dual)
+        candidate = certify_point(problem, fewer, best_dual)
         if candidate.certificate.relative_gap <= target:
             return fewer, candidate
     return factors, state

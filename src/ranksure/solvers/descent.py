@@ -10,12 +10,11 @@ import math
 
 from torch import Tensor
 
-from ranksure.factors import Factors, balanced
+from ranksure.factors import FactorLayout, Factors, balanced
 from ranksure.operators.base import cast_factors, zero_factors
-from ranksure.operators.factored import FactoredOperator
 from ranksure.operators.span import SpanBases
 from ranksure.problem import Problem
-from ranksure.solvers.lbfgs import FactorLayout, Minimum, minimize
+from ranksure.solvers.lbfgs import Minimum, minimize, objective_on
 
 SINGLE_PRECISION = 3e-5
 """Relative gradient norm down to which float32 is trusted."""
@@ -23,12 +22,11 @@ SINGLE_PRECISION = 3e-5
 _LARGE = 64 << 20  # bytes of float64 factors above which float32 is worth a copy
 
 
-def restricted(working: Problem, bases: SpanBases | None, start: Factors | None) -> Factors:
+def restricted(working: Problem, bases: SpanBases, start: Factors | None) -> Factors:
     """A start in the working problem's coordinates: balanced, every block present; zero for None."""
     if start is None:
         return zero_factors(working.operator)
-    full = bases.restrict(start) if bases is not None else start
-    return {**zero_factors(working.operator), **balanced(cast_factors(full, working.operator))}
+    return {**zero_factors(working.operator), **balanced(cast_factors(bases.restrict(start), working.operator))}
 
 
 def gradient_scale(problem: Problem) -> float:
@@ -48,7 +46,7 @@ def descend(
     """Minimise over factors of the working problem.
 
     Args:
-        problem: the problem; its ``reduced`` form is descended.
+        problem: its ``reduced`` form is descended.
         layout: how rows of ``x`` hold the factors.
         x: starts ``(S, D)``, float64.
         tolerance: gradient norm to reach, in units of :func:`gradient_scale`.
@@ -62,9 +60,9 @@ def descend(
     scale = gradient_scale(working)
     used = 0
     operator = working.operator
-    if isinstance(operator, FactoredOperator) and operator.nbytes > _LARGE:
+    if operator.nbytes > _LARGE:
         rough = minimize(
-            layout.function(problem.single),
+            objective_on(problem.single, layout),
             x.float(),
             tolerance=max(tolerance, SINGLE_PRECISION) * scale,
             max_evaluations=max_evaluations,
@@ -75,7 +73,7 @@ def descend(
         if tolerance >= SINGLE_PRECISION or reached:
             return Minimum(x, rough.value.double(), rough.gradient_norm.double(), rough.converged, used)
     result = minimize(
-        layout.function(working),
+        objective_on(working, layout),
         x,
         tolerance=tolerance * scale,
         max_evaluations=max(1, max_evaluations - used),

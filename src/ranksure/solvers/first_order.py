@@ -7,21 +7,22 @@ something else, for which no lambda and no certificate exist.
 
 Mini-batches partition the samples once, at random, and come in a new random order in every epoch. The loss of a
 batch is scaled by the number of batches, so a random batch is unbiased for any sizes and weights; the penalty and the
-perturbation belong to the factors and enter every step whole, as an optimiser's ``weight_decay`` does.
+perturbation belong to the factors and enter every step whole, as an optimiser's ``weight_decay`` does. The updates
+are torch's own (``torch.optim``).
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from functools import partial
+from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor
 
-from ranksure.certificate import Certificate, certify
+from ranksure.certificate import Certificate, certify_point
 from ranksure.errors import SettingError
 from ranksure.factors import Factors, balanced
 from ranksure.operators.base import cast_factors, zero_factors
@@ -102,10 +103,10 @@ def train_lora(
     max_seconds: float = math.inf,
     progress: Callable[[TrainingPoint], None] | None = None,
 ) -> TrainingRun:
-    """Train LoRA factors on the linearised problem.
+    """Train LoRA factors in the operator's dtype; certificates are in float64.
 
     Args:
-        problem: the problem; training runs in its operator's dtype, certificates in float64.
+        problem: the problem.
         ranks: rank of every block, or by block name (zero or absent leaves a block out), clipped to its size.
         method: ``gd`` (all samples), ``sgd`` (mini-batches) or ``adam`` (either).
         learning_rate: step size, the first one under a decaying schedule.
@@ -115,118 +116,154 @@ def train_lora(
         epsilon: Adam's constant in the denominator.
         init: see :func:`initial_factors`.
         start: factors to start from, instead of an initialisation.
-        freeze_a: leave ``v`` (PEFT's ``lora_A``) at its start and train ``u`` (``lora_B``) alone: a convex problem.
-            Certificates are still about the full one.
-        weight_decay: False trains on the loss (and the perturbation) alone; the looks, and their certificates,
-            are still about the problem at its lambda, which is then a what-if.
-        perturbation: the ``P`` of Theorem 4.1, of this same problem. Objectives, certificates, ``best_dual`` and
-            ``optimum`` are then those of the perturbed problem, ``perturbation.problem``.
-        optimum: a certified solution of the problem (of ``perturbation.problem`` under a perturbation); its dual
-            value enters every gap, and its objective gives the ``excess`` of every look.
-        seed: seed of the initialisation and of the mini-batches.
+        freeze_a: train ``u`` (PEFT's ``lora_B``) alone, a convex problem; certificates are still of the full one.
+        weight_decay: False trains on the loss (and the perturbation) alone; looks still report the whole problem.
+        perturbation: the ``P`` of Theorem 4.1; certificates and duals are then of ``perturbation.problem``.
+        optimum: a solution of the problem that is certified: its dual enters every gap, its objective ``excess``.
+        seed: of the initialisation and of the mini-batches.
         steps: most updates.
         looks: about how many steps to look at, spaced geometrically.
-        tolerance: stop when the relative gap at a look is at most this.
+        tolerance: stop when the relative gap at a look is at most this: the run has then ``converged``.
         best_dual: a dual value known to be feasible for the problem that is certified.
         max_seconds: most seconds of training, certificates not counted.
         progress: called at every look.
 
-    Returns:
-        The last point and the trajectory. ``solution.status`` is ``converged`` when the tolerance was reached.
-
     Raises:
-        SettingError: an unknown name, a number out of range, mini-batches of an operator that has none, frozen
-            factors that are all zero, or a perturbation or an optimum of another problem.
+        SettingError: a setting out of range, frozen factors that are all zero, or what is of another problem.
     """
     _check(method, schedule, batch_size, learning_rate, betas, epsilon, steps, looks, max_seconds)
-    factors = cast_factors(start, problem.operator) if start else initial_factors(problem, ranks, init=init, seed=seed)
-    factors = {name: pair for name, pair in factors.items() if pair[0].shape[1]}
+    x = _start(problem, start or initial_factors(problem, ranks, init=init, seed=seed), freeze_a)
+    moving = [part for pair in x.values() for part in pair[: 1 if freeze_a else 2]]
+    kind: Any = partial(torch.optim.Adam, betas=betas, eps=epsilon) if method == "adam" else torch.optim.SGD
+    seen = _Looks(problem, x, perturbation, optimum, best_dual, progress)
+    batches = mini_batches(problem, batch_size, seed)
+    update = _updates(batches, x, kind(moving, lr=learning_rate), schedule, weight_decay, perturbation)
+    return seen.run(update, steps, looks, tolerance, max_seconds, f"lower the learning rate {learning_rate:g}")
+
+
+def _updates(
+    batches: Iterator[Problem],
+    x: Factors,
+    optimiser: torch.optim.Optimizer,
+    schedule: Schedule,
+    weight_decay: bool,
+    perturbation: Perturbation | None,
+) -> Callable[[int], float]:
+    """The update of a step; it returns the objective before it, of all samples or of its batch."""
+    rate = optimiser.param_groups[0]["lr"]
+
+    def update(step: int) -> float:
+        optimiser.param_groups[0]["lr"] = rate / math.sqrt(step) if schedule == "inverse-sqrt" else rate
+        problem = next(batches)
+        value, gradient = problem.value_and_gradient(x)
+        moved = {} if perturbation is None else perturbation.gradient(x)
+        for name, pair in x.items():
+            for side, part in enumerate(pair):
+                slope = gradient[name][side]
+                if not weight_decay:
+                    slope = slope.sub(part, alpha=problem.penalty[name])
+                part.grad = slope + moved[name][side] if name in moved else slope
+        optimiser.step()
+        return float(value)
+
+    return update
+
+
+def _start(problem: Problem, factors: Factors, freeze_a: bool) -> Factors:
+    """Copies of the factors that will be trained."""
+    like = problem.operator
+    factors = {name: pair for name, pair in cast_factors(factors, like).items() if pair[0].shape[1]}
     if not factors:
         raise SettingError("every rank is zero: there is nothing to train")
     if freeze_a and not any(bool(v.any()) for _, v in factors.values()):
         raise SettingError("freeze_a keeps v at its start, and that is zero in every block: nothing could move")
-    exact = problem.to(torch.float64) if hasattr(problem.operator, "to") else problem
-    certified = exact if perturbation is None else _perturbed(problem, perturbation)
-    if optimum is not None:
-        best_dual = max(best_dual, _checked_dual(certified, optimum))
-    x = {name: (u.clone(), v.clone()) for name, (u, v) in factors.items()}
-    update = _Adam(betas, epsilon) if method == "adam" else _Descent()
-    at = set(log_spaced(steps, looks))
-    trajectory: list[TrainingPoint] = []
-    spent = looked = 0.0
-    began = time.perf_counter()
-    batches = mini_batches(problem, batch_size, seed)
+    return {name: (u.clone(), v.clone()) for name, (u, v) in factors.items()}
 
-    def look(step: int) -> Certificate:
-        nonlocal best_dual, looked
+
+class _Looks:
+    """A run's points, certified at some steps, and the time that training takes apart from that."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        x: Factors,
+        perturbation: Perturbation | None,
+        optimum: Solution | None,
+        best_dual: float,
+        progress: Callable[[TrainingPoint], None] | None,
+    ) -> None:
+        self.problem, self.x, self.perturbation, self.optimum = problem, x, perturbation, optimum
+        self.exact, self.progress = problem.exact, progress
+        self.certified = self.exact if perturbation is None else _perturbed(problem, perturbation)
+        self.best_dual = best_dual
+        if optimum is not None:
+            self.best_dual = max(best_dual, _checked_dual(self.certified, optimum))
+        self.trajectory: list[TrainingPoint] = []
+        self.spent = self.looked = 0.0
+
+    def run(
+        self,
+        update: Callable[[int], float],
+        steps: int,
+        looks: int,
+        tolerance: float,
+        max_seconds: float,
+        cure: str,
+    ) -> TrainingRun:
+        """Train to the tolerance, to divergence (``cure`` says what helps against it), or to one of the limits."""
+        began = time.perf_counter()
+        at = set(log_spaced(steps, looks))
+        certificate = self.look(0)
+        remedy = f"the tolerance was not reached in {steps} steps; raise steps, or change the learning rate or the rank"
+        step = 0
+        while step < steps and certificate.relative_gap > tolerance:
+            step += 1
+            value = update(step)
+            self.spent = time.perf_counter() - began - self.looked
+            if not math.isfinite(value) or not _bounded(self.x):
+                remedy = f"the run diverged at step {step}: {cure}"
+                break
+            out_of_time = self.spent > max_seconds
+            if step in at or out_of_time:
+                certificate = self.look(step)
+            if out_of_time:
+                remedy = f"the limit of {max_seconds:g} seconds was reached; raise max_seconds"
+                break
+        status: Status = "converged" if certificate.relative_gap <= tolerance else "not-converged"
+        x = {name: (u.detach(), v.detach()) for name, (u, v) in self.x.items()}  # without their gradients
+        last = {**zero_factors(self.problem.operator), **_lowest_factors(self.problem, x, self.perturbation)}
+        history = [(point.seconds, point.relative_gap) for point in self.trajectory]
+        remedy, seconds = "" if status == "converged" else remedy, time.perf_counter() - began
+        return TrainingRun(Solution(last, certificate, status, remedy, step, seconds, history), self.trajectory, x)
+
+    def look(self, step: int) -> Certificate:
+        """Certify the point and add it to the trajectory."""
         paused = time.perf_counter()
-        state = certify(certified, x if perturbation is None else perturbation.inward(x), best_dual)
+        p, exact = self.perturbation, self.exact
+        state = certify_point(self.certified, self.x if p is None else p.inward(self.x), self.best_dual)
         certificate = state.certificate
-        best_dual = max(best_dual, certificate.dual)
-        wide = cast_factors(x, exact.operator)
+        self.best_dual = max(self.best_dual, certificate.dual)
+        wide = cast_factors(self.x, exact.operator)
         loss = float(exact.data_loss(state.logits))
         factored = loss + float(exact.penalty_of(wide) + exact.linear_of(wide))
-        if perturbation is not None:
-            factored += float(perturbation.penalty_of(wide))
+        if p is not None:
+            factored += float(p.penalty_of(wide))
         factored = max(factored, certificate.objective)  # equal at balanced factors, up to rounding
         point = TrainingPoint(
             step,
-            spent,
+            self.spent,
             factored,
             certificate.objective,
             certificate.relative_gap,
             certificate.spectral_ratio,
             loss,
-            None if optimum is None else factored - optimum.certificate.objective,
+            None if self.optimum is None else factored - self.optimum.certificate.objective,
         )
-        trajectory.append(point)
-        if progress is not None:
-            progress(point)
-        looked += time.perf_counter() - paused
+        self.trajectory.append(point)
+        if self.progress is not None:
+            self.progress(point)
+        self.looked += time.perf_counter() - paused
         return certificate
-
-    certificate = look(0)
-    remedy = f"the tolerance was not reached in {steps} steps; raise steps, or change the learning rate or the rank"
-    step = 0
-    while step < steps and certificate.relative_gap > tolerance:
-        step += 1
-        rate = learning_rate / math.sqrt(step) if schedule == "inverse-sqrt" else learning_rate
-        value, gradient = _training_gradient(next(batches), x, weight_decay, perturbation, freeze_a)
-        x = update(x, gradient, rate)
-        spent = time.perf_counter() - began - looked
-        if not math.isfinite(float(value)) or not _bounded(x):
-            remedy = f"the run diverged at step {step}: lower the learning rate {learning_rate:g}"
-            break
-        out_of_time = spent > max_seconds
-        if step in at or out_of_time:
-            certificate = look(step)
-        if out_of_time:
-            remedy = f"the limit of {max_seconds:g} seconds was reached; raise max_seconds"
-            break
-    status: Status = "converged" if certificate.relative_gap <= tolerance else "not-converged"
-    last = {**zero_factors(problem.operator), **_lowest_factors(problem, x, perturbation)}
-    history = [(point.seconds, point.relative_gap) for point in trajectory]
-    solution = Solution(
-        last, certificate, status, "" if status == "converged" else remedy, step, time.perf_counter() - began, history
-    )
-    return TrainingRun(solution, trajectory, x)
-
-
-def _training_gradient(
-    problem: Problem, x: Factors, weight_decay: bool, perturbation: Perturbation | None, freeze_a: bool
-) -> tuple[Tensor, Factors]:
-    """Value of the problem (to tell divergence) and the gradient that training follows."""
-    value, gradient = problem.value_and_gradient(x)
-    moved = {} if perturbation is None else perturbation.gradient(x)
-    for name, (u, v) in x.items():
-        gu, gv = gradient[name]
-        if not weight_decay:
-            decay = problem.penalty[name]
-            gu, gv = gu.sub(u, alpha=decay), gv.sub(v, alpha=decay)
-        if name in moved:
-            gu, gv = gu + moved[name][0], gv + moved[name][1]
-        gradient[name] = (gu, torch.zeros_like(gv) if freeze_a else gv)  # no method moves along a zero gradient
-    return value, gradient
 
 
 def _lowest_factors(problem: Problem, x: Factors, perturbation: Perturbation | None) -> Factors:
@@ -258,7 +295,7 @@ def _checked_dual(problem: Problem, optimum: Solution) -> float:
     claimed = optimum.certificate.objective
     shapes = {name: (u.shape[0], v.shape[0]) for name, (u, v) in optimum.factors.items()}
     fits = shapes.items() <= dict(problem.operator.shapes).items()
-    own = certify(problem, optimum.factors).certificate.objective if fits else math.nan
+    own = certify_point(problem, optimum.factors).certificate.objective if fits else math.nan
     if not abs(own - claimed) <= 1e-6 * max(abs(claimed), problem.objective_at_zero):
         raise SettingError("the optimum is not of this problem (or, under a perturbation, not of perturbation.problem)")
     return optimum.certificate.dual
@@ -269,40 +306,6 @@ def log_spaced(steps: int, looks: int) -> list[int]:
     if looks == 1:
         return [steps]
     return sorted({round(steps ** (index / (looks - 1))) for index in range(looks)} | {steps})
-
-
-class _Descent:
-    """``x - rate * gradient``."""
-
-    def __call__(self, x: Factors, gradient: Factors, rate: float) -> Factors:
-        return {
-            name: (u.sub(gradient[name][0], alpha=rate), v.sub(gradient[name][1], alpha=rate))
-            for name, (u, v) in x.items()
-        }
-
-
-class _Adam:
-    """Adam (Kingma and Ba 2015, algorithm 1), with bias correction."""
-
-    def __init__(self, betas: tuple[float, float], epsilon: float) -> None:
-        self.betas, self.epsilon, self.t = betas, epsilon, 0
-        self.moments: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
-
-    def __call__(self, x: Factors, gradient: Factors, rate: float) -> Factors:
-        self.t += 1
-        out: Factors = {}
-        for name, (u, v) in x.items():
-            gu, gv = gradient[name]
-            out[name] = (self._moved((name, 0), u, gu, rate), self._moved((name, 1), v, gv, rate))
-        return out
-
-    def _moved(self, key: tuple[str, int], x: Tensor, g: Tensor, rate: float) -> Tensor:
-        first, second = self.moments.setdefault(key, (torch.zeros_like(x), torch.zeros_like(x)))
-        beta1, beta2 = self.betas
-        first.lerp_(g, 1 - beta1)
-        second.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        scale = (second / (1 - beta2**self.t)).sqrt_().add_(self.epsilon)
-        return x.addcdiv(first, scale, value=-rate / (1 - beta1**self.t))
 
 
 def _bounded(x: Factors) -> bool:

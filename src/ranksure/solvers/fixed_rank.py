@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ranksure.certificate import PointState, certify
+from ranksure.certificate import certify_point
 from ranksure.curvature import Inertia, escape_direction, inertia
-from ranksure.factors import Factors, balanced, truncated
+from ranksure.factors import FactorLayout, Factors, balanced, truncated
 from ranksure.operators.base import zero_factors
 from ranksure.problem import Problem
 from ranksure.solvers.descent import descend, gradient_scale, restricted
-from ranksure.solvers.lbfgs import FactorLayout, Minimum, minimize
-from ranksure.solvers.solution import Solution
+from ranksure.solvers.lbfgs import Minimum, minimize, objective_on
+from ranksure.solvers.solution import Solution, Status
 
 
 @dataclass(frozen=True)
@@ -65,97 +65,101 @@ def solve_fixed_rank(
         max_evaluations: most evaluations of the batch.
         enough: relative gap at which no further search is made.
         check_curvature: prove the absence of negative curvature, and leave saddles by it.
-
-    Returns:
-        The best end point, with what was checked about it.
     """
     began = time.perf_counter()
     working, bases = problem.reduced
-    shapes = dict(working.operator.shapes)
+    shapes = working.operator.shapes
     full_ranks = {name: min(ranks.get(name, 0), *problem.operator.shapes[name], *shapes[name]) for name in shapes}
     layout = FactorLayout(shapes, full_ranks)
+
+    def ended(
+        x: Factors, evaluations: int, starts: int, values: list[float], stationary: bool, curvature: Inertia
+    ) -> FixedRank:
+        factors = balanced({**zero_factors(working.operator), **x})
+        found = certify_point(working, factors, best_dual).certificate
+        done = stationary or found.relative_gap <= enough
+        status: Status = "converged" if done else "not-converged"
+        remedy = "the limit of evaluations was reached before a stationary point; raise max_evaluations"
+        seconds = time.perf_counter() - began
+        solution = Solution(bases.lift(factors), found, status, "" if done else remedy, evaluations, seconds)
+        return FixedRank(solution, starts, values or [found.objective], stationary, curvature)
+
     if layout.size == 0:
-        zero = zero_factors(working.operator)
-        state = certify(working, zero, best_dual)
-        lifted = bases.lift(zero) if bases is not None else zero
-        solution = Solution(lifted, state.certificate, "converged", "", 0, time.perf_counter() - began)
-        return FixedRank(solution, 1, [state.certificate.objective], True, Inertia(0, 0.0))
+        return ended({}, 0, 1, [], True, Inertia(0, 0.0))
+    starts = _starts(problem, layout, full_ranks, reference, random_starts, seed)
+    gain = working.objective_at_zero - best_dual
+    stop = best_dual + enough * gain if math.isfinite(best_dual) else None
+    result = descend(problem, layout, starts, tolerance=tolerance, max_evaluations=max_evaluations, stop_below=stop)
+    point, curvature = _best_of(result), Inertia(None, 0.0, "not asked for")
+    if check_curvature:
+        point, curvature = _without_saddles(working, layout, point, tolerance, best_dual, enough, max_evaluations)
+    stationary = float(point.gradient_norm) <= tolerance * gradient_scale(working)
+    values = [float(value) for value in result.value]
+    return ended(layout.unflatten(point.x), point.evaluations, len(starts), values, stationary, curvature)
+
+
+def _best_of(found: Minimum, evaluations: int = 0) -> Minimum:
+    """The row of the lowest value, with so many evaluations added."""
+    row = slice(best := int(torch.argmin(found.value)), best + 1)
+    parts = (found.x[row], found.value[row], found.gradient_norm[row], found.converged[row])
+    return Minimum(*parts, found.evaluations + evaluations)
+
+
+def _starts(
+    problem: Problem,
+    layout: FactorLayout,
+    ranks: dict[str, int],
+    reference: Factors | None,
+    random_starts: int,
+    seed: int,
+) -> Tensor:
+    """The truncated reference and random points at three scales, one at least: ``(S, D)``."""
+    working, bases = problem.reduced
     generator = torch.Generator().manual_seed(seed)
     starts: list[Tensor] = []
     if reference is not None:
         full = restricted(working, bases, reference)
-        starts.append(layout.flatten(_padded(truncated(full, full_ranks), shapes, full_ranks)))
-    if not starts:
-        random_starts = max(1, random_starts)
-    for index in range(random_starts):
-        starts.append(_random_start(working, layout, full_ranks, generator, (0.1, 1.0, 0.3)[index % 3]))
-    function = layout.function(working)
-    goal = tolerance * gradient_scale(working)
-    gain = working.objective_at_zero - best_dual
-    enough_value = best_dual + enough * gain if math.isfinite(best_dual) else None
-    result = descend(
-        problem,
-        layout,
-        torch.cat(starts),
-        tolerance=tolerance,
-        max_evaluations=max_evaluations,
-        stop_below=enough_value,
-    )
-    evaluations = result.evaluations
-    objectives = [float(value) for value in result.value]
-    best = int(torch.argmin(result.value))
-    x, norm = result.x[best : best + 1], float(result.gradient_norm[best])
-    curvature = Inertia(None, 0.0, "not asked for")
-    for _ in range(4 if check_curvature else 0):
-        factors = {**zero_factors(working.operator), **layout.unflatten(x)}
-        state = certify(working, factors, best_dual)
-        if state.certificate.relative_gap <= max(enough, 1e-12) or norm > goal:
-            break
-        curvature = inertia(working, factors, state)
-        if curvature.negative in (0, None):
-            break
-        lower = _leave_saddle(working, layout, function, x, factors, state, goal, max_evaluations)
-        evaluations += lower.evaluations
-        best = int(torch.argmin(lower.value))
-        if not float(lower.value[best]) < float(function(x)[0]):
-            break
-        x, norm = lower.x[best : best + 1], float(lower.gradient_norm[best])
-        curvature = Inertia(None, curvature.tau, "not determined after a saddle was left")
-    factors = balanced({**zero_factors(working.operator), **layout.unflatten(x)})
-    state = certify(working, factors, best_dual)
-    lifted = bases.lift(factors) if bases is not None else factors
-    stationary = norm <= goal
-    done = stationary or state.certificate.relative_gap <= enough
-    solution = Solution(
-        lifted,
-        state.certificate,
-        "converged" if done else "not-converged",
-        "" if done else "the limit of evaluations was reached before a stationary point; raise max_evaluations",
-        evaluations,
-        time.perf_counter() - began,
-    )
-    return FixedRank(solution, len(starts), objectives, stationary, curvature)
+        starts.append(layout.flatten(_padded(truncated(full, ranks), working.operator.shapes, ranks)))
+    for index in range(random_starts if starts else max(1, random_starts)):
+        starts.append(_random_start(working, layout, generator, (0.1, 1.0, 0.3)[index % 3]))
+    return torch.cat(starts)
 
 
-def _leave_saddle(
+def _without_saddles(
     problem: Problem,
     layout: FactorLayout,
-    function: Callable[[Tensor], tuple[Tensor, Tensor]],
-    x: Tensor,
-    factors: Factors,
-    state: PointState,
-    goal: float,
+    point: Minimum,
+    tolerance: float,
+    best_dual: float,
+    enough: float,
     max_evaluations: int,
-) -> Minimum:
-    """Step both ways along the direction of negative curvature and descend from there."""
-    kept = {name: factors[name] for name in layout.parts}
-    flat = layout.flatten(escape_direction(problem, kept, state).direction)
-    size = max(float(x.norm()), 1e-6)
-    trials = torch.cat([x + sign * share * size * flat for share in (0.01, 0.1) for sign in (1, -1)])
-    return minimize(function, trials, tolerance=goal, max_evaluations=max_evaluations)
+) -> tuple[Minimum, Inertia]:
+    """Leave saddles by their curvature, four at most; the last point and what is known of its curvature."""
+    function, goal = objective_on(problem, layout), tolerance * gradient_scale(problem)
+    curvature = Inertia(None, 0.0, "not asked for")
+    for _ in range(4):
+        factors = {**zero_factors(problem.operator), **layout.unflatten(point.x)}
+        state = certify_point(problem, factors, best_dual)
+        if state.certificate.relative_gap <= max(enough, 1e-12) or float(point.gradient_norm) > goal:
+            break
+        curvature = inertia(problem, factors, state)
+        if curvature.negative in (0, None):
+            break
+        kept = {name: factors[name] for name in layout.parts}
+        flat = layout.flatten(escape_direction(problem, kept, state).direction)
+        size = max(float(point.x.norm()), 1e-6)
+        trials = torch.cat([point.x + sign * share * size * flat for share in (0.01, 0.1) for sign in (1, -1)])
+        lower = minimize(function, trials, tolerance=goal, max_evaluations=max_evaluations)
+        lower = _best_of(lower, point.evaluations)
+        if not float(lower.value) < float(function(point.x)[0]):
+            point = replace(point, evaluations=lower.evaluations)
+            break
+        point = lower
+        curvature = Inertia(None, curvature.tau, "not determined after a saddle was left")
+    return point, curvature
 
 
-def _padded(factors: Factors, shapes: dict[str, tuple[int, int]], ranks: dict[str, int]) -> Factors:
+def _padded(factors: Factors, shapes: Mapping[str, tuple[int, int]], ranks: dict[str, int]) -> Factors:
     """Fill missing columns with small deterministic ones, so that every column can move."""
     out: Factors = {}
     generator = torch.Generator().manual_seed(0)
@@ -171,9 +175,7 @@ def _padded(factors: Factors, shapes: dict[str, tuple[int, int]], ranks: dict[st
     return out
 
 
-def _random_start(
-    problem: Problem, layout: FactorLayout, ranks: dict[str, int], generator: torch.Generator, scale: float
-) -> Tensor:
+def _random_start(problem: Problem, layout: FactorLayout, generator: torch.Generator, scale: float) -> Tensor:
     """Gaussian factors whose penalty is ``scale`` times the loss at zero."""
     x = torch.randn(1, layout.size, generator=generator, dtype=torch.float64).to(problem.operator.device)
     x = x.to(problem.operator.dtype)

@@ -20,17 +20,13 @@ _RANDOM_SCALE = {"small": 1e-4, "large": 10.0}  # penalty of the start as a shar
 def initial_factors(problem: Problem, ranks: int | dict[str, int], *, init: Init = "peft", seed: int = 0) -> Factors:
     """Factors to start training from.
 
-    Args:
-        problem: the problem.
-        ranks: rank of every block, or by block name, clipped to the block's size.
-        init: ``peft``: PEFT's default, ``u = 0`` (``lora_B``) and ``v`` (``lora_A``) Kaiming-uniform, that is
-            uniform in ``+- 1/sqrt(n)``; ``peft-gaussian``: PEFT's ``init_lora_weights="gaussian"``, ``u = 0``
-            and ``v`` normal with deviation ``1/r``; ``small`` and ``large``: both normal, scaled so that the
-            penalty of all blocks is 1e-4 or 10 times ``F(0)``.
-        seed: seed of the random numbers, drawn on the CPU in float64.
+    Ranks are of every block or by block name, clipped to its size. ``peft`` is PEFT's default, ``u = 0`` (``lora_B``)
+    and ``v`` (``lora_A``) Kaiming-uniform, that is uniform in ``+- 1/sqrt(n)``; ``peft-gaussian`` PEFT's
+    ``init_lora_weights="gaussian"``, ``u = 0`` and ``v`` normal with deviation ``1/r``; ``small`` and ``large`` are
+    both normal, scaled so that the penalty of all blocks is 1e-4 or 10 times ``F(0)``.
 
     Returns:
-        Factors ``(m, r)`` and ``(n, r)`` by block, in the operator's dtype.
+        Factors of every block, drawn on the CPU in float64, in the operator's dtype.
 
     Raises:
         SettingError: an unknown initialisation or block, or a negative rank.

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ranksure.factors import Factors
+from ranksure.factors import FactorLayout
 from ranksure.problem import Problem
 
 Function = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -40,42 +40,14 @@ class Minimum:
     evaluations: int
 
 
-class FactorLayout:
-    """Maps factors of given ranks to rows of a matrix ``(S, D)`` and back."""
+def objective_on(problem: Problem, layout: FactorLayout) -> Function:
+    """Objective and gradient of the rows of a layout."""
 
-    def __init__(self, shapes: dict[str, tuple[int, int]], ranks: dict[str, int]) -> None:
-        self.parts: dict[str, tuple[int, int, int, int]] = {}
-        low = 0
-        for name, rank in ranks.items():
-            if rank == 0:
-                continue
-            m, n = shapes[name]
-            self.parts[name] = (low, m, n, rank)
-            low += (m + n) * rank
-        self.size = low
+    def evaluate(x: Tensor) -> tuple[Tensor, Tensor]:
+        value, gradient = problem.value_and_gradient(layout.unflatten(x))
+        return value.reshape(-1).to(x.dtype), layout.flatten(gradient)
 
-    def flatten(self, factors: Factors) -> Tensor:
-        """``(S, D)`` from batched factors, ``(1, D)`` from single ones."""
-        rows = [part.reshape(part.shape[0] if part.dim() == 3 else 1, -1) for n in self.parts for part in factors[n]]
-        return torch.cat(rows, 1)
-
-    def unflatten(self, x: Tensor) -> Factors:
-        """Views into ``x``; a single start gives unbatched factors."""
-        lead = () if x.shape[0] == 1 else (x.shape[0],)
-        out: Factors = {}
-        for name, (low, m, n, rank) in self.parts.items():
-            mid, high = low + m * rank, low + (m + n) * rank
-            out[name] = (x[:, low:mid].reshape(*lead, m, rank), x[:, mid:high].reshape(*lead, n, rank))
-        return out
-
-    def function(self, problem: Problem) -> Function:
-        """Objective and gradient of the rows."""
-
-        def evaluate(x: Tensor) -> tuple[Tensor, Tensor]:
-            value, gradient = problem.value_and_gradient(self.unflatten(x))
-            return value.reshape(-1).to(x.dtype), self.flatten(gradient)
-
-        return evaluate
+    return evaluate
 
 
 def minimize(

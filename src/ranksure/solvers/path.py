@@ -44,9 +44,6 @@ def lambda_path(
         progress: called after each point with its number and the point.
         stop: called after each point with all so far; True ends the path there.
 
-    Returns:
-        The points, largest lambda first.
-
     Raises:
         SettingError: a count below 2, a share outside (0, 1), or gradients that are all zero.
     """

@@ -20,20 +20,16 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from ranksure.certificate import Certificate, PointState, certify
+from ranksure.certificate import Certificate, PointState, certify_point
 from ranksure.errors import SettingError
 from ranksure.factors import Delta, Factors
 from ranksure.operators.base import TangentOperator, cast_factors, zero_factors
-from ranksure.operators.dense import DenseOperator
-from ranksure.operators.factored import FactoredOperator
-from ranksure.operators.matrix_free import MatrixFreeOperator
 from ranksure.problem import Problem
 from ranksure.solvers.solution import Solution, Status
 
 _GRAM_LIMIT = 4096  # rows of the Gram matrix up to which its largest eigenvalue is computed
 _POWER_MARGIN = 1.1  # a power iteration approaches the norm from below
 _STORED_BYTES = 1 << 30  # of gradients, up to which they may be stored
-_READING = 16  # multiplications of a matrix product in the time that one stored number is read
 _FEW = 0.25  # share of eigenvectors up to which they are cheaper one by one
 
 
@@ -77,79 +73,116 @@ def proximal_gradient(
     if check_every < 1 or max_iterations < 1 or not max_seconds > 0 or (step is not None and not 0 < step < math.inf):
         raise SettingError("step, check_every, max_iterations and max_seconds must be positive")
     began = time.perf_counter()
-    bound_is_sure = step is not None
-    if step is None:
-        smoothness, bound_is_sure = smoothness_bound(problem)
-        if smoothness == 0:  # no update changes a logit: zero is optimal whatever the step
-            smoothness = 1.0
-        step = 1 / smoothness
-    backtracking = not bound_is_sure if backtracking is None else backtracking
-    certified = problem.to(torch.float64) if hasattr(problem.operator, "to") else problem
-    problem = _stored(problem)
-
-    factors = {**zero_factors(problem.operator), **cast_factors(start or {}, problem.operator)}
-    point = _Point.of(problem, {name: u @ v.T for name, (u, v) in factors.items()})
-    previous, ahead, momentum = point, point, 1.0
-    state = certify(certified, factors, best_dual)
-    best_dual = state.certificate.dual
-    best: tuple[Factors, PointState] = (factors, state)
-    history = [(time.perf_counter() - began, state.certificate.relative_gap)]
-    status: Status = "converged" if state.certificate.relative_gap <= tolerance else "not-converged"
+    here = _Iterates(problem, start or {}, step, backtracking, accelerate)
+    seen = _Seen(problem.exact, here.factors(), best_dual, tolerance, began)
     remedy = f"the limit of {max_iterations} iterations was reached; raise max_iterations or the tolerance"
-    iteration, kept = 0, dict[str, int]()
-    while status != "converged" and iteration < max_iterations:
+    iteration = 0
+    while not seen.converged and iteration < max_iterations:
         iteration += 1
+        if not here.advance():
+            remedy = "the iterates diverged: the step is too large; lower it, or leave it out for 1 / L"
+            break
+        out_of_time = time.perf_counter() - began > max_seconds
+        if iteration % check_every == 0 or iteration == max_iterations or out_of_time:
+            certificate = seen.look(here.factors())
+            if progress is not None:
+                progress(iteration, certificate)
+        if out_of_time and not seen.converged:
+            remedy = f"the limit of {max_seconds:g} seconds was reached; raise max_seconds or the tolerance"
+            break
+    return seen.solution(iteration, remedy)
+
+
+class _Iterates:
+    """The accelerated iteration: a point, and the one ahead of it where the next gradient is taken."""
+
+    def __init__(
+        self, problem: Problem, start: Factors, step: float | None, backtracking: bool | None, accelerate: bool
+    ) -> None:
+        bound_is_sure = step is not None
+        if step is None:
+            smoothness, bound_is_sure = smoothness_bound(problem)
+            step = 1 / (smoothness or 1.0)  # 0: no update changes a logit, and zero is optimal whatever the step
+        self.step, self.accelerate = step, accelerate
+        self.backtracking = not bound_is_sure if backtracking is None else backtracking
+        self.problem = replace(problem, operator=problem.operator.for_dense_updates(_STORED_BYTES))
+        self._start = {**zero_factors(self.problem.operator), **cast_factors(start, self.problem.operator)}
+        delta = {name: u @ v.T for name, (u, v) in self._start.items()}
+        self.point = self.ahead = _Point(delta, self.problem.operator.apply(delta))
+        self.momentum = 1.0
+        self.parts: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def factors(self) -> Factors:
+        """The point as balanced factors; the start's own before the first iteration."""
+        return {name: (p * s.sqrt(), q * s.sqrt()) for name, (p, s, q) in self.parts.items()} or self._start
+
+    def advance(self) -> bool:
+        """One iteration; False where the iterates diverged."""
+        problem, ahead, previous = self.problem, self.ahead, self.point
         residual = problem.residual(problem.dual_variable(problem.logits(ahead.contrasts)))
         gradient = problem.operator.adjoint(residual)
         for name, term in problem.linear.items():
             gradient[name] = gradient[name] + term.to(gradient[name])
         while True:
-            parts = {
-                name: threshold_singular_values(x - step * gradient[name], step * problem.penalty[name], kept.get(name))
-                for name, x in ahead.delta.items()
-            }
-            kept = {name: len(s) for name, (_, s, _) in parts.items()}
-            delta = {name: (p * s) @ q.T for name, (p, s, q) in parts.items()}
-            point = _Point(delta, problem.operator.apply(delta))
-            if not backtracking or _is_majorised(problem, point, ahead, gradient, step):
+            point = self._proximal_step(gradient)
+            if not self.backtracking or _is_majorised(problem, point, ahead, gradient, self.step):
                 break
-            step /= 2
+            self.step /= 2
         if not float(point.contrasts.abs().max()) < 1e120:  # squares of logits would overflow
-            remedy = "the iterates diverged: the step is too large; lower it, or leave it out for 1 / L"
-            break
-        if accelerate:
-            uphill = sum(
-                float(((ahead.delta[name] - x) * (x - previous.delta[name])).sum()) for name, x in delta.items()
-            )
-            following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
-            weight = 0.0 if uphill > 0 else (momentum - 1) / following
-            momentum = 1.0 if uphill > 0 else following
-            ahead = point.extrapolated(previous, weight)
-        else:
-            ahead = point
-        previous = point
+            return False
+        self.point = self.ahead = point
+        if self.accelerate:
+            moves = ((ahead.delta[name] - x, x - previous.delta[name]) for name, x in point.delta.items())
+            uphill = sum(float((ahead_of * moved).sum()) for ahead_of, moved in moves)
+            following = (1 + math.sqrt(1 + 4 * self.momentum**2)) / 2
+            weight = 0.0 if uphill > 0 else (self.momentum - 1) / following
+            self.momentum = 1.0 if uphill > 0 else following
+            self.ahead = point.extrapolated(previous, weight)
+        return True
 
-        out_of_time = time.perf_counter() - began > max_seconds
-        if iteration % check_every == 0 or iteration == max_iterations or out_of_time:
-            factors = {name: (p * s.sqrt(), q * s.sqrt()) for name, (p, s, q) in parts.items()}
-            state = certify(certified, factors, best_dual)
-            best_dual = state.certificate.dual  # the best so far
-            history.append((time.perf_counter() - began, state.certificate.relative_gap))
-            if progress is not None:
-                progress(iteration, state.certificate)
-            if state.certificate.objective <= best[1].certificate.objective:
-                best = (factors, state)
-            if state.certificate.relative_gap <= tolerance:
-                status = "converged"
-        if out_of_time and status != "converged":
-            remedy = f"the limit of {max_seconds:g} seconds was reached; raise max_seconds or the tolerance"
-            break
-    if status == "converged":
-        best, remedy = (factors, state), ""
-    elif best[1].certificate.dual < best_dual:  # a later point may have proved more about the best one
-        best = (best[0], certify(certified, best[0], best_dual))
-    certificate = best[1].certificate
-    return Solution(best[0], certificate, status, remedy, iteration, time.perf_counter() - began, history)
+    def _proximal_step(self, gradient: Delta) -> _Point:
+        problem, step, kept = self.problem, self.step, {name: len(s) for name, (_, s, _) in self.parts.items()}
+        self.parts = {
+            name: threshold_singular_values(x - step * gradient[name], step * problem.penalty[name], kept.get(name))
+            for name, x in self.ahead.delta.items()
+        }
+        delta = {name: (p * s) @ q.T for name, (p, s, q) in self.parts.items()}
+        return _Point(delta, problem.operator.apply(delta))
+
+
+class _Seen:
+    """The points that were certified: the last, the best, and what their duals prove together."""
+
+    def __init__(self, problem: Problem, factors: Factors, best_dual: float, tolerance: float, began: float) -> None:
+        self.problem, self.tolerance, self.began = problem, tolerance, began
+        self.dual = best_dual
+        self.history: list[tuple[float, float]] = []
+        self.best: tuple[Factors, PointState] | None = None
+        self.look(factors)
+
+    def look(self, factors: Factors) -> Certificate:
+        """Certify a point."""
+        state = certify_point(self.problem, factors, self.dual)
+        certificate = state.certificate
+        self.dual, self.last = certificate.dual, (factors, state)  # the dual is the best so far
+        self.history.append((time.perf_counter() - self.began, certificate.relative_gap))
+        if self.best is None or certificate.objective <= self.best[1].certificate.objective:
+            self.best = self.last
+        return certificate
+
+    @property
+    def converged(self) -> bool:
+        """Whether the last point is within the tolerance."""
+        return self.last[1].certificate.relative_gap <= self.tolerance
+
+    def solution(self, iterations: int, remedy: str) -> Solution:
+        """The last point where it converged, else the best."""
+        factors, state = self.last if self.converged or self.best is None else self.best
+        if state.certificate.dual < self.dual:  # a later point may have proved more about the best one
+            state = certify_point(self.problem, factors, self.dual)
+        status: Status = "converged" if self.converged else "not-converged"
+        remedy, seconds = "" if self.converged else remedy, time.perf_counter() - self.began
+        return Solution(factors, state.certificate, status, remedy, iterations, seconds, self.history)
 
 
 def smoothness_bound(problem: Problem) -> tuple[float, bool]:
@@ -164,7 +197,7 @@ def smoothness_bound(problem: Problem) -> tuple[float, bool]:
     operator = problem.operator
     beta = problem.loss.smoothness(problem.n_logits)
     size = operator.n_samples * operator.n_outputs
-    if size <= _GRAM_LIMIT and not isinstance(operator, MatrixFreeOperator):
+    if size <= _GRAM_LIMIT and operator.is_stored:
         root = problem.weights.double().sqrt().repeat_interleave(operator.n_outputs)
         gram = operator.gram() * root[:, None] * root
         largest = float(torch.linalg.eigvalsh(gram)[-1])
@@ -186,28 +219,6 @@ def _weighted_norm_squared(operator: TangentOperator, weights: Tensor, iteration
         if norm == 0 or abs(norm - before) <= 1e-3 * norm:
             break
     return norm
-
-
-def _stored(problem: Problem) -> Problem:
-    """The same problem with its gradients stored, where that makes products with dense updates cheaper.
-
-    A product passes over every token, or over every stored gradient; a stored number is read once for each product,
-    while those of a token stay in the cache.
-    """
-    operator = problem.operator
-    if not isinstance(operator, FactoredOperator) or operator.dense_nbytes > _STORED_BYTES:
-        return problem
-    sizes = operator.shapes
-    by_token = sum(
-        group.n_tokens * sizes[name][0] * sizes[name][1]
-        for group in operator.groups
-        for name in group.outputs
-        if not group.is_index
-    )
-    stored = operator.n_samples * operator.n_outputs * sum(m * n for m, n in sizes.values())
-    if _READING * stored > by_token:
-        return problem
-    return replace(problem, operator=DenseOperator(operator.jacobians()))
 
 
 def threshold_singular_values(
@@ -258,10 +269,6 @@ class _Point:
 
     def __init__(self, delta: Delta, contrasts: Tensor) -> None:
         self.delta, self.contrasts = delta, contrasts
-
-    @classmethod
-    def of(cls, problem: Problem, delta: Delta) -> _Point:
-        return cls(delta, problem.operator.apply(delta))
 
     def extrapolated(self, previous: _Point, weight: float) -> _Point:
         """``x + weight (x - previous)``; contrasts follow by linearity."""

@@ -1,10 +1,13 @@
-"""Loading a classifier of any modality: its checkpoint, what the checkpoint lacks, and its head.
+"""Loading a classifier of any modality: its checkpoint, what the checkpoint lacks, its head, and its processor.
 
 The head of an image or audio classifier is as new or as trained as a text classifier's; only the auto class differs.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -13,8 +16,9 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from ranksure.data.samples import Samples
-from ranksure.errors import ModelError, one_line
-from ranksure.network.checkpoints import check_checkpoint, load_weights, quiet
+from ranksure.errors import ModelError, SettingError, one_line
+from ranksure.network.checkpoints import check_checkpoint, device_named, load_weights, quiet
+from ranksure.tasks.options import Loading
 
 
 @dataclass
@@ -26,77 +30,139 @@ class Classifier:
         head: qualified name of the linear layer that gives the logits.
         new_modules: modules that the checkpoint does not hold.
         notes: sentences for the user.
+        name: folder or Hub id.
+        processor: what prepares its inputs.
     """
 
     model: PreTrainedModel
     head: str
     new_modules: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    name: str = ""
+    processor: Any = None
 
     @property
     def head_is_new(self) -> bool:
         """Whether the head must be fitted first."""
         return any(self.head == name or self.head.startswith(name + ".") for name in self.new_modules)
 
+    def task_fields(self, rows: Samples, n_outputs: int, loading: Loading, own_order: bool = True) -> dict[str, Any]:
+        """What a :class:`~ranksure.tasks.task.Task` of this classifier holds, its own order of the classes included."""
+        known = own_order and not self.head_is_new
+        return {
+            "model": self.model,
+            "adapted": self.model,
+            "processor": self.processor,
+            "head": self.head,
+            "new_modules": self.new_modules,
+            "head_is_new": self.head_is_new,
+            "n_outputs": n_outputs,
+            "name": self.name,
+            "revision": loading.revision,
+            "batch_size": loading.rows_per_batch,
+            "label_names": own_label_order(self.model, rows, self.notes) if known else rows.label_names,
+            "notes": self.notes,
+        }
 
-def load_classifier(
-    auto_class: Any,
-    noun: str,
-    name: str,
-    n_outputs: int,
-    *,
-    revision: str | None = None,
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-    seed: int = 0,
-) -> Classifier:
-    """Load a checkpoint as a classifier with ``n_outputs`` logits; a head of another size is made anew.
 
-    Args:
+@dataclass(frozen=True)
+class Modality:
+    """What classifiers of one kind of input are loaded by.
+
+    Attributes:
         auto_class: such as ``transformers.AutoModelForImageClassification``.
-        noun: what it is called in messages, such as "an image classifier".
-        name: folder or Hub id.
-        n_outputs: number of logits.
-        revision: Hub revision.
-        dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
-        trust_remote_code: allow the repository's own code to run.
-        seed: of the parameters that the checkpoint lacks.
-
-    Raises:
-        ModelError: the checkpoint cannot be found or loaded, or has no linear head.
-        SettingError: an unknown dtype.
+        noun: what they are called in messages, such as "an image classifier".
+        processor: what their processor is called, such as "image processor".
+        argument: the argument that takes it.
+        load_processor: called with name, revision and ``trust_remote_code``.
     """
-    check_checkpoint(name, dtype)
-    common = {"revision": revision, "trust_remote_code": trust_remote_code}
-    notes: list[str] = []
 
+    auto_class: Any
+    noun: str
+    processor: str
+    argument: str
+    load_processor: Callable[[str, str | None, bool], Any]
+
+    def open(self, model: Any, processor: Any, n_outputs: int, loading: Loading) -> Classifier:
+        """A classifier in memory, or one of a folder or Hub id, with its processor, on its device.
+
+        Raises:
+            ModelError: the checkpoint or its processor cannot be found or loaded, or has no linear head.
+            SettingError: a model in memory without a processor, or an unknown dtype or device.
+        """
+        if isinstance(model, PreTrainedModel):
+            name = name_in_memory(model, processor, self.processor, self.argument)
+            found = Classifier(model, head_name(model, n_outputs), name=name, processor=processor)
+        else:
+            found = load_classifier(self.auto_class, self.noun, os.fspath(model), n_outputs, loading)
+            given = (found.name, loading.revision, loading.trust_remote_code)
+            found.processor = processor or self.load_processor(*given)
+        found.model.to(device_named(loading.device))  # pyright: ignore[reportArgumentType]
+        return found
+
+
+def name_in_memory(model: PreTrainedModel, processor: Any, noun: str, argument: str) -> str:
+    """What a model in memory is called; a ``SettingError`` where it comes without its tokenizer or processor."""
+    if processor is None:
+        raise SettingError(f"a model in memory needs its {noun}: pass {argument}=")
+    return str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+
+
+def load_processor(auto_class: Any, noun: str, remedy: str, **options: Any) -> Callable[[str, str | None, bool], Any]:
+    """A function that loads what lies beside a checkpoint, or raises a ``ModelError``; :class:`Modality` needs it."""
+
+    def load(name: str, revision: str | None, trust_remote_code: bool) -> Any:
+        try:
+            with quiet():
+                return auto_class.from_pretrained(
+                    name, revision=revision, trust_remote_code=trust_remote_code, **options
+                )
+        except Exception as error:  # as for the model
+            raise ModelError(
+                f"the {noun} of {name} cannot be loaded: {one_line(error)} (save {remedy} beside the model, or pass "
+                "processor=)"
+            ) from None
+
+    return load
+
+
+@contextmanager
+def loading_as(noun: str, name: str) -> Iterator[None]:
+    """Quietly; whatever a checkpoint fails by becomes one :class:`~ranksure.errors.ModelError`."""
     try:
-        with quiet(), torch.random.fork_rng():
-            torch.manual_seed(seed)  # parameters that the checkpoint lacks are drawn at random
-            config = AutoConfig.from_pretrained(name, num_labels=n_outputs, **common)
-            model, info = load_weights(
-                auto_class, name, notes, config=config, dtype=dtype, ignore_mismatched_sizes=True, **common
-            )
+        with quiet():
+            yield
+    except ModelError:
+        raise
     except Exception as error:  # a damaged folder fails in ways of many libraries: safetensors, pickle, json, ...
         raise ModelError(
             f"model {name} cannot be loaded as {noun}: {one_line(error)} (give a folder with config.json and "
             "model.safetensors, or a Hub id while online)"
         ) from None
+
+
+def load_classifier(auto_class: Any, noun: str, name: str, n_outputs: int, loading: Loading) -> Classifier:
+    """Load a checkpoint as a classifier with ``n_outputs`` logits; a head of another size is made anew."""
+    check_checkpoint(name, loading.dtype)
+    common = {"revision": loading.revision, "trust_remote_code": loading.trust_remote_code}
+    notes: list[str] = []
+    with loading_as(noun, name), torch.random.fork_rng():
+        torch.manual_seed(loading.seed)  # parameters that the checkpoint lacks are drawn at random
+        config = AutoConfig.from_pretrained(name, num_labels=n_outputs, **common)
+        model, info = load_weights(
+            auto_class, name, notes, config=config, dtype=loading.dtype, ignore_mismatched_sizes=True, **common
+        )
     mismatched = [entry[0] if isinstance(entry, (tuple, list)) else entry for entry in info["mismatched_keys"]]
     if mismatched:
         notes.append(
             f"The head of {name} has another number of outputs than the data's {n_outputs}; a new one is fitted."
         )
     new = sorted({_owner(model, key) for key in [*info["missing_keys"], *mismatched]})
-    return Classifier(model, head_name(model, n_outputs), new, notes)
+    return Classifier(model, head_name(model, n_outputs), new, notes, name)
 
 
 def head_name(model: PreTrainedModel, n_outputs: int) -> str:
-    """The qualified name of the last linear layer with ``n_outputs`` outputs outside the base model.
-
-    Raises:
-        ModelError: there is none.
-    """
+    """The last linear layer with ``n_outputs`` outputs outside the base model; a ``ModelError`` where there is none."""
     prefix = model.base_model_prefix + "."
     found = [
         name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,16 +91,7 @@ def packed(features: Sequence[Feature], length: int) -> list[dict[str, list[int]
 
 
 def check_packing(model: nn.Module, features: Sequence[Feature], collator: PackedCollator) -> None:
-    """Refuse a model that does not keep packed rows apart: compare its logits with those of the rows alone.
-
-    Args:
-        model: the network.
-        features: rows that are not packed; the two shortest are tried.
-        collator: the one that will be used.
-
-    Raises:
-        SettingError: the logits differ, or the model does not take the mask.
-    """
+    """Refuse (``SettingError``) a model whose logits of the two shortest rows differ when packed, or that cannot."""
     few = sorted(features, key=lambda row: len(row["input_ids"]))[:2]
     joined = packed([{**row, "labels": row["input_ids"]} for row in few], sum(len(row["input_ids"]) for row in few))
     device = device_of(model)
@@ -120,6 +111,23 @@ def check_packing(model: nn.Module, features: Sequence[Feature], collator: Packe
 
 def _inputs(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     return {key: value.to(device) for key, value in batch.items() if key != "labels"}
+
+
+class Batches(Sequence[dict[str, Tensor]]):
+    """Rows in batches, in order; each is collated when it is asked for, so that one is in memory at a time."""
+
+    def __init__(self, rows: Sequence[Feature], size: int, collate: Callable[[Any], Mapping[str, Any]]) -> None:
+        self._rows, self._collate = rows, collate
+        self._starts = range(0, len(rows), size)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        low = self._starts[index]
+        return dict(self._collate(self._rows[low : low + self._starts.step]))
 
 
 def in_batches(features: Sequence[Mapping[str, Any]], size: int, by_length: bool) -> Iterator[list[Any]]:

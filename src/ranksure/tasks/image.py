@@ -19,12 +19,9 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Pr
 
 from ranksure.data.images import ImageRows, Pixels
 from ranksure.errors import ModelError, SettingError, one_line
-from ranksure.network.checkpoints import device_named, quiet
-from ranksure.tasks.classifiers import Classifier, head_name, load_classifier, own_label_order
+from ranksure.tasks.classifiers import Modality, load_processor
+from ranksure.tasks.options import Loading
 from ranksure.tasks.task import Task
-
-# Queries and values, where Hu et al. (2022) put LoRA, under the names of transformers before and after version 5.
-_QUERIES_AND_VALUES = (("q_proj", "v_proj"), ("query", "value"))
 
 
 @dataclass(kw_only=True)
@@ -49,18 +46,11 @@ class ImageTask(Task[ImageRows]):
     def collator(self) -> Callable[[list[dict[str, Any]]], Mapping[str, Any]]:
         return _Collator(self.options)
 
-    def batches(self, samples: ImageRows) -> list[dict[str, Any]]:
-        """Batches of ``pixel_values``, ``(rows, channels, height, width)``, in the order of the rows."""
+    def prepare(self, samples: ImageRows) -> list[dict[str, Any]]:
+        """A row each with ``pixel_values``, ``(channels, height, width)``."""
         size = self.batch_size
-        return [
-            {"pixel_values": self._pixel_values(samples.images[low : low + size]), **self.options}
-            for low in range(0, len(samples), size)
-        ]
-
-    def features(self, samples: ImageRows) -> list[dict[str, Any]]:
-        labels = self.labels(samples).tolist()
-        pixels = torch.cat([batch["pixel_values"] for batch in self.batches(samples)])
-        return [{"pixel_values": one, "labels": label} for one, label in zip(pixels, labels, strict=True)]
+        starts = range(0, len(samples), size)
+        return [{"pixel_values": x} for low in starts for x in self._pixel_values(samples.images[low : low + size])]
 
     def _pixel_values(self, images: list[Pixels]) -> Tensor:
         mode = "L" if _channels(self.adapted) == 1 else "RGB"
@@ -94,11 +84,8 @@ class ImageTask(Task[ImageRows]):
         return rows * ((height // vertical) * (width // horizontal) + extra)
 
     def default_targets(self) -> str | list[str]:
-        """Queries and values of attention, where the network has them, else all linear layers."""
-        leaves = {
-            name.rsplit(".", 1)[-1] for name, module in self.adapted.named_modules() if isinstance(module, nn.Linear)
-        }
-        return next((list(names) for names in _QUERIES_AND_VALUES if leaves >= set(names)), "all-linear")
+        """As transformers names them before and after version 5."""
+        return self.queries_and_values(("q_proj", "v_proj"), ("query", "value"))
 
     def usage(self) -> str:
         arguments = ['backend="pil"']
@@ -132,18 +119,20 @@ class _Collator:
         return batch
 
 
+load_image_processor = load_processor(AutoImageProcessor, "image processor", "one", backend="pil")
+"""The image processor beside a checkpoint, on Pillow."""
+_MODALITY = Modality(
+    AutoModelForImageClassification, "an image classifier", "image processor", "processor", load_image_processor
+)
+
+
 def load_image_task(
     model: str | os.PathLike[str] | PreTrainedModel,
     rows: ImageRows,
     *,
     processor: Any = None,
     image_size: int | None = None,
-    batch_size: int = 32,
-    revision: str | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    seed: int = 0,
+    **loading: Any,
 ) -> ImageTask:
     """Load a checkpoint (or take a loaded model) for labelled images.
 
@@ -153,86 +142,31 @@ def load_image_task(
         processor: needed with a model in memory, else loaded beside the model.
         image_size: pixels per side of the network's input; by default the processor's own. A smaller one is
             faster; vision transformers interpolate their position embeddings to it.
-        batch_size: images per batch.
-        revision: Hub revision.
-        dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
-        device: ``auto``, ``cpu``, ``cuda`` or another torch device.
-        trust_remote_code: allow the repository's own code to run.
-        seed: seed of whatever the checkpoint leaves to chance.
+        **loading: see :class:`~ranksure.tasks.options.Loading`.
 
     Raises:
         ModelError: the model or its processor cannot be found, loaded or used for these labels.
         SettingError: an option has no meaning here.
     """
+    options = Loading(**loading)
     if rows.label_names is None:
         raise SettingError("images are classified: they need class labels")
-    n_outputs = len(rows.label_names)
-    if isinstance(model, PreTrainedModel):
-        if processor is None:
-            raise SettingError("a model in memory needs its image processor: pass processor=")
-        name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
-        loaded = Classifier(model, head_name(model, n_outputs))
-    else:
-        name = os.fspath(model)
-        loaded = load_classifier(
-            AutoModelForImageClassification,
-            "an image classifier",
-            name,
-            n_outputs,
-            revision=revision,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            seed=seed,
-        )
-        processor = processor or load_image_processor(name, revision, trust_remote_code)
-    network = loaded.model
+    found = _MODALITY.open(model, processor, len(rows.label_names), options)
+    network, name = found.model, found.name
     if _channels(network) not in (1, 3):
         raise ModelError(
             f"{name} reads images of {_channels(network)} channels; greyscale (1) and RGB (3) are supported"
         )
-    network.to(device_named(device))  # pyright: ignore[reportArgumentType]
     if image_size is not None:
-        processor = _resized(processor, network, image_size, name)
-    height, width = _input_size(processor, network, name)
-    task = ImageTask(
-        model=network,
-        adapted=network,
-        processor=processor,
-        head=loaded.head,
-        new_modules=loaded.new_modules,
-        head_is_new=loaded.head_is_new,
-        n_outputs=n_outputs,
-        name=name,
-        revision=revision,
-        batch_size=batch_size,
-        label_names=rows.label_names,
-        notes=loaded.notes,
+        found.processor = _resized(found.processor, network, image_size, name)
+    height, width = _input_size(found.processor, network, name)
+    return ImageTask(
+        **found.task_fields(rows, len(rows.label_names), options),
         height=height,
         width=width,
         image_size=image_size,
         options=_call_options(network, height, width, name),
     )
-    if not task.head_is_new:
-        task.label_names = own_label_order(network, rows, task.notes)
-    return task
-
-
-def load_image_processor(name: str, revision: str | None, trust_remote_code: bool) -> Any:
-    """The image processor beside a checkpoint, on Pillow.
-
-    Raises:
-        ModelError: there is none, or it cannot be read.
-    """
-    try:
-        with quiet():
-            return AutoImageProcessor.from_pretrained(
-                name, revision=revision, trust_remote_code=trust_remote_code, backend="pil"
-            )
-    except Exception as error:  # as for the model
-        raise ModelError(
-            f"the image processor of {name} cannot be loaded: {one_line(error)} (save one beside the model, or pass "
-            "processor=)"
-        ) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,11 +187,7 @@ def _processed(processor: Any, pictures: list[Image.Image], mode: str) -> Tensor
 
 
 def _resized(processor: Any, model: PreTrainedModel, size: int, name: str) -> Any:
-    """A copy of the processor that gives ``size x size`` pixels.
-
-    Raises:
-        SettingError: the size is none that the model can have, or the processor keeps to its own.
-    """
+    """A copy of the processor that gives ``size x size`` pixels; refused where model or processor have no such size."""
     patch = getattr(model.config, "patch_size", 1)
     patch = max(patch) if isinstance(patch, (list, tuple)) else int(patch)
     if size < 2 * patch or size % patch:
@@ -289,11 +219,7 @@ def _resized(processor: Any, model: PreTrainedModel, size: int, name: str) -> An
 
 
 def _input_size(processor: Any, model: PreTrainedModel, name: str) -> tuple[int, int]:
-    """Height and width that the processor gives, the same for images of any form.
-
-    Raises:
-        ModelError: it fails, or gives images of different forms different sizes.
-    """
+    """Height and width that the processor gives; refused where those of images of different forms differ."""
     mode = "L" if _channels(model) == 1 else "RGB"
     found = set()
     for form in ((64, 64), (64, 96), (96, 64)):
@@ -315,11 +241,7 @@ def _input_size(processor: Any, model: PreTrainedModel, name: str) -> tuple[int,
 
 
 def _call_options(model: PreTrainedModel, height: int, width: int, name: str) -> dict[str, Any]:
-    """What the model must be called with at this size, after a try.
-
-    Raises:
-        ModelError: it does not take the size.
-    """
+    """What the model must be called with at this size; refused where it does not take it."""
     options: dict[str, Any] = {}
     own = getattr(model.config, "image_size", None)
     own = tuple(own) if isinstance(own, (list, tuple)) else (own, own)

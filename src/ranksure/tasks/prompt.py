@@ -23,8 +23,17 @@ from ranksure.errors import ModelError, SettingError
 from ranksure.network.checkpoints import check_checkpoint, device_named, load_tokenizer, settle_padding, token_limit
 from ranksure.network.logits import predict
 from ranksure.solvers.lbfgs import minimize
-from ranksure.tasks.collate import Collator, in_batches
-from ranksure.tasks.prompt_encoder import Architecture, PromptEncoder, Verbalizers, parse_template, parse_verbalizers
+from ranksure.tasks.classifiers import name_in_memory
+from ranksure.tasks.collate import Collator
+from ranksure.tasks.options import Loading
+from ranksure.tasks.prompt_encoder import (
+    Architecture,
+    Encoded,
+    PromptEncoder,
+    Verbalizers,
+    parse_template,
+    parse_verbalizers,
+)
 from ranksure.tasks.prompt_model import Verbalized, architecture_of, check_same_as_full, load_language_model
 from ranksure.tasks.task import Task
 
@@ -53,11 +62,6 @@ class PromptTask(Task[Rows]):
     max_length: int
 
     @property
-    def tokenizer(self) -> Any:
-        """The processor under its name for texts."""
-        return self.processor
-
-    @property
     def offsets(self) -> list[float]:
         """What is added to the logit of each class."""
         assert isinstance(self.model, Verbalized)
@@ -67,28 +71,24 @@ class PromptTask(Task[Rows]):
     def collator(self) -> Collator:
         return Collator(int(self.tokenizer.pad_token_id))
 
-    def batches(self, samples: Rows) -> list[dict[str, Tensor]]:
-        """Prompts in the order of the rows, padded on the right to the longest of each batch."""
-        encoded = self.encoder.encode(samples).features
-        return [self.collator(part) for part in in_batches(encoded, self.batch_size, by_length=False)]
+    def prepare(self, samples: Rows) -> Encoded:
+        """Prompts and their tokens."""
+        return self.encoder.encode(samples)
 
-    def batches_by_length(self, samples: Rows) -> tuple[list[dict[str, Tensor]], Tensor]:
-        encoded = self.encoder.encode(samples).features
-        order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]["input_ids"]))
-        parts = in_batches([encoded[i] for i in order], self.batch_size, by_length=False)
-        return [self.collator(part) for part in parts], torch.argsort(torch.tensor(order))
+    def rows(self, samples: Rows) -> list[dict[str, Any]]:
+        return self.prepared(samples).features
 
-    def features(self, samples: Rows) -> list[dict[str, Any]]:
-        encoded = self.encoder.encode(samples).features
-        return [{**row, "labels": label} for row, label in zip(encoded, self.labels(samples).tolist(), strict=True)]
+    def lengths(self, samples: Rows) -> list[int]:
+        """In tokens."""
+        return [len(row["input_ids"]) for row in self.rows(samples)]
 
     def remarks(self, samples: Rows) -> list[str]:
-        encoded = self.encoder.encode(samples)
+        encoded: Encoded = self.prepared(samples)
         out: list[str] = []
         if cut := len(encoded.cut):
             out.append(
                 f"{cut} of the {len(samples)} training texts were cut so that their prompts have at most "
-                f"{self.max_length} tokens; raise --max-length to keep more."
+                f"{self.max_length} tokens; raise `max_length` to keep more."
             )
         if masks := len(encoded.masks):
             out.append(
@@ -99,18 +99,14 @@ class PromptTask(Task[Rows]):
 
     def default_targets(self) -> str | Sequence[str]:
         """PEFT's for the model, else its query and value projections, else all linear layers."""
-        known = super().default_targets()
-        if known != "all-linear":
+        if (known := super().default_targets()) != "all-linear":
             return known
-        inside = {name.rsplit(".", 1)[-1] for name, _ in self.adapted.named_modules()}
-        pairs = (["query", "value"], ["q_proj", "v_proj"], ["q_lin", "v_lin"], ["q", "v"])
-        return next((pair for pair in pairs if inside.issuperset(pair)), known)
+        return self.queries_and_values(("query", "value"), ("q_proj", "v_proj"), ("q_lin", "v_lin"), ("q", "v"))
 
     def calibrate(self, rows: Rows) -> str:
         """Set the classes' offsets so that these rows' mean predicted shares are the classes' shares.
 
-        Args:
-            rows: training rows; of more than :data:`CALIBRATION_ROWS` a stratified sample.
+        Of more than :data:`CALIBRATION_ROWS` a stratified sample is looked at.
 
         Returns:
             What was done, in sentences, with the accuracy on these rows before and after.
@@ -197,11 +193,7 @@ def load_prompt_task(
     verbalizers: Verbalizers | None = None,
     calibrate: bool | Sequence[float] = True,
     max_length: int | None = None,
-    batch_size: int = 32,
-    revision: str | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
-    trust_remote_code: bool = False,
+    **loading: Any,
 ) -> PromptTask:
     """Load a masked or causal language model for labelled texts.
 
@@ -215,44 +207,51 @@ def load_prompt_task(
             :func:`~ranksure.tasks.prompt_encoder.parse_verbalizers` takes them.
         calibrate: fit an offset per class (one forward pass over ``rows``), leave them zero, or take these.
         max_length: tokens per prompt; by default the model's limit, at most 256.
-        batch_size: prompts per batch.
-        revision: Hub revision.
-        dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
-        device: ``auto``, ``cpu``, ``cuda`` or another torch device.
-        trust_remote_code: allow the repository's own code to run.
+        **loading: see :class:`~ranksure.tasks.options.Loading`.
 
     Raises:
         ModelError: the model cannot be found or loaded, is no language model, or has no language-model head.
         SettingError: template or verbalisers do not fit the model or the data, or the data has no classes.
         DataError: a text whose prompt has not exactly one mask.
     """
+    options = Loading(**loading)
     if rows.label_names is None:
-        raise SettingError(f"prompts need class labels, but {rows.source} has float targets: use --task text")
-    notes: list[str] = []
-    if isinstance(model, PreTrainedModel):
-        if tokenizer is None:
-            raise SettingError("a model in memory needs its tokenizer: pass tokenizer=")
-        name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
-        loaded: Any = model
-        architecture = architecture_of(model.config, tokenizer, name, type(model).__name__)
-    else:
-        name = os.fspath(model)
-        check_checkpoint(name, dtype)
-        tokenizer = tokenizer or load_tokenizer(name, revision, trust_remote_code)
-        loaded, architecture, notes = load_language_model(
-            name, tokenizer, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code
-        )
-    loaded.to(device_named(device))
+        raise SettingError(f"prompts need class labels, but {rows.source} has float targets: use `task` text")
+    task = _task(model, rows, rows.label_names, tokenizer, template, verbalizers, max_length, options)
+    check_same_as_full(task.model, task.rows(rows)[:2], task.collator)
+    pairs = list(zip(rows.label_names, task.words, strict=True))
+    told = ", ".join(f"{label} as {word!r}" for label, word in pairs[:10]) + ", ..." * (len(pairs) > 10)
+    task.notes.append(f"Prompts are {task.encoder.template.text!r}; the classes are read {told}.")
+    if not isinstance(calibrate, (bool, str)):
+        _set_offsets(task, calibrate)
+    elif calibrate:
+        task.notes.append(task.calibrate(rows))
+    return task
+
+
+def _task(
+    model: Any,
+    rows: Rows,
+    label_names: list[str],
+    tokenizer: Any,
+    template: str | None,
+    verbalizers: Verbalizers | None,
+    max_length: int | None,
+    options: Loading,
+) -> PromptTask:
+    """Without offsets, and not tried yet."""
+    loaded, tokenizer, name, architecture, notes = _language_model(model, tokenizer, options)
+    loaded.to(device_named(options.device))  # pyright: ignore[reportArgumentType]
     settle_padding(loaded, tokenizer, name)
     most = token_limit(loaded, tokenizer, max_length)
     inputs = set(inspect.signature(loaded.forward).parameters)
     encoder = PromptEncoder(
         tokenizer, parse_template(template, architecture, rows.pairs is not None), most, inputs.__contains__
     )
-    words = parse_verbalizers(verbalizers, rows.label_names, architecture)
-    ids = encoder.verbalizer_ids(words, rows.label_names, rows)
+    words = parse_verbalizers(verbalizers, label_names, architecture)
+    ids = encoder.verbalizer_ids(words, label_names, rows)
     masked = architecture == "masked"
-    task = PromptTask(
+    return PromptTask(
         model=Verbalized(loaded, ids, int(tokenizer.mask_token_id) if masked else None),
         adapted=loaded,
         prefix="lm.",
@@ -260,9 +259,9 @@ def load_prompt_task(
         peft_task_type=None if masked else "CAUSAL_LM",
         n_outputs=len(words),
         name=name,
-        revision=revision,
-        batch_size=batch_size,
-        label_names=rows.label_names,
+        revision=options.revision,
+        batch_size=options.rows_per_batch,
+        label_names=label_names,
         notes=notes,
         architecture=architecture,
         encoder=encoder,
@@ -270,14 +269,20 @@ def load_prompt_task(
         token_ids=ids,
         max_length=most,
     )
-    check_same_as_full(task.model, encoder.encode(rows.subset(range(min(2, len(rows))))).features, task.collator)
-    told = ", ".join(f"{label} as {word!r}" for label, word in list(zip(rows.label_names, words, strict=True))[:10])
-    notes.append(f"Prompts are {encoder.template.text!r}; the classes are read {told}{', ...' * (len(words) > 10)}.")
-    if not isinstance(calibrate, (bool, str)):
-        _set_offsets(task, calibrate)
-    elif calibrate:
-        notes.append(task.calibrate(rows))
-    return task
+
+
+def _language_model(
+    model: Any, tokenizer: Any, options: Loading
+) -> tuple[PreTrainedModel, Any, str, Architecture, list[str]]:
+    """A language model, its tokenizer, name and architecture, and sentences for the user."""
+    if isinstance(model, PreTrainedModel):
+        name = name_in_memory(model, tokenizer, "tokenizer", "tokenizer")
+        return model, tokenizer, name, architecture_of(model.config, tokenizer, name, type(model).__name__), []
+    name = os.fspath(model)
+    check_checkpoint(name, options.dtype)
+    tokenizer = tokenizer or load_tokenizer(name, options.revision, options.trust_remote_code)
+    loaded, architecture, notes = load_language_model(name, tokenizer, options)
+    return loaded, tokenizer, name, architecture, notes
 
 
 def _set_offsets(task: PromptTask, offsets: Sequence[float]) -> None:

@@ -72,7 +72,7 @@ def parse_template(template: str | None, architecture: Architecture, pairs: bool
         if pairs:
             mask = " {mask}" * (architecture == "masked")
             raise SettingError(
-                f"no template is known for pairs of texts: give --template '{{text}} ...{mask} {{pair}}'"
+                f"no template is known for pairs of texts: give `template` '{{text}} ...{mask} {{pair}}'"
             )
         template = DEFAULT_TEMPLATES[architecture]
     template = template.replace("\\n", "\n")
@@ -82,18 +82,18 @@ def parse_template(template: str | None, architecture: Architecture, pairs: bool
             if name is not None:
                 found.append(name)
             if format_spec or conversion:
-                raise SettingError(f"--template {shown(template)}: write {{{name}}} without a format")
+                raise SettingError(f"`template` {shown(template)}: write {{{name}}} without a format")
     except ValueError as error:
-        raise SettingError(f"--template {shown(template)}: {error}; write {{{{ and }}}} for braces") from None
+        raise SettingError(f"`template` {shown(template)}: {error}; write {{{{ and }}}} for braces") from None
     allowed = ["text", *["pair"] * pairs, *["mask"] * (architecture == "masked")]
     why = {"mask": "a causal model's template ends where the answer begins", "pair": "the rows have no second texts"}
     for name in found:
         if name not in allowed:
             use = "use " + ", ".join(f"{{{each}}}" for each in allowed)
-            raise SettingError(f"--template {shown(template)} has {{{name}}}: {why.get(name, 'it is unknown')}; {use}")
+            raise SettingError(f"`template` {shown(template)} has {{{name}}}: {why.get(name, 'it is unknown')}; {use}")
     for name in allowed:
         if (count := found.count(name)) != 1:
-            raise SettingError(f"--template {shown(template)} needs {{{name}}} exactly once, not {count} times")
+            raise SettingError(f"`template` {shown(template)} needs {{{name}}} exactly once, not {count} times")
     return Template(template, architecture, pairs)
 
 
@@ -114,7 +114,7 @@ def parse_verbalizers(given: Verbalizers | None, label_names: Sequence[str], arc
         defaults = DEFAULT_WORDS[architecture]
         if sorted(name.lower() for name in label_names) != sorted(defaults):
             raise SettingError(
-                f"no verbalisers are known for the labels {listed(label_names)}: give a word for each, --verbalizers "
+                f"no verbalisers are known for the labels {listed(label_names)}: give a word for each, `verbalizers` "
                 f"'{example}'"
             )
         given = {name: defaults[name.lower()] for name in label_names}
@@ -124,22 +124,22 @@ def parse_verbalizers(given: Verbalizers | None, label_names: Sequence[str], arc
         words = {str(label).strip(): word for label, word in given.items()}
         if unknown := [label for label in words if label not in label_names]:
             raise SettingError(
-                f"--verbalizers names {listed(unknown)}, but the data's labels are {listed(label_names)}"
+                f"`verbalizers` names {listed(unknown)}, but the data's labels are {listed(label_names)}"
             )
         if absent := [name for name in label_names if name not in words]:
-            raise SettingError(f"--verbalizers has no word for {listed(absent)}: give '{example}'")
+            raise SettingError(f"`verbalizers` has no word for {listed(absent)}: give '{example}'")
         given = [words[name] for name in label_names]
     out = list(given)
     if len(out) != len(label_names):
         raise SettingError(
-            f"--verbalizers has {len(out)} words for the {len(label_names)} classes {listed(label_names)}: give "
+            f"`verbalizers` has {len(out)} words for the {len(label_names)} classes {listed(label_names)}: give "
             f"'{example}'"
         )
     for name, word in zip(label_names, out, strict=True):
         if not isinstance(word, str) or not word.strip():
-            raise SettingError(f"--verbalizers: the word for {shown(name)} is {shown(word)}, which is not a word")
+            raise SettingError(f"`verbalizers`: the word for {shown(name)} is {shown(word)}, which is not a word")
         if out.count(word) > 1:
-            raise SettingError(f"--verbalizers gives {shown(word)} to two classes; each needs a word of its own")
+            raise SettingError(f"`verbalizers` gives {shown(word)} to two classes; each needs a word of its own")
     return out
 
 
@@ -148,7 +148,7 @@ def _from_string(given: str, example: str) -> Mapping[str, str] | list[str]:
         try:
             parsed = json.loads(given)
         except ValueError as error:
-            raise SettingError(f"--verbalizers {shown(given)} is not JSON ({error}): give '{example}'") from None
+            raise SettingError(f"`verbalizers` {shown(given)} is not JSON ({error}): give '{example}'") from None
         return parsed
     parts = [part.strip() for part in given.split(",")]
     if not any("=" in part for part in parts):
@@ -157,9 +157,9 @@ def _from_string(given: str, example: str) -> Mapping[str, str] | list[str]:
     for part in parts:
         label, equals, word = (piece.strip() for piece in part.partition("="))
         if not equals or not label:
-            raise SettingError(f"--verbalizers: {shown(part)} is not label=word: give '{example}'")
+            raise SettingError(f"`verbalizers`: {shown(part)} is not label=word: give '{example}'")
         if label in out:
-            raise SettingError(f"--verbalizers gives the label {shown(label)} twice")
+            raise SettingError(f"`verbalizers` gives the label {shown(label)} twice")
         out[label] = word
     return out
 
@@ -212,7 +212,7 @@ class PromptEncoder:
         alone = len(self.tokens("", ""))
         if alone + 1 + template.has_pair > max_length:
             raise SettingError(
-                f"the template alone takes {alone} of the {max_length} tokens: shorten it, or raise --max-length"
+                f"the template alone takes {alone} of the {max_length} tokens: shorten it, or raise `max_length`"
             )
 
     @property
@@ -289,11 +289,6 @@ class PromptEncoder:
     def verbalizer_ids(self, words: Sequence[str], label_names: Sequence[str], rows: Rows) -> list[int]:
         """The token of every word in its place, the same in the prompts of the first rows.
 
-        Args:
-            words: one per class.
-            label_names: the classes, for messages.
-            rows: texts to look the words up in.
-
         Raises:
             SettingError: a word is several tokens, is unknown, runs into the template, or shares its token.
         """
@@ -306,7 +301,7 @@ class PromptEncoder:
                 tokens = listed(sorted({str(self.tokenizer.convert_ids_to_tokens(token)) for token in found}))
                 raise SettingError(
                     f"the verbaliser {shown(word)} is another token in other rows ({tokens}): put fixed text beside it "
-                    "in --template"
+                    "in `template`"
                 )
             if found[0] in out:
                 raise SettingError(

@@ -18,10 +18,12 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ranksure.errors import ModelError, one_line
-from ranksure.network.checkpoints import load_weights, quiet
+from ranksure.errors import ModelError
+from ranksure.network.checkpoints import load_weights
 from ranksure.network.logits import device_of, frozen
+from ranksure.tasks.classifiers import loading_as
 from ranksure.tasks.collate import Collator
+from ranksure.tasks.options import Loading
 from ranksure.tasks.prompt_encoder import Architecture
 
 
@@ -101,11 +103,6 @@ class Verbalized(nn.Module):
 def check_same_as_full(model: nn.Module, features: Sequence[Mapping[str, Any]], collator: Collator) -> None:
     """The logits of padded rows are those of the whole language model on each row alone.
 
-    Args:
-        model: a :class:`Verbalized`.
-        features: a few rows, not padded.
-        collator: pads them.
-
     Raises:
         ModelError: they differ, so this model cannot be read that way.
     """
@@ -132,13 +129,7 @@ def check_same_as_full(model: nn.Module, features: Sequence[Mapping[str, Any]], 
 
 
 def architecture_of(config: Any, tokenizer: Any, name: str, own: str | None = None) -> Architecture:
-    """Masked or causal, by the checkpoint's architecture, and where that leaves both, by the mask token.
-
-    Args:
-        config: the model's configuration.
-        tokenizer: the model's.
-        name: the model's, for messages.
-        own: class name of a model in memory.
+    """Masked or causal, by the checkpoint's architecture (``own`` is the class of a model in memory); else by the mask.
 
     Raises:
         ModelError: it is neither.
@@ -159,29 +150,19 @@ def architecture_of(config: Any, tokenizer: Any, name: str, own: str | None = No
     return "masked" if masked and (not causal or getattr(tokenizer, "mask_token", None) is not None) else "causal"
 
 
-def load_language_model(
-    name: str, tokenizer: Any, *, revision: str | None, dtype: str, trust_remote_code: bool
-) -> tuple[PreTrainedModel, Architecture, list[str]]:
+def load_language_model(name: str, tokenizer: Any, loading: Loading) -> tuple[PreTrainedModel, Architecture, list[str]]:
     """A checkpoint with the head that it was trained with, its architecture, and sentences for the user.
 
     Raises:
         ModelError: it cannot be loaded, is no language model, or lacks weights.
     """
     notes: list[str] = []
-    common = {"revision": revision, "trust_remote_code": trust_remote_code}
-    try:
-        with quiet():
-            config = AutoConfig.from_pretrained(name, **common)
-            architecture = architecture_of(config, tokenizer, name)
-            auto: Any = AutoModelForMaskedLM if architecture == "masked" else AutoModelForCausalLM
-        loaded, info = load_weights(auto, name, notes, config=config, dtype=dtype, **common)
-    except ModelError:
-        raise
-    except Exception as error:  # a damaged folder fails in ways of many libraries: safetensors, pickle, json, ...
-        raise ModelError(
-            f"model {name} cannot be loaded as a language model: {one_line(error)} (give a folder with config.json "
-            "and model.safetensors, or a Hub id while online)"
-        ) from None
+    common = {"revision": loading.revision, "trust_remote_code": loading.trust_remote_code}
+    with loading_as("a language model", name):
+        config = AutoConfig.from_pretrained(name, **common)
+        architecture = architecture_of(config, tokenizer, name)
+        auto: Any = AutoModelForMaskedLM if architecture == "masked" else AutoModelForCausalLM
+        loaded, info = load_weights(auto, name, notes, config=config, dtype=loading.dtype, **common)
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
             f"{name} does not hold all weights of {type(loaded).__name__} ({', '.join(missing[:3])}"

@@ -18,14 +18,12 @@ from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, 
 
 from ranksure.data.recordings import SpeechRows, Waveform, resampled
 from ranksure.errors import ModelError, SettingError, one_line
-from ranksure.network.checkpoints import device_named, quiet
-from ranksure.tasks.classifiers import Classifier, head_name, load_classifier, own_label_order
+from ranksure.tasks.classifiers import Classifier, Modality, load_processor
+from ranksure.tasks.options import Loading
 from ranksure.tasks.task import Task
 
 DEFAULT_SECONDS = 5.0
 """Window of a task whose head is new; a trained head keeps the window that it was trained with."""
-
-_ATTENTION = (("q_proj", "v_proj"), ("query", "value"), ("linear_q", "linear_v"))
 
 
 @dataclass(kw_only=True)
@@ -53,35 +51,22 @@ class SpeechTask(Task[SpeechRows]):
         """Samples of a recording that the model is given."""
         return round(self.max_seconds * self.sampling_rate)
 
-    def batches(self, samples: SpeechRows) -> list[dict[str, Tensor]]:
-        """Features in the order of the rows; padded to the longest of the batch under a mask, else to the window."""
-        waveforms, size = samples.waveforms, self.batch_size
-        return [
-            self._encoded([self._cut(waveform, samples.sampling_rate) for waveform in waveforms[low : low + size]])
-            for low in range(0, len(samples), size)
-        ]
+    def prepare(self, samples: SpeechRows) -> list[dict[str, Any]]:
+        """As the feature extractor gives each alone: to the window, or as long as the recording."""
+        rows = [self._encoded([self._cut(waveform, samples.sampling_rate)]) for waveform in samples.waveforms]
+        return [{key: value[0] for key, value in row.items()} for row in rows]
 
-    def batches_by_length(self, samples: SpeechRows) -> tuple[list[dict[str, Tensor]], Tensor]:
-        """Batches of recordings of like length, and the way back: ``outputs[back]`` is in the order of the rows."""
-        order = torch.argsort(torch.tensor([len(waveform) for waveform in samples.waveforms]), stable=True)
-        return self.batches(samples.subset(order.tolist())), torch.argsort(order)
-
-    def features(self, samples: SpeechRows) -> list[dict[str, Any]]:
-        labels = self.labels(samples).tolist()
-        out = []
-        for waveform, label in zip(samples.waveforms, labels, strict=True):
-            encoded = self._encoded([self._cut(waveform, samples.sampling_rate)])
-            out.append({**{key: value[0] for key, value in encoded.items()}, "labels": label})
-        return out
+    def lengths(self, samples: SpeechRows) -> list[int]:
+        return [len(waveform) for waveform in samples.waveforms]
 
     @property
     def collator(self) -> Callable[[list[dict[str, Any]]], Mapping[str, Any]]:
         def collate(rows: list[dict[str, Any]]) -> Mapping[str, Any]:
-            labels = torch.tensor([row["labels"] for row in rows])
+            labels = {"labels": torch.tensor([row["labels"] for row in rows])} if "labels" in rows[0] else {}
             inputs = [{key: value for key, value in row.items() if key != "labels"} for row in rows]
             if self._padded_to_window:
-                return {**{key: torch.stack([row[key] for row in inputs]) for key in inputs[0]}, "labels": labels}
-            return {**self.processor.pad(inputs, padding=True, return_tensors="pt"), "labels": labels}
+                return {**{key: torch.stack([row[key] for row in inputs]) for key in inputs[0]}, **labels}
+            return {**self.processor.pad(inputs, padding=True, return_tensors="pt"), **labels}
 
         return collate
 
@@ -93,7 +78,7 @@ class SpeechTask(Task[SpeechRows]):
         if cut:
             out.append(
                 f"{cut} of the {len(samples)} training recordings are longer than {self.max_seconds:g} s and are cut "
-                "there; raise --max-seconds to keep more."
+                "there; raise `max_seconds` to keep more."
             )
         return out
 
@@ -114,10 +99,8 @@ class SpeechTask(Task[SpeechRows]):
             return rows * int(lengths(torch.tensor(inputs.shape[1])))
         return rows * inputs.shape[1]  # frames; a model that pools them into patches has fewer positions
 
-    def default_targets(self) -> str | tuple[str, ...]:
-        """Queries and values of attention, the choice of the LoRA paper; all linear layers where none is found."""
-        present = {name.rsplit(".", 1)[-1] for name, _ in self.adapted.named_modules()}
-        return next((pair for pair in _ATTENTION if present.issuperset(pair)), "all-linear")
+    def default_targets(self) -> str | list[str]:
+        return self.queries_and_values(("q_proj", "v_proj"), ("query", "value"), ("linear_q", "linear_v"))
 
     def usage(self) -> str:
         text = (
@@ -168,18 +151,22 @@ class SpeechTask(Task[SpeechRows]):
         return {key: value for key, value in encoded.items() if isinstance(value, Tensor)}
 
 
+_MODALITY = Modality(
+    AutoModelForAudioClassification,
+    "an audio classifier",
+    "feature extractor",
+    "processor",
+    load_processor(AutoFeatureExtractor, "feature extractor", "preprocessor_config.json"),
+)
+
+
 def load_speech_task(
     model: str | os.PathLike[str] | PreTrainedModel,
     rows: SpeechRows,
     *,
     processor: Any = None,
     max_seconds: float | None = None,
-    batch_size: int = 16,
-    revision: str | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    seed: int = 0,
+    **loading: Any,
 ) -> SpeechTask:
     """Load a checkpoint (or take a loaded model) for labelled recordings.
 
@@ -190,64 +177,23 @@ def load_speech_task(
         processor: feature extractor; needed with a model in memory, else loaded beside the model.
         max_seconds: of each recording; the rest is cut. By default 5 where the head is new, else the model's window
             (Whisper), else 30. For Whisper a whole number, whose window the encoder is cut to.
-        batch_size: recordings per batch.
-        revision: Hub revision.
-        dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
-        device: ``auto``, ``cpu``, ``cuda`` or another torch device.
-        trust_remote_code: allow the repository's own code to run.
-        seed: seed of whatever the checkpoint leaves to chance.
+        **loading: see :class:`~ranksure.tasks.options.Loading`; 16 recordings per batch by default.
 
     Raises:
         ModelError: the model cannot be found, loaded or used for these labels.
         SettingError: an option has no meaning here.
     """
+    options = Loading(**{"batch_size": 16, **loading})
     if rows.label_names is None:
         raise SettingError("speech needs class labels")
-    n_outputs = len(rows.label_names)
-    if isinstance(model, PreTrainedModel):
-        if processor is None:
-            raise SettingError("a model in memory needs its feature extractor: pass processor=")
-        loaded = Classifier(model, head_name(model, n_outputs))
-        name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
-    else:
-        name = os.fspath(model)
-        loaded = load_classifier(
-            AutoModelForAudioClassification,
-            "an audio classifier",
-            name,
-            n_outputs,
-            revision=revision,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            seed=seed,
-        )
-        processor = processor or _load_processor(name, revision, trust_remote_code)
-    if not isinstance(rate := getattr(processor, "sampling_rate", None), int):
-        raise ModelError(f"the feature extractor of {name} ({type(processor).__name__}) names no sampling rate")
-    loaded.model.to(device_named(device))  # pyright: ignore[reportArgumentType]
-    notes = list(loaded.notes)
-    seconds, window = _window(loaded, max_seconds, rate, int(getattr(processor, "hop_length", 0)), notes)
+    found = _MODALITY.open(model, processor, len(rows.label_names), options)
+    extractor = found.processor
+    if not isinstance(rate := getattr(extractor, "sampling_rate", None), int):
+        raise ModelError(f"the feature extractor of {found.name} ({type(extractor).__name__}) names no sampling rate")
+    seconds, window = _window(found, max_seconds, rate, int(getattr(extractor, "hop_length", 0)))
     if window is not None:
-        processor = _shorter(processor, int(seconds))
-    task = SpeechTask(
-        model=loaded.model,
-        adapted=loaded.model,
-        processor=processor,
-        name=name,
-        revision=revision,
-        n_outputs=n_outputs,
-        label_names=rows.label_names,
-        head=loaded.head,
-        new_modules=loaded.new_modules,
-        head_is_new=loaded.head_is_new,
-        batch_size=batch_size,
-        notes=notes,
-        max_seconds=seconds,
-        window=window,
-    )
-    if not task.head_is_new:
-        task.label_names = own_label_order(loaded.model, rows, task.notes)
-    return task
+        found.processor = _shorter(extractor, int(seconds))
+    return SpeechTask(**found.task_fields(rows, len(rows.label_names), options), max_seconds=seconds, window=window)
 
 
 def shorten_window(model: PreTrainedModel, positions: int) -> None:
@@ -286,7 +232,7 @@ def whisper_encoder(model: PreTrainedModel) -> Any:
     return next((module for module in model.modules() if isinstance(module, WhisperEncoder)), None)
 
 
-def _window(loaded: Classifier, asked: float | None, rate: int, hop: int, notes: list[str]) -> tuple[float, int | None]:
+def _window(loaded: Classifier, asked: float | None, rate: int, hop: int) -> tuple[float, int | None]:
     """Seconds per recording; for Whisper also positions, to which the model is cut."""
     if asked is not None and not 0.1 <= asked <= 120:
         raise SettingError(f"max_seconds {asked:g} is out of range: use 0.1 to 120")
@@ -304,7 +250,7 @@ def _window(loaded: Classifier, asked: float | None, rate: int, hop: int, notes:
     positions = round(seconds * rate / hop / stride)
     if positions < whole:
         shorten_window(loaded.model, positions)
-        notes.append(
+        loaded.notes.append(
             f"Whisper's encoder is cut to its first {positions} of {whole} positions ({seconds:g} of {limit:g} s)."
         )
     return seconds, positions
@@ -315,14 +261,3 @@ def _shorter(processor: Any, seconds: int) -> Any:
     if getattr(processor, "chunk_length", seconds) == seconds:
         return processor
     return type(processor)(**{**processor.to_dict(), "chunk_length": seconds})
-
-
-def _load_processor(name: str, revision: str | None, trust_remote_code: bool) -> Any:
-    try:
-        with quiet():
-            return AutoFeatureExtractor.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except Exception as error:  # as for the model
-        raise ModelError(
-            f"the feature extractor of {name} cannot be loaded: {one_line(error)} (save preprocessor_config.json "
-            "beside the model, or pass processor=)"
-        ) from None

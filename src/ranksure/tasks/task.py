@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,32 @@ from transformers import PreTrainedModel
 
 from ranksure.data.samples import Samples
 from ranksure.network.checkpoints import peft_targets
+from ranksure.network.targets import select_targets
+from ranksure.tasks.collate import Batches
 
 TASK_FILE = "task.json"
 S = TypeVar("S", bound=Samples)
+
+
+class Kept:
+    """What was made of objects, each as long as the object lives (told by identity: samples have no hash)."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, tuple[ReferenceType[Any], Any]] = {}
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def of(self, owner: S, make: Callable[[S], Any]) -> Any:
+        """What ``make`` gives for an object, made at the first call."""
+        made, key = self._made, id(owner)
+        if key not in made or made[key][0]() is not owner:
+            made[key] = ref(owner, lambda _: made.pop(key, None)), make(owner)
+        return made[key][1]
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._made.clear()
 
 
 @dataclass(kw_only=True)
@@ -46,6 +70,7 @@ class Task(ABC, Generic[S]):
         pooling: what the head reads: ``"model"`` for the model's own choice, ``"mean"`` for an average.
         peft_task_type: PEFT's task type of an exported adapter, or None.
         notes: sentences for the user.
+        kept: what was prepared, by the samples that live; shared by tasks that read the same inputs alike.
     """
 
     kind: ClassVar[str]
@@ -65,6 +90,12 @@ class Task(ABC, Generic[S]):
     pooling: str = "model"
     peft_task_type: str | None = None
     notes: list[str] = field(default_factory=list)
+    kept: Kept = field(default_factory=Kept, repr=False)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The processor under its name for texts."""
+        return self.processor
 
     @property
     def saved_modules(self) -> list[str] | None:
@@ -72,25 +103,46 @@ class Task(ABC, Generic[S]):
         return list(self.new_modules) if self.head_is_new and not self.prefix and self.new_modules else None
 
     @abstractmethod
-    def batches(self, samples: S) -> list[dict[str, Tensor]]:
-        """Batches in the order of the rows, ready for ``model``."""
+    def prepare(self, samples: S) -> Any:
+        """Tokenise the inputs, or make them ready otherwise; not padded, without labels."""
 
-    def batches_by_length(self, samples: S) -> tuple[list[dict[str, Tensor]], Tensor]:
-        """Batches in whatever order pads least, and the way back.
+    def prepared(self, samples: S) -> Any:
+        """What :meth:`prepare` gives, kept as long as the samples are: the same ones are prepared once."""
+        return self.kept.of(samples, self.prepare)
+
+    def rows(self, samples: S) -> list[dict[str, Any]]:
+        """One prepared row each."""
+        return self.prepared(samples)
+
+    def lengths(self, samples: S) -> list[int] | None:
+        """By what rows of like length are put together; None where all are alike."""
+        return None
+
+    def batches(self, samples: S) -> Sequence[dict[str, Tensor]]:
+        """Batches in the order of the rows, ready for ``model``, each made when it is asked for."""
+        return Batches(self.rows(samples), self.batch_size, self.collator)
+
+    def batches_by_length(self, samples: S) -> tuple[Sequence[dict[str, Tensor]], Tensor]:
+        """Batches of rows of like length, which pad least, and the way back.
 
         Returns:
             The batches, and ``back`` such that ``outputs[back]`` is in the order of the rows.
         """
-        return self.batches(samples), torch.arange(len(samples))
+        if (lengths := self.lengths(samples)) is None:
+            return self.batches(samples), torch.arange(len(samples))
+        rows, order = self.rows(samples), torch.argsort(torch.tensor(lengths), stable=True)
+        return Batches([rows[i] for i in order.tolist()], self.batch_size, self.collator), torch.argsort(order)
 
-    @abstractmethod
     def features(self, samples: S) -> list[dict[str, Any]]:
-        """One unpadded row each, with ``labels``: a Trainer's ``train_dataset``."""
+        """The rows with ``labels``: a Trainer's ``train_dataset``."""
+        labels = self.labels(samples)
+        plain = (labels.float() if labels.is_floating_point() else labels).tolist()
+        return [{**row, "labels": label} for row, label in zip(self.rows(samples), plain, strict=True)]
 
     @property
     @abstractmethod
     def collator(self) -> Callable[[list[dict[str, Any]]], Mapping[str, Any]]:
-        """Makes a batch of such rows: a Trainer's ``data_collator``."""
+        """Makes a batch of rows, with or without labels: a Trainer's ``data_collator``."""
 
     def labels(self, samples: S) -> Tensor:
         """Class ids ``(N,)``, or float targets ``(N, 1)`` for one output."""
@@ -117,6 +169,25 @@ class Task(ABC, Generic[S]):
     def default_targets(self) -> str | Sequence[str]:
         """Target modules where the user names none: PEFT's for the model, else all linear layers."""
         return peft_targets(self.adapted)
+
+    def queries_and_values(self, *names: tuple[str, str]) -> str | list[str]:
+        """The first pair of names that the network's linear layers have, where Hu et al. (2022) put LoRA, else all."""
+        modules = self.adapted.named_modules()
+        leaves = {name.rsplit(".", 1)[-1] for name, module in modules if isinstance(module, nn.Linear)}
+        return next((list(pair) for pair in names if leaves.issuperset(pair)), "all-linear")
+
+    def targets(
+        self, wanted: str | Sequence[str] | None, layers: str | int | Sequence[int] | None = None
+    ) -> dict[str, nn.Module]:
+        """Modules to adapt by name, never one of a head; ``None`` for the default ones.
+
+        Raises:
+            TargetError: no module, or one of a type that is not adapted.
+        """
+        heads = [*self.new_modules, *([self.head] if self.head else [])]
+        inside = [name for name, _ in self.adapted.named_modules()]
+        exclude = [n for n in inside if any(n == new or n.startswith(new + ".") for new in heads)]
+        return select_targets(self.adapted, self.default_targets() if wanted is None else wanted, layers, exclude)
 
     def alternative(self) -> Task[S] | None:
         """The same weights read in another way, to compare with; None if there is none."""

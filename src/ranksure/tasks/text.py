@@ -10,27 +10,38 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, cast
 
-import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedModel
 
 from ranksure.data.texts import Rows
 from ranksure.errors import SettingError
 from ranksure.losses import get_loss
-from ranksure.network.checkpoints import device_named, load_tokenizer, settle_padding, token_limit
-from ranksure.tasks.classifiers import Classifier, head_name, load_classifier, own_label_order
+from ranksure.network.checkpoints import load_tokenizer, settle_padding, token_limit
+from ranksure.tasks.classifiers import Modality
+from ranksure.tasks.options import Loading
 from ranksure.tasks.task import Task
 
 Pooling = Literal["model", "mean"]
 
 
-class MeanPooled(nn.Module):
-    """An encoder whose last hidden states are averaged over real tokens and read by a linear head.
+def tokenised(tokenizer: Any, rows: Rows, max_length: int) -> list[dict[str, Any]]:
+    """The tokens of each row, at most ``max_length``; not padded."""
+    encoded = tokenizer(rows.texts, rows.pairs, truncation=True, max_length=max_length)
+    return [{key: encoded[key][i] for key in encoded} for i in range(len(rows))]
 
-    Args:
-        encoder: an ``AutoModel``; its output has ``last_hidden_state``.
-        n_outputs: number of logits.
-    """
+
+def count_cut(tokenizer: Any, rows: Rows, tokens: list[dict[str, Any]], max_length: int) -> int:
+    """How many of them were longer; only those that reach ``max_length`` are tokenised again, whole."""
+    full = [i for i, row in enumerate(tokens) if len(row["input_ids"]) >= max_length]
+    if not full:
+        return 0
+    few = rows.subset(full)
+    whole = tokenizer(few.texts, few.pairs, truncation=False, verbose=False)["input_ids"]
+    return sum(len(ids) > max_length for ids in whole)
+
+
+class MeanPooled(nn.Module):
+    """An encoder whose last hidden states are averaged over real tokens and read by a linear head."""
 
     def __init__(self, encoder: PreTrainedModel, n_outputs: int) -> None:
         super().__init__()
@@ -59,60 +70,20 @@ class TextTask(Task[Rows]):
     model_task: TextTask | None = None
 
     @property
-    def tokenizer(self) -> Any:
-        """The processor under its name for texts."""
-        return self.processor
-
-    @property
     def collator(self) -> DataCollatorWithPadding:
         return DataCollatorWithPadding(self.tokenizer)
 
-    def batches(self, samples: Rows) -> list[dict[str, Tensor]]:
-        """Tokenised batches in the order of the rows, padded to the longest text of each batch."""
-        out: list[dict[str, Tensor]] = []
-        for low in range(0, len(samples), self.batch_size):
-            high = low + self.batch_size
-            pairs = None if samples.pairs is None else samples.pairs[low:high]
-            encoded = self.tokenizer(
-                samples.texts[low:high],
-                pairs,
-                padding=True,
-                truncation=True,
-                max_length=self.max_length,
-                return_tensors="pt",
-            )
-            out.append({key: value for key, value in encoded.items() if isinstance(value, Tensor)})
-        return out
+    def prepare(self, samples: Rows) -> list[dict[str, Any]]:
+        return tokenised(self.tokenizer, samples, self.max_length)
 
-    def batches_by_length(self, samples: Rows) -> tuple[list[dict[str, Tensor]], Tensor]:
-        """Batches of texts of like length, which pad little, and the way back.
-
-        Returns:
-            The batches, and ``back`` such that ``outputs[back]`` is in the order of the rows.
-        """
-        lengths = [len(text) for text in samples.texts]
-        if samples.pairs is not None:
-            lengths = [n + len(pair) for n, pair in zip(lengths, samples.pairs, strict=True)]
-        order = torch.argsort(torch.tensor(lengths), stable=True)
-        return self.batches(samples.subset(order.tolist())), torch.argsort(order)
+    def lengths(self, samples: Rows) -> list[int]:
+        """In characters."""
+        pairs = samples.pairs or [""] * len(samples)
+        return [len(text) + len(pair) for text, pair in zip(samples.texts, pairs, strict=True)]
 
     def count_truncated(self, rows: Rows) -> int:
         """How many texts have more than ``max_length`` tokens."""
-        count = 0
-        for low in range(0, len(rows), self.batch_size):
-            high = low + self.batch_size
-            pairs = None if rows.pairs is None else rows.pairs[low:high]
-            encoded = self.tokenizer(rows.texts[low:high], pairs, truncation=False, verbose=False)
-            count += sum(len(ids) > self.max_length for ids in encoded["input_ids"])
-        return count
-
-    def features(self, samples: Rows) -> list[dict[str, Any]]:
-        encoded = self.tokenizer(samples.texts, samples.pairs, truncation=True, max_length=self.max_length)
-        labels = self.labels(samples)
-        if labels.is_floating_point():
-            labels = labels.float()
-        keys = list(encoded)
-        return [{**{key: encoded[key][i] for key in keys}, "labels": labels[i].tolist()} for i in range(len(samples))]
+        return count_cut(self.tokenizer, rows, self.rows(rows), self.max_length)
 
     def remarks(self, samples: Rows) -> list[str]:
         truncated = self.count_truncated(samples)
@@ -120,7 +91,7 @@ class TextTask(Task[Rows]):
             return []
         return [
             f"{truncated} of the {len(samples)} training texts reach {self.max_length} tokens and are cut there; "
-            "raise --max-length to keep more."
+            "raise `max_length` to keep more."
         ]
 
     def alternative(self) -> TextTask | None:
@@ -138,6 +109,11 @@ class TextTask(Task[Rows]):
         return _mean_pooled(self, cast(PreTrainedModel, encoder))
 
 
+_MODALITY = Modality(
+    AutoModelForSequenceClassification, "a sequence classifier", "tokenizer", "tokenizer", load_tokenizer
+)
+
+
 def load_text_task(
     model: str | os.PathLike[str] | PreTrainedModel,
     rows: Rows,
@@ -145,13 +121,8 @@ def load_text_task(
     tokenizer: Any = None,
     loss: str = "cross-entropy",
     pooling: Pooling = "model",
-    revision: str | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
     max_length: int | None = None,
-    batch_size: int = 32,
-    trust_remote_code: bool = False,
-    seed: int = 0,
+    **loading: Any,
 ) -> TextTask:
     """Load a checkpoint (or take a loaded model) for labelled texts.
 
@@ -162,60 +133,24 @@ def load_text_task(
         loss: ``cross-entropy`` (one logit per class), ``logistic`` (two classes, one logit) or
             ``squared-error`` (regression, one logit).
         pooling: ``model`` for the model's own head input, ``mean`` for the mean of the last hidden states.
-        revision: Hub revision.
-        dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
-        device: ``auto``, ``cpu``, ``cuda`` or another torch device.
         max_length: tokens per text; by default the model's limit, at most 256.
-        batch_size: texts per batch.
-        trust_remote_code: allow the repository's own code to run.
-        seed: seed of whatever the checkpoint leaves to chance.
+        **loading: see :class:`~ranksure.tasks.options.Loading`.
 
     Raises:
         ModelError: the model cannot be found, loaded or used for these labels.
         SettingError: an option has no meaning here.
     """
+    options = Loading(**loading)
     n_outputs = get_loss(loss).outputs_for(None if rows.label_names is None else len(rows.label_names))
-    if isinstance(model, PreTrainedModel):
-        if tokenizer is None:
-            raise SettingError("a model in memory needs its tokenizer: pass tokenizer=")
-        found = Classifier(model, head_name(model, n_outputs))
-        name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
-    else:
-        name = os.fspath(model)
-        found = load_classifier(
-            AutoModelForSequenceClassification,
-            "a sequence classifier",
-            name,
-            n_outputs,
-            revision=revision,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            seed=seed,
-        )
-        tokenizer = tokenizer or load_tokenizer(name, revision, trust_remote_code)
+    found = _MODALITY.open(model, tokenizer, n_outputs, options)
     if pooling not in ("model", "mean"):
         raise SettingError(f"unknown pooling {pooling!r}: use model or mean")
-    loaded = found.model
-    loaded.to(device_named(device))  # pyright: ignore[reportArgumentType]
-    settle_padding(loaded, tokenizer, name)
+    settle_padding(found.model, found.processor, found.name)
     task = TextTask(
-        model=loaded,
-        adapted=loaded,
-        processor=tokenizer,
+        **found.task_fields(rows, n_outputs, options, own_order=pooling == "model"),
         peft_task_type="SEQ_CLS",
-        head=found.head,
-        new_modules=found.new_modules,
-        head_is_new=found.head_is_new,
-        n_outputs=n_outputs,
-        name=name,
-        revision=revision,
-        max_length=token_limit(loaded, tokenizer, max_length),
-        batch_size=batch_size,
-        label_names=rows.label_names,
-        notes=found.notes,
+        max_length=token_limit(found.model, found.processor, max_length),
     )
-    if not task.head_is_new and pooling == "model":
-        task.label_names = own_label_order(loaded, rows, task.notes)
     return task.with_mean_pooling() if pooling == "mean" else task
 
 

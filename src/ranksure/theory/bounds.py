@@ -108,11 +108,7 @@ class BlockRank:
 
 
 def existence_rank(dimension: int) -> int:
-    """Largest ``r`` with ``r (r + 1) / 2 <= dimension``.
-
-    Raises:
-        SettingError: a negative dimension.
-    """
+    """Largest ``r`` with ``r (r + 1) / 2 <= dimension``; a SettingError where that is negative."""
     if dimension < 0:
         raise SettingError(f"a number of equations cannot be negative, and this one is {dimension}")
     return (math.isqrt(8 * dimension + 1) - 1) // 2
@@ -126,11 +122,8 @@ def landscape_rank(dimension: int) -> int:
 def is_within_existence(ranks: Mapping[str, int], dimension: int) -> bool:
     """Whether ``sum_j r_j (r_j + 1) / 2 <= dimension``, which some optimum satisfies (Theorem 3.1, over blocks).
 
-    An optimum that violates it is not the only one: rank reduction leads from it to one that satisfies it.
-
-    Args:
-        ranks: rank of every block's update.
-        dimension: equations, or rank of the whole operator.
+    An optimum that violates it is not the only one: rank reduction leads from it to one that satisfies it. The
+    dimension is the number of equations, or the rank of the whole operator.
 
     Raises:
         SettingError: a negative rank or dimension.
@@ -143,9 +136,7 @@ def is_within_existence(ranks: Mapping[str, int], dimension: int) -> bool:
 def landscape_ranks(dimensions: int | Mapping[str, int], shapes: Mapping[str, tuple[int, int]]) -> dict[str, BlockRank]:
     """Smallest rank of each block by itself at which Theorem 4.1 holds (see docs/mathematics.md for the clipping).
 
-    Args:
-        dimensions: ``dim_j`` by block (rank of the block's own operator), or one count for all.
-        shapes: block shapes ``(m, n)``.
+    ``dimensions`` is ``dim_j`` by block (rank of the block's own operator), or one count for all.
     """
     each = dict.fromkeys(shapes, dimensions) if isinstance(dimensions, int) else dimensions
     out: dict[str, BlockRank] = {}
@@ -194,14 +185,8 @@ def existence_bounds(
 ) -> Bounds:
     """Rank of a block that suffices for an optimum to exist, clipped to the largest block.
 
-    One block may take all of ``sum_j r_j (r_j + 1) / 2 <= dim``; see :func:`is_within_existence` for the sum.
-
-    Args:
-        n_samples: ``N``.
-        n_outputs: ``K``.
-        effective_outputs: outputs that the loss can see.
-        rank: measured rank of the whole operator, or None.
-        shapes: block shapes ``(m, n)``.
+    One block may take all of ``sum_j r_j (r_j + 1) / 2 <= dim``; see :func:`is_within_existence` for the sum. The
+    outputs are ``K`` and those that the loss can see; the rank is that measured of the whole operator.
     """
     clip = max(min(shape) for shape in shapes.values())
     return Bounds(
@@ -220,12 +205,7 @@ def landscape_bounds(
 ) -> Bounds:
     """Uniform rank at which no block has spurious local minima, each block clipped to its size.
 
-    Args:
-        n_samples: ``N``.
-        n_outputs: ``K``.
-        effective_outputs: outputs that the loss can see.
-        ranks: measured rank of each block's own operator, or None.
-        shapes: block shapes ``(m, n)``.
+    As :func:`existence_bounds`, with the measured rank of each block's own operator.
     """
 
     def uniform(dimensions: int | Mapping[str, int]) -> int:
@@ -260,13 +240,7 @@ class RankBounds:
 
 
 def rank_bounds(problem: Problem, *, tolerance: float = RANK_TOLERANCE, max_size: int = 4096) -> RankBounds:
-    """All bounds of a problem.
-
-    Args:
-        problem: the problem.
-        tolerance: of the measured ranks, see :func:`measured_rank`.
-        max_size: largest ``N C`` whose Gram matrices are formed; above it nothing is measured.
-    """
+    """All bounds of a problem; ranks are measured (:func:`measured_rank`) where ``N C`` is at most ``max_size``."""
     operator, shapes = problem.reduced[0].operator, dict(problem.operator.shapes)
     n, k = operator.n_samples, problem.n_logits
     effective = problem.loss.effective_outputs(k)
@@ -317,12 +291,7 @@ class Explanation:
 
 
 def explain(bounds: RankBounds, capacity: int | None = None) -> Explanation:
-    """Say in plain sentences which number supports which claim.
-
-    Args:
-        bounds: from :func:`rank_bounds`.
-        capacity: from :mod:`ranksure.theory.capacity`, to be told apart from the bounds; None leaves it out.
-    """
+    """Say in plain sentences which number supports which claim, a capacity count told apart from the bounds."""
     existence = (
         f"Existence (Theorem 3.1): some optimum has ranks with sum r(r+1)/2 <= {bounds.equations.best} over "
         f"all blocks, so rank {bounds.existence.best} suffices for one to exist ({_origins(bounds.existence)}). "

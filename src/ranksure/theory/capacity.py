@@ -34,14 +34,7 @@ def capacity_rank(
     Park states it for one matrix; with several, the dimensions of their sets of rank-``r`` updates add up (the
     extension is ours, and is only a count). It promises nothing about training. Advice must not use it.
 
-    Args:
-        n_samples: ``N``.
-        n_outputs: ``K``.
-        shapes: block shapes ``(m, n)``.
-        constant: ``C``; 1.35 is the paper's value for independent Gaussian features.
-
-    Returns:
-        The rank, or None where even full rank has too few parameters.
+    None where even full rank has too few parameters.
 
     Raises:
         SettingError: a count below 1, or a constant that is not positive and finite.

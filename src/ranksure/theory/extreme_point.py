@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ranksure.operators.dense import DenseOperator
-from ranksure.operators.factored import FactoredOperator
+from ranksure.operators.base import TangentOperator
 from ranksure.theory.null_space import null_basis, orthogonal_to, smat, svec, symmetric
 
 EPS = torch.finfo(torch.float64).eps
@@ -121,7 +120,7 @@ class Face:
 
 
 def walk_to_extreme_point(
-    operator: FactoredOperator | DenseOperator,
+    operator: TangentOperator,
     faces: Sequence[Face],
     tolerance: float,
     generator: torch.Generator,
@@ -130,7 +129,7 @@ def walk_to_extreme_point(
     """Move the faces' points to one where no direction is left that the operator does not see.
 
     Args:
-        operator: the tangent operator, in float64.
+        operator: in float64.
         faces: the blocks, changed in place.
         tolerance: directions of norm 1 that the operator maps to at most this count as unseen.
         generator: for directions where the penalty has no slope.

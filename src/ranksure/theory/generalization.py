@@ -55,12 +55,7 @@ class Guarantee:
         return 2 * self.kappa
 
     def excess_risk(self, nuclear_norm: float, gap: float = 0.0) -> float:
-        """Bound on the excess risk at ``lambda = 2 kappa``.
-
-        Args:
-            nuclear_norm: ``||delta_true||_*``, summed over blocks.
-            gap: tolerance to which the problem is solved.
-        """
+        """Bound at ``lambda = 2 kappa``, from ``||delta_true||_*`` and the gap to which the problem is solved."""
         return self.slope * nuclear_norm + self.gap_slope * gap
 
 
@@ -128,27 +123,14 @@ class GeneralizationBound:
 def theorem_guarantee(lipschitz: float, norm: float, n_samples: int, n_outputs: int, eta: float) -> Guarantee:
     """Theorem 5.1: ``kappa = sqrt2 sqrt(n_outputs) G R (2 + sqrt(log(1/eta))) / sqrt(N)``, excess at most 6 kappa.
 
-    Args:
-        lipschitz: ``G``.
-        norm: ``R``.
-        n_samples: ``N``.
-        n_outputs: ``K``, or ``C`` where ``R`` bounds the gradients of contrasts.
-        eta: failure probability.
+    ``n_outputs`` is ``K``, or ``C`` where ``R`` (``norm``) bounds the gradients of contrasts.
     """
     kappa = math.sqrt(2 * n_outputs / n_samples) * lipschitz * norm * (2 + math.sqrt(math.log(1 / eta)))
     return Guarantee(kappa, 6 * kappa, 2.0)
 
 
 def sharper_guarantee(lipschitz: float, total_norm: float, n_samples: int, n_outputs: int, eta: float) -> Guarantee:
-    """The theorem on a ball around zero, with ``S`` for ``sqrt(C) R`` and scalar contraction where C = 1.
-
-    Args:
-        lipschitz: ``G``.
-        total_norm: ``S``.
-        n_samples: ``N``.
-        n_outputs: ``C``.
-        eta: failure probability.
-    """
+    """The theorem on a ball around zero, with ``S`` for ``sqrt(C) R`` and scalar contraction where C = 1."""
     scale = lipschitz * total_norm / math.sqrt(n_samples)
     deviation = math.sqrt(2 * math.log(1 / eta)) * scale
     kappa = 2 * contraction(n_outputs) * scale + deviation
@@ -160,13 +142,6 @@ def rademacher_upper(rademacher: float, total_norm: float, draws: int, n_samples
 
     Half of that pays for the signs (bounded differences), half for the rows (the average is self-bounding:
     Boucheron, Lugosi and Massart 2000); it never exceeds ``S / sqrt(N)``, which always holds.
-
-    Args:
-        rademacher: mean of the draws.
-        total_norm: ``S``.
-        draws: number of draws.
-        n_samples: ``N``.
-        eta: failure probability of the whole bound.
     """
     level = math.log(4 / eta)
     own = rademacher + total_norm * math.sqrt(2 * level / (draws * n_samples))  # that of these rows
@@ -181,15 +156,6 @@ def data_dependent_guarantee(
 
     ``kappa = 2 c G U + sqrt2 G S sqrt(log(2/eta) / N)`` with ``U`` of :func:`rademacher_upper` and ``c`` of
     :func:`contraction`.
-
-    Args:
-        lipschitz: ``G``.
-        total_norm: ``S``.
-        rademacher: mean of the draws.
-        draws: their number.
-        n_samples: ``N``.
-        n_outputs: ``C``.
-        eta: failure probability, Monte Carlo included.
     """
     deviation = lipschitz * total_norm * math.sqrt(2 * math.log(2 / eta) / n_samples)
     upper = rademacher_upper(rademacher, total_norm, draws, n_samples, eta)
@@ -217,14 +183,13 @@ def generalization_bound(
     """The generalisation bound of a problem's rows (Theorem 5.1), in three forms.
 
     Args:
-        problem: the problem. Its lambdas matter only by their ratios: where they differ, the bound is
+        problem: its lambdas matter only by their ratios: where they differ, the bound is
             for ``sum_j w_j ||delta_j||_*`` with ``w_j = lambda_j / max_j lambda_j``.
         eta: probability with which the bound may fail.
         norm: a bound ``R`` on ``(sum_j ||G_ijc||_F^2 / w_j^2)^(1/2)`` for every row that can occur and every
             contrast; the largest among the rows where neither norm is given, which is a heuristic.
         total_norm: a bound ``S`` on the same root with all contrasts summed too; ``sqrt(C) norm`` by default.
-        draws: sign draws, one adjoint each.
-        seed: their seed.
+        draws: sign draws, one adjoint each, from ``seed``.
         reasons: further reasons why the assumptions fail (a head fitted on the same rows).
         advance: called with (done, total) after each draw.
 
@@ -232,48 +197,30 @@ def generalization_bound(
         SettingError: eta outside (0, 1), fewer than two draws, unequal sample weights, a linear term, or a
             given norm that a row exceeds.
     """
-    if not 0 < eta < 1:
-        raise SettingError(f"eta must lie between 0 and 1, not {eta}")
-    if draws < 2:
-        raise SettingError(f"the Rademacher average needs at least 2 draws, not {draws}")
-    weights = problem.weights
-    if problem.linear or not bool((weights - 1 / len(weights)).abs().max() <= 1e-9 / len(weights)):
-        raise SettingError("Theorem 5.1 is about the mean of the rows' losses: no sample weights, no linear term")
-    reduced, _ = problem.reduced  # equal gradients in orthonormal bases, so all norms are the same
-    operator = reduced.operator
+    _check(problem, eta, draws)
+    operator = problem.reduced[0].operator  # equal gradients in orthonormal bases, so all norms are the same
     largest = max(problem.penalty[name] for name in operator.shapes)
     shares = {name: problem.penalty[name] / largest for name in operator.shapes}
-
-    squares = sum(values.square() / shares[name] ** 2 for name, values in operator.sample_norms().items())
-    assert isinstance(squares, Tensor)
-    seen, seen_total = math.sqrt(float(squares.max())), math.sqrt(float(squares.sum(1).max()))
-    given = norm is not None or total_norm is not None
-    contrasts = operator.n_outputs
-    r = seen if not given else norm if norm is not None else total_norm
-    s = seen_total if not given else total_norm if total_norm is not None else math.sqrt(contrasts) * (norm or 0.0)
-    assert r is not None
-    for name, bound, found in (("norm", r, seen), ("total_norm", s, seen_total)):
-        if not found <= bound * (1 + 1e-6) < math.inf:
-            raise SettingError(f"a row's gradient has {name} {found:.6g}, which is above the bound given, {bound:.6g}")
-
+    r, s = _norms(operator, shares, norm, total_norm)
+    given = not (norm is None and total_norm is None)
     why = [] if given else [ROWS_NORM]
     lipschitz = problem.loss.lipschitz(problem.n_logits)
     if not math.isfinite(lipschitz):
         lipschitz = float(problem.loss.gradient(problem.base_logits, problem.labels).norm(dim=1).max())
         why.append(NOT_LIPSCHITZ)
     values = rademacher_draws(operator, draws, seed=seed, block_weights=shares, advance=advance)
-    rademacher, n = float(values.mean()), operator.n_samples
+    rademacher, n, c = float(values.mean()), operator.n_samples, operator.n_outputs
     return GeneralizationBound(
-        theorem_guarantee(lipschitz, r, n, contrasts, eta),
-        sharper_guarantee(lipschitz, s, n, contrasts, eta),
-        data_dependent_guarantee(lipschitz, s, rademacher, draws, n, contrasts, eta),
+        theorem_guarantee(lipschitz, r, n, c, eta),
+        sharper_guarantee(lipschitz, s, n, c, eta),
+        data_dependent_guarantee(lipschitz, s, rademacher, draws, n, c, eta),
         lipschitz,
         r,
         s,
         "given" if given else "rows",
         n,
         problem.n_logits,
-        contrasts,
+        c,
         eta,
         rademacher,
         float(values.std()) / math.sqrt(draws),
@@ -282,6 +229,34 @@ def generalization_bound(
         shares,
         (*why, *reasons),
     )
+
+
+def _check(problem: Problem, eta: float, draws: int) -> None:
+    if not 0 < eta < 1:
+        raise SettingError(f"eta must lie between 0 and 1, not {eta}")
+    if draws < 2:
+        raise SettingError(f"the Rademacher average needs at least 2 draws, not {draws}")
+    weights = problem.weights
+    if problem.linear or not bool((weights - 1 / len(weights)).abs().max() <= 1e-9 / len(weights)):
+        raise SettingError("Theorem 5.1 is about the mean of the rows' losses: no sample weights, no linear term")
+
+
+def _norms(
+    operator: TangentOperator, shares: dict[str, float], norm: float | None, total_norm: float | None
+) -> tuple[float, float]:
+    """``R`` and ``S`` as given, each from the other where only one is; where none is, the largest among the rows."""
+    by_block = (values.square() / shares[name] ** 2 for name, values in operator.sample_norms().items())
+    squares = sum(by_block, torch.zeros((), dtype=torch.float64, device=operator.device))
+    seen, seen_total = math.sqrt(float(squares.max())), math.sqrt(float(squares.sum(1).max()))
+    if norm is None and total_norm is None:
+        r, s = seen, seen_total
+    else:
+        r = norm if norm is not None else total_norm or 0.0
+        s = total_norm if total_norm is not None else math.sqrt(operator.n_outputs) * r
+    for name, bound, found in (("norm", r, seen), ("total_norm", s, seen_total)):
+        if not found <= bound * (1 + 1e-6) < math.inf:
+            raise SettingError(f"a row's gradient has {name} {found:.6g}, which is above the bound given, {bound:.6g}")
+    return r, s
 
 
 def rademacher_draws(
@@ -295,13 +270,7 @@ def rademacher_draws(
     """Draws of ``max_j ||(1/N) sum_ic sigma_ic G_ijc||_op / w_j`` over random signs, shape ``(draws,)``, float64.
 
     Their mean estimates the Rademacher average of the ball ``sum_j w_j ||delta_j||_* <= 1`` on these rows.
-
-    Args:
-        operator: the tangent operator; one adjoint and one eigenvalue problem per block and draw.
-        draws: number of draws.
-        seed: seed of the signs.
-        block_weights: ``w_j`` by block; one by default.
-        advance: called with (done, total) after each draw.
+    Each draw takes one adjoint, and one eigenvalue problem per block. The weights ``w_j`` are one by default.
     """
     generator = torch.Generator().manual_seed(seed)
     shape = (operator.n_samples, operator.n_outputs)

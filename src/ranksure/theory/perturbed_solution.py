@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from ranksure.certificate import certify
+from ranksure.certificate import certify_point
 from ranksure.factors import Factors, nuclear_norms, ranks_of
 from ranksure.perturbation import Perturbation
 from ranksure.solvers.burer_monteiro import solve
@@ -77,20 +77,14 @@ def solve_perturbed(
 ) -> PerturbedSolution:
     """Solve ``min F_P`` over all ranks, and bound the distance of its solution to the optimum of ``F``.
 
-    Args:
-        perturbation: the problem and its ``P``.
-        reference: any good point of the unperturbed problem, for the distance bound; its optimum is the best
-            choice, and is solved for when None.
-        tolerance: relative gap of both solutions.
-
-    Returns:
-        The solution with its certificates.
+    The distance bound goes by a reference, any good point of the unperturbed problem: its optimum is the best choice,
+    and is solved for when None. The tolerance is the relative gap of both solutions.
     """
     solution = solve(perturbation.problem, tolerance=tolerance)
     factors = perturbation.outward(solution.factors)
     if reference is None:
         reference = solve(perturbation.unperturbed, tolerance=tolerance).factors
-    plain = certify(perturbation.unperturbed, factors).certificate
+    plain = certify_point(perturbation.unperturbed, factors).certificate
     gap = solution.certificate.gap
     size = max((norm / perturbation.unperturbed.penalty[name] for name, norm in perturbation.norms.items()), default=0)
     return PerturbedSolution(
@@ -109,25 +103,15 @@ def distance_bound(perturbation: Perturbation, reference: Factors, gap: float = 
     ``F(delta) <= F_P(delta) <= F_P(Q') + gap = F(delta') + sum_j <P_j, Q'_j Q'_j^T> + gap`` for the balanced
     factors ``Q'`` of any reference ``delta'``, and ``<P, Q' Q'^T> <= ||P|| tr(Q' Q'^T) = 2 ||P|| ||delta'||_*``.
     At the optimum this is ``2 sum_j ||P_j|| ||delta*_j||_* + gap``; a reference that is only near the optimum
-    adds its own duality gap.
-
-    Args:
-        perturbation: the problem and its ``P``.
-        reference: factors of ``delta'``, in the original coordinates.
-        gap: how far ``F_P(delta)`` may be above its minimum.
+    adds its own duality gap. Factors are in the original coordinates.
     """
     norms = nuclear_norms(reference)
     moved = 2 * sum(perturbation.norms.get(name, 0.0) * norm for name, norm in norms.items())
-    return moved + certify(perturbation.unperturbed, reference).certificate.gap + gap
+    return moved + certify_point(perturbation.unperturbed, reference).certificate.gap + gap
 
 
 def lifted_certificate(perturbation: Perturbation, factors: Factors) -> LiftedCertificate:
-    """Check the dual point of a perturbed certificate on the lifted matrices ``S_j`` themselves.
-
-    Args:
-        perturbation: the problem and its ``P``.
-        factors: the point, in the original coordinates.
-    """
+    """Check the dual of a point (in the original coordinates) on the lifted matrices ``S_j`` themselves."""
     state = perturbation.certify(factors)
     problem = perturbation.unperturbed
     dual = state.certificate.dual_step * problem.dual_variable(state.logits)

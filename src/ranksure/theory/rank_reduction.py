@@ -22,9 +22,7 @@ from torch import Tensor
 
 from ranksure.errors import SettingError
 from ranksure.factors import Factors, nuclear_norms, ranks_of, thin_svd
-from ranksure.operators.base import TangentOperator
-from ranksure.operators.dense import DenseOperator
-from ranksure.operators.factored import FactoredOperator
+from ranksure.operators.base import TangentOperator, check_factors
 from ranksure.problem import Problem, uniform_penalty
 from ranksure.theory.extreme_point import EPS, Face, Walk, walk_to_extreme_point
 
@@ -79,38 +77,33 @@ class RankReduction:
 def reduce_rank(
     problem: Problem, factors: Factors, *, seed: int = 0, progress: Progress | None = None
 ) -> RankReduction:
-    """Reduce the ranks of an update without changing a prediction or raising the objective.
+    """Reduce the ranks of an update to ``sum_j r_j (r_j + 1) / 2 <= rank(A)``, without changing a prediction.
+
+    The objective does not rise (Theorem 3.1).
 
     Works in float64 on the span of the problem's tokens. What the factors have outside of it is dropped, which
     changes no prediction and raises no nuclear norm.
 
     Args:
-        problem: the problem; its operator must be factored or dense.
+        problem: on an operator that holds gradients.
         factors: any factors, ``(m, r)`` and ``(n, r)`` by block, balanced or not; blocks left out are zero.
         seed: seed of the directions drawn where the penalty has no slope, as at an optimum.
         progress: called after every removal with the ranks removed so far and those left.
-
-    Returns:
-        Factors with ``sum_j r_j (r_j + 1) / 2 <= rank(A)`` (Theorem 3.1), and what was measured.
 
     Raises:
         SettingError: a matrix-free operator, or factors that do not fit the blocks or are not finite.
     """
     began = time.perf_counter()
-    operator, factors = _checked(problem.operator, factors)
+    factors = _checked(problem.operator, factors)
     reduced, bases = problem.reduced
-    inner = _float64(reduced.operator)
-    inside = factors if bases is None else bases.restrict(factors)
+    inner, inside = reduced.operator, bases.restrict(factors)
     found, walk, tolerance = _purified(inner, inside, problem.penalty, problem.linear, seed, progress)
-    if bases is None or bases.is_trivial:
-        whole = inner
-    else:
-        found, whole = bases.lift(found), operator.to(torch.float64)
+    found, whole = bases.lift(found), inner if bases.is_trivial else problem.exact.operator
     return _report(whole, factors, (found, walk, tolerance), problem.penalty, problem.linear, began)
 
 
 def reduce_factors(
-    operator: FactoredOperator | DenseOperator,
+    operator: TangentOperator,
     factors: Factors,
     penalty: float | Mapping[str, float] = 1.0,
     *,
@@ -119,55 +112,32 @@ def reduce_factors(
 ) -> RankReduction:
     """:func:`reduce_rank` for an operator and a penalty, in the operator's own coordinates.
 
-    Args:
-        operator: the tangent operator; promoted to float64.
-        factors: see :func:`reduce_rank`.
-        penalty: ``lambda_j > 0``, one for all blocks or by block.
-        seed: see :func:`reduce_rank`.
-        progress: see :func:`reduce_rank`.
-
     Raises:
-        SettingError: as :func:`reduce_rank`, and for a penalty that is missing or not positive.
+        SettingError: as :func:`reduce_rank`, and for a ``lambda_j`` that is missing or not positive.
     """
     began = time.perf_counter()
-    operator, factors = _checked(operator, factors)
+    factors = _checked(operator, factors)
     penalties = uniform_penalty(operator, penalty)
     for name in factors:
         if not 0 < penalties.get(name, 0.0) < float("inf"):
             raise SettingError(f"the penalty lambda of {name} must be positive and finite")
-    operator = _float64(operator)
+    operator = operator.to(torch.float64)
     return _report(operator, factors, _purified(operator, factors, penalties, {}, seed, progress), penalties, {}, began)
 
 
-def _float64(operator: TangentOperator) -> FactoredOperator | DenseOperator:
-    assert isinstance(operator, (FactoredOperator, DenseOperator))
-    return operator.to(torch.float64)
-
-
-def _checked(operator: TangentOperator, factors: Factors) -> tuple[FactoredOperator | DenseOperator, Factors]:
-    """The operator as one that stores gradients, and the factors in float64; or a SettingError."""
-    if not isinstance(operator, (FactoredOperator, DenseOperator)):
+def _checked(operator: TangentOperator, factors: Factors) -> Factors:
+    """The factors in float64; or a SettingError, also where the operator holds no gradients."""
+    if not operator.is_stored:
         raise SettingError(
             f"rank reduction needs a factored or dense operator, not a {type(operator).__name__}: "
             "it works in float64 on stored gradients (capture the network)"
         )
-    out: Factors = {}
-    for name, (u, v) in factors.items():
-        if name not in operator.shapes:
-            raise SettingError(f"the factors name a block {name}, which the operator does not have")
-        m, n = operator.shapes[name]
-        if u.dim() != 2 or v.dim() != 2 or u.shape != (m, u.shape[1]) or v.shape != (n, u.shape[1]):
-            raise SettingError(
-                f"the factors of {name} are {tuple(u.shape)} and {tuple(v.shape)}, not ({m}, r) and ({n}, r)"
-            )
-        out[name] = (u.to(operator.device, torch.float64), v.to(operator.device, torch.float64))
-        if not all(bool(torch.isfinite(x).all()) for x in out[name]):
-            raise SettingError(f"the factors of {name} are not finite")
-    return operator, out
+    check_factors(factors, operator)
+    return {n: (u.to(operator.device).double(), v.to(operator.device).double()) for n, (u, v) in factors.items()}
 
 
 def _purified(
-    operator: FactoredOperator | DenseOperator,
+    operator: TangentOperator,
     factors: Factors,
     penalty: Mapping[str, float],
     linear: Mapping[str, Tensor],
@@ -192,7 +162,7 @@ def _purified(
     return found, walk, tolerance
 
 
-def _frobenius_norm(operator: FactoredOperator | DenseOperator, generator: torch.Generator) -> float:
+def _frobenius_norm(operator: TangentOperator, generator: torch.Generator) -> float:
     """``||A||_F``, estimated: the mean square of the images of ``u v^T`` with Gaussian ``u`` and ``v``."""
     factors: Factors = {}
     for name, shape in operator.shapes.items():
@@ -202,7 +172,7 @@ def _frobenius_norm(operator: FactoredOperator | DenseOperator, generator: torch
 
 
 def _report(
-    operator: FactoredOperator | DenseOperator,
+    operator: TangentOperator,
     before: Factors,
     found: tuple[Factors, Walk, float],
     penalty: Mapping[str, float],

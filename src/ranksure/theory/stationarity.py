@@ -31,7 +31,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ranksure.certificate import Certificate, certify
+from ranksure.certificate import Certificate, certify_point
 from ranksure.curvature import Inertia, escape_direction, inertia
 from ranksure.errors import SettingError
 from ranksure.factors import Factors, ranks_of, truncated
@@ -146,9 +146,6 @@ def classify(
         max_size: largest matrix that is factorised.
         seed: seed of the Lanczos start.
 
-    Returns:
-        The verdict and what it rests on.
-
     Raises:
         SettingError: factors that do not fit the problem or are not finite, or a setting that is not positive.
     """
@@ -177,6 +174,13 @@ def classify(
             escape = across and here.escape(*across)
             if escape:
                 return replace(point, verdict="saddle", escape=escape)
+    return _by_inertia(here, point, optimum, relative_tau, tolerance, max_size)
+
+
+def _by_inertia(
+    here: Point, point: Stationarity, optimum: Solution | None, relative_tau: float, tolerance: float, max_size: int
+) -> Stationarity:
+    """A stationary point where no escape was found: what the factorisation of its Hessian says."""
     curvature = inertia(here.working, here.inner, here.inner_state, relative_tau, max_size, direction=True)
     point = replace(point, curvature=curvature)
     if curvature.negative is None:
@@ -200,8 +204,8 @@ def _against_the_optimum(
     if optimum is None:
         optimum = solve(here.problem, tolerance=0.1 * tolerance)
         dual = max(dual, optimum.certificate.dual)
-    better = certify(here.problem, optimum.factors).certificate
-    certificate = certify(here.problem, here.factors, max(dual, better.dual)).certificate
+    better = certify_point(here.problem, optimum.factors).certificate
+    certificate = certify_point(here.problem, here.factors, max(dual, better.dual)).certificate
     excess = certificate.objective - better.objective
     point = replace(point, certificate=certificate, excess=excess)
     if certificate.relative_gap <= tolerance:
@@ -210,7 +214,7 @@ def _against_the_optimum(
     if not excess > rounding:
         reason = "second-order stationary with an open gap, but no better point was found: tighten the optimum"
         return replace(point, reason=reason)
-    fewer = certify(here.problem, truncated(optimum.factors, ranks_of(here.factors))).certificate
+    fewer = certify_point(here.problem, truncated(optimum.factors, ranks_of(here.factors))).certificate
     fits = True if fewer.objective < certificate.objective - rounding else None
     point = replace(point, better=replace(optimum, certificate=better), better_fits=fits)
     point = _with_strictness(here, point, point.objective - better.objective - rounding, max_size)

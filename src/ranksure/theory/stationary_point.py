@@ -9,11 +9,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ranksure.certificate import PointState, certify
+from ranksure.certificate import PointState, certify_point
 from ranksure.curvature import hessian_vector
-from ranksure.errors import SettingError
 from ranksure.factors import Factors
-from ranksure.operators.base import cast_factors, zero_factors
+from ranksure.operators.base import cast_factors, check_factors, zero_factors
 from ranksure.problem import Problem
 from ranksure.solvers.descent import gradient_scale
 from ranksure.solvers.solution import Solution
@@ -49,11 +48,13 @@ class Point:
     """The point with its derivatives, on the problem as stored and on the span of its tokens."""
 
     def __init__(self, problem: Problem, factors: Factors, optimum: Solution | None) -> None:
-        self.problem = problem.to(torch.float64) if hasattr(problem.operator, "to") else problem
-        self.factors = _complete(self.problem, factors)
+        self.problem = problem.exact
+        check_factors(factors, problem.operator)
+        like = self.problem.operator
+        self.factors = {**zero_factors(like), **cast_factors(factors, like)}
         self.moving = {name: pair for name, pair in self.factors.items() if pair[0].shape[1] > 0}
-        known = certify(self.problem, optimum.factors).certificate.dual if optimum is not None else -math.inf
-        self.state = certify(self.problem, self.factors, known)
+        known = certify_point(self.problem, optimum.factors).certificate.dual if optimum is not None else -math.inf
+        self.state = certify_point(self.problem, self.factors, known)
         self.value, self.gradient = self.state.certificate.objective, {}
         if self.moving:
             value, self.gradient = self.problem.value_and_gradient(self.moving)
@@ -61,12 +62,11 @@ class Point:
         # What the factors have outside the span has curvature lambda, so the span decides the inertia.
         self.working, self.bases = problem.reduced
         self.eps = float(torch.finfo(self.problem.operator.dtype).eps)
-        self.inner = self.bases.restrict(self.moving) if self.bases is not None else self.moving
+        self.inner = self.bases.restrict(self.moving)
 
     @cached_property
     def inner_state(self) -> PointState:
-        trivial = self.bases is None or self.bases.is_trivial
-        return self.state if trivial else certify(self.working, self.inner)
+        return self.state if self.bases.is_trivial else certify_point(self.working, self.inner)
 
     @cached_property
     def gradient_error(self) -> float:
@@ -81,7 +81,7 @@ class Point:
         Doubt is rounding, and the curvature that the residual gradient can feign: ``||gradient|| / ||x||`` at the
         natural size of ``x``, ten times over. (Along a rotation the gradient does: the orbit bends, the line does not.)
         """
-        direction = self.bases.lift(direction) if self.bases is not None else direction
+        direction = self.bases.lift(direction)
         direction = {name: less_rotations(self.moving[name], pair) for name, pair in direction.items()}
         norm = norm_of(direction)
         if norm < 1e-3:
@@ -135,15 +135,3 @@ def moved(factors: Factors, direction: Factors, step: float) -> Factors:
 def norm_of(factors: Factors) -> float:
     """Euclidean norm of all factors together."""
     return math.sqrt(sum(float(part.double().square().sum()) for pair in factors.values() for part in pair))
-
-
-def _complete(problem: Problem, factors: Factors) -> Factors:
-    """All blocks, checked, in the operator's dtype."""
-    for name, (u, v) in factors.items():
-        m, n = problem.operator.shapes.get(name, (-1, -1))
-        if u.dim() != 2 or v.dim() != 2 or (u.shape[0], v.shape[0]) != (m, n) or u.shape[1] != v.shape[1]:
-            shapes = f"{tuple(u.shape)} and {tuple(v.shape)}"
-            raise SettingError(f"factors of {name} of shapes {shapes} do not fit the problem's blocks")
-        if not (bool(torch.isfinite(u).all()) and bool(torch.isfinite(v).all())):
-            raise SettingError(f"factors of {name} are not finite")
-    return {**zero_factors(problem.operator), **cast_factors(factors, problem.operator)}

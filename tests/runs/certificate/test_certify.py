@@ -15,16 +15,17 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from ranksure.adapters import loaded
 from ranksure.adapters.loaded import read_adapter
-from ranksure.certificate import certify as certify_point
+from ranksure.certificate import certify_point
 from ranksure.errors import DataError, SettingError
 from ranksure.network.gradient import mean_loss
 from ranksure.runs.certificate import certify as certify_module
 from ranksure.runs.certificate.certify import certify
 from ranksure.runs.certificate.verdict import Network, Point, rank_or_saddle
+from ranksure.runs.resizing.grow import grow
 from ranksure.solvers.burer_monteiro import solve
-from ranksure.solvers.fixed_rank import solve_fixed_rank
-from tests.runs.networks import largest_lambda, linear_run, place, small_run
+from tests.runs.networks import gradients, largest_lambda, linear_run, place, small_run, stuck_run
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -69,13 +70,7 @@ def test_the_gap_bounds_the_true_suboptimality_of_a_linear_network(seed, size, s
 @pytest.fixture(scope="module")
 def stuck():
     """A linear classifier at the best point of rank 1, a spurious stationary point; and its seed."""
-    for seed in range(30):
-        model, batches, problem = linear_run(seed, rank=1, n=10, inputs=8, outputs=6)
-        problem = problem.with_penalty(0.05 * largest_lambda(problem))
-        found = solve_fixed_rank(problem, {"layer": 1}, random_starts=4)
-        if found.solution.certificate.relative_gap > 0.1 and found.stationary:
-            return model, batches, problem, found.solution.factors["layer"], seed
-    raise AssertionError("no stuck problem")
+    return stuck_run()
 
 
 def test_optimal_stuck_and_stopped_early_on_a_linear_network(stuck):
@@ -118,10 +113,9 @@ def test_what_a_probe_measures_is_the_network_s_own_objective(stuck):
     found = certify(model, batches, lam=lam, tolerance=0.02)
     new, weakest = found.probes
     read = read_adapter(model)
-    from ranksure.network.gradient import gradient_pass
     from ranksure.relinearised import module_states
 
-    states = module_states(read.factors, gradient_pass(model, batches, read.modules).gradients, {"layer": lam})
+    states = module_states(read.factors, gradients(model, batches).gradients, {"layer": lam})
     p, q = states["layer"].direction
     bigger, batches, _ = linear_run(seed, rank=2, n=10, inputs=8, outputs=6)
 
@@ -142,11 +136,9 @@ def test_a_column_that_can_turn_is_a_saddle_not_a_limit(stuck):
     _, _, problem, (u, v), seed = stuck
     lam = problem.penalty["layer"]
     roomy, batches, _ = linear_run(seed, rank=2, n=10, inputs=8, outputs=6)
-    read = read_adapter(roomy)
     place(roomy, "layer", u, v)
-    from ranksure.network.gradient import gradient_pass
 
-    g = gradient_pass(roomy, batches, read.modules).gradients["layer"]
+    g = gradients(roomy, batches).gradients["layer"]
     left, s, right = torch.linalg.svd(g)
     # along a singular pair with sigma below lambda, so that the column is no way down by itself
     index = int((s < 0.9 * lam).nonzero()[0])
@@ -167,11 +159,10 @@ def test_two_limited_modules_one_of_which_can_turn(monkeypatch):
     """Where turning both goes up, the steepest is tried alone."""
     model, batches, _ = small_run(rank=1)
     read = read_adapter(model)
-    from ranksure.network.gradient import gradient_pass
     from ranksure.relinearised import Gaps, module_states
 
     penalty = dict.fromkeys(read.blocks, 1e-4)
-    states = module_states(read.factors, gradient_pass(model, batches, read.modules).gradients, penalty)
+    states = module_states(read.factors, gradients(model, batches).gradients, penalty)
     point = Point(read, states, penalty, 1.0, Gaps(1.0, 0.0, 1.0, None), 0.05)
     steepest = max(states, key=point.slope)
     assert len(point.limited) == 2
@@ -416,8 +407,21 @@ def test_what_is_refused():
         certify(model, batches, lam=math.nan)
     with pytest.raises(SettingError, match="tolerance"):
         certify(model, batches, tolerance=0.0)
+    with pytest.raises(SettingError, match="certify has no such setting: 'rank'"):
+        certify(model, batches, rank=1)
     with pytest.raises(DataError, match="label 3 is out of range"):
         certify(model, [{"x": batches[0]["x"], "labels": torch.tensor([0, 1, 2, 3])}])
+
+
+def test_the_factors_are_read_once(monkeypatch):
+    """Two modules: two reads by a certificate, and two by a growth with the certificate that it makes."""
+    model, batches, _ = small_run()
+    read, real = [], loaded.to_factors
+    monkeypatch.setattr(loaded, "to_factors", lambda *matrices: read.append(1) or real(*matrices))
+    certify(model, batches, lam=0.01)
+    assert len(read) == 2
+    grow(model, batches, lam=0.01, force=True)
+    assert len(read) == 4
 
 
 def test_the_model_is_left_as_it_was(stuck):

@@ -31,9 +31,9 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from ranksure.adapters.loaded import read_adapter
-from ranksure.network.gradient import gradient_pass, mean_loss
+from ranksure.network.gradient import mean_loss
 from ranksure.runs.certificate.certify import certify
-from tests.runs.networks import errors, merged_copy, randomise, reference
+from tests.runs.networks import errors, gradients, merged_copy, randomise, reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set", "ignore:.is_gradient_checkpointing.")
 
@@ -200,7 +200,7 @@ def test_loss_gradients_and_rho_are_those_of_float64_autograd(name):
     loss, expected = reference(model, own_loss(batches))
     read = read_adapter(model)
     assert not read.untested
-    found = gradient_pass(model, batches, read.modules)
+    found = gradients(model, batches)
     assert found.terms.mean == pytest.approx(loss, rel=1e-9)
     assert max(errors(found.gradients, expected)) < 1e-8
     certificate = certify(model, batches, weight_decay=1e-3)
@@ -239,7 +239,7 @@ def test_a_language_model_by_tokens_and_by_samples(weighting):
         return total / weight
 
     expected_loss, expected = reference(model, loss)
-    found = gradient_pass(model, batches, read_adapter(model).modules, weighting=weighting)
+    found = gradients(model, batches, weighting=weighting)
     assert found.terms.mean == pytest.approx(expected_loss, rel=1e-9)
     assert max(errors(found.gradients, expected)) < 1e-8
 
@@ -273,8 +273,8 @@ def test_modules_to_save_and_biases_are_outside_and_as_trained():
     found = certify(model, batches, lam=1e-3)
     assert found.loss == pytest.approx(loss, rel=1e-9)
     assert found.outside == ["biases trained with bias='lora_only'", "modules_to_save (classifier)"]
-    gradients = gradient_pass(model, batches, read_adapter(model).modules).gradients
-    assert max(errors(gradients, expected)) < 1e-8
+    grads = gradients(model, batches).gradients
+    assert max(errors(grads, expected)) < 1e-8
     # F at zero keeps the trained head and biases: only the update goes
     base, _ = merged_copy(model)
     for name, (u, v) in read_adapter(model).factors.items():
@@ -293,10 +293,9 @@ def test_the_error_of_gradients_in_the_model_s_own_precision(name, dtype):
         model, batches = adapted(BertForSequenceClassification(BertConfig(**ENCODER)), ATTENTION, dtype), texts("class")
     else:
         model, batches = adapted(llama(), ["q_proj", "down_proj"], dtype), texts("words")
-    read = read_adapter(model)
     assert all(p.dtype == torch.float32 for n, p in model.named_parameters() if "lora_" in n)
     loss, expected = reference(model, own_loss(batches))
-    found = gradient_pass(model, batches, read.modules)
+    found = gradients(model, batches)
     assert all(g.dtype == torch.float32 for g in found.gradients.values())
     rounding = {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}[dtype]
     worst = max(errors(found.gradients, expected))

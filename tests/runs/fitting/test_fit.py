@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
@@ -19,7 +20,6 @@ from transformers import (
     GPT2LMHeadModel,
     TrainerCallback,
 )
-from typer.testing import CliRunner
 
 from ranksure.cli import app
 from ranksure.data.texts import load_rows
@@ -240,15 +240,15 @@ def fit_until_growth(common, out, settings):
     ("settings", "reason"),
     [
         ({"optim": "adamw"}, "decoupled"),
-        ({"rank": 0}, "--rank 0"),
+        ({"rank": 0}, "`rank` 0"),
         ({"mode": "linear", "rank": 2}, "brings its own ranks"),
         ({"lam": 0.1, "weight_decay": 0.1}, "not both"),
-        ({"lam": -0.1}, "--lambda -0.1"),
-        ({"learning_rate": math.nan}, "--learning-rate nan"),
-        ({"stop": ["rank-bound"]}, "--certify-every"),
-        ({"stop": ["good"], "certify_every": 1}, "unknown verdict"),
+        ({"lam": -0.1}, "`lam` -0.1"),
+        ({"learning_rate": math.nan}, "`learning_rate` nan"),
+        ({"stop": ["rank-bound"]}, "`certify_every`"),
+        ({"stop": ["good"], "certify_every": 1}, "`stop` 'good' is unknown: use first-order-optimal"),
         ({"gradient_accumulation_steps": 0}, "at least 1"),
-        ({"seed": -1}, "--seed"),
+        ({"seed": -1}, "`seed`"),
         ({"packing": True, "weighting": "sample"}, "joins rows"),
     ],
 )
@@ -262,10 +262,10 @@ def test_mistakes_leave_nothing_behind(tiny, tmp_path):
     data, plan = str(tiny / "two.csv"), tiny / "plan2"
     cases = [
         ({"out": tmp_path / "a", "plan": tmp_path}, "holds no plan.json"),
-        ({"out": tmp_path / "a", "data": data}, "give --model"),
-        ({"out": tmp_path / "a", "plan": plan}, "give --data"),
+        ({"out": tmp_path / "a", "data": data}, "give `model`"),
+        ({"out": tmp_path / "a", "plan": plan}, "give `data`"),
         ({"out": tmp_path / "a", "model": str(tiny / "bert"), "data": data, "lam": 0.1}, "which rank"),
-        ({"out": tmp_path / "a", "plan": plan, "data": data, "lora_alpha": 2.0}, "--lora-alpha needs --rank"),
+        ({"out": tmp_path / "a", "plan": plan, "data": data, "lora_alpha": 2.0}, "`lora_alpha` needs `rank`"),
         ({"out": tmp_path / "a", "plan": plan, "data": data, "nonsense": 2}, "no such setting: 'nonsense'"),
         ({"out": tmp_path / "b", "plan": plan, "data": data, "report_to": "nobody"}, "Trainer refuses"),
         ({"out": tmp_path / "c", "plan": plan, "data": data, "lr_scheduler_type": "up"}, "Trainer refuses"),

@@ -10,9 +10,9 @@ import pytest
 
 import ranksure
 from ranksure.runs.fitting.fit import fit
+from tests.commands import call
 from tests.processes import ended_at, run, script
 from tests.runs.tiny_fits import QUICK, same
-from tests.test_cli import call
 
 pytestmark = pytest.mark.usefixtures("quick_collections")
 

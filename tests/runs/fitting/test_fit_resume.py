@@ -119,7 +119,7 @@ def test_a_run_without_a_checkpoint_or_one_to_restart_is_no_obstacle(tiny, kille
     assert not fitted(tiny, tmp_path / "new", max_steps=5).data["resumed"]
     out = tmp_path / "out"
     shutil.copytree(killed, out)
-    with pytest.raises(SettingError, match="--restart"):
+    with pytest.raises(SettingError, match="`restart`"):
         fitted(tiny, out, max_steps=5)
     again = fitted(tiny, out, max_steps=5, restart=True)
     assert again.data["steps"] == 5 and not again.data["resumed"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,8 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2
 from ranksure.adapters.loaded import read_adapter
 from ranksure.adapters.placed import placed
 from ranksure.capture import capture
-from ranksure.cli import main
-from ranksure.errors import AdapterError, MemoryBudgetError, SettingError
+from ranksure.errors import AdapterError, CaptureError, MemoryBudgetError, SettingError
 from ranksure.factors import thin_svd
 from ranksure.losses import CrossEntropy
 from ranksure.runs.resizing.compress import compress
@@ -33,14 +31,14 @@ from ranksure.runs.resizing.directions import (
 )
 from ranksure.runs.saved.data import DataSettings, read_data
 from ranksure.runs.saved.open import load_run
+from tests.commands import call
+from tests.network.test_gradient import odd_run
 from tests.runs.networks import Small, small_run
-from tests.runs.tiny_runs import classifier, language_model, save_llama, save_pairs
+from tests.runs.tiny_runs import save_runs
 from tests.tiny_text import (
     QUERY,
     VALUE,
-    save_bert,
     save_bert_classifier,
-    save_csv,
     save_gpt2,
     sentences,
     strict_json,
@@ -364,7 +362,7 @@ def test_what_is_refused(run):
     model, batches = run
     cases = [
         ({"level": "small"}, "unknown level"),
-        ({"level": "budget"}, "takes --captured"),
+        ({"level": "budget"}, "takes `captured`"),
         ({"captured": 0.9}, "no other"),
         ({"level": "budget", "captured": 0.9, "max_loss_increase": 1.0}, "one budget"),
         ({"level": "budget", "captured": 1.0}, "share in"),
@@ -387,29 +385,24 @@ def test_what_is_refused(run):
     assert QUERY in read_adapter(model).blocks and VALUE in read_adapter(model).blocks
 
 
+def test_a_network_whose_derivatives_cannot_be_taken_is_refused():
+    model, batches = odd_run()
+    model.base_model.model.in_place = True
+    with pytest.raises(CaptureError, match="changed in place"):
+        compress(model, batches, level="budget", max_loss_increase=0.01)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the command
 
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("compress")
-    classifier(save_bert(root / "bert")).save_pretrained(root / "texts")
-    language_model(save_llama(root / "llama"), target_modules=["q_proj", "down_proj"]).save_pretrained(root / "causal")
-    save_pairs(root / "pairs.jsonl")
+    root = save_runs(tmp_path_factory.mktemp("compress"))
     run = load_run(root / "texts", trainable=True)
-    batches = read_data(run, save_csv(root / "data.csv", 40), DataSettings()).batches
+    batches = read_data(run, str(root / "data.csv"), DataSettings()).batches
     trained(run.model, batches, 15).save_pretrained(root / "texts")
     return root
-
-
-def call(monkeypatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["ranksure", *arguments])
-    try:
-        main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 @pytest.mark.parametrize(
@@ -423,7 +416,7 @@ def call(monkeypatch, *arguments: str) -> int:
 )
 def test_the_command(here, tmp_path, monkeypatch, capfd, options, level):
     monkeypatch.chdir(here)
-    assert call(monkeypatch, "compress", "texts", "--out", str(tmp_path / "small"), *options) == 0
+    assert call("compress", "texts", "--out", str(tmp_path / "small"), *options, monkeypatch=monkeypatch) == 0
     out, err = capfd.readouterr()
     assert level in out and "written to" in out and "Traceback" not in err
     record = strict_json((tmp_path / "small" / "compress.json").read_text())
@@ -441,10 +434,23 @@ def test_the_command(here, tmp_path, monkeypatch, capfd, options, level):
 def test_the_command_on_a_language_model(here, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(here)
     out = str(tmp_path / "small")
-    assert call(monkeypatch, "compress", "causal", "--data", "pairs.jsonl", "--level", "data-exact", "--out", out) == 2
+    assert (
+        call(
+            "compress",
+            "causal",
+            "--data",
+            "pairs.jsonl",
+            "--level",
+            "data-exact",
+            "--out",
+            out,
+            monkeypatch=monkeypatch,
+        )
+        == 2
+    )
     assert "for a language model use --captured or --max-loss-increase" in capfd.readouterr().err
     options = ["--max-loss-increase", "0.02", "--json"]
-    assert call(monkeypatch, "compress", "causal", "--data", "pairs.jsonl", "--out", out, *options) == 0
+    assert call("compress", "causal", "--data", "pairs.jsonl", "--out", out, *options, monkeypatch=monkeypatch) == 0
     record = strict_json(capfd.readouterr().out)
     assert record["after"]["loss"] <= record["before"]["loss"] + 0.02
 
@@ -463,7 +469,7 @@ def test_the_command_on_a_language_model(here, tmp_path, monkeypatch, capfd):
 def test_mistakes_of_the_command(here, tmp_path, monkeypatch, capfd, options, parts):
     monkeypatch.chdir(here)
     before = sorted(here.rglob("*"))
-    assert call(monkeypatch, "compress", "texts", "--out", str(tmp_path / "small"), *options) == 2
+    assert call("compress", "texts", "--out", str(tmp_path / "small"), *options, monkeypatch=monkeypatch) == 2
     out, err = capfd.readouterr()
     assert out == "" and err.splitlines()[-1].startswith("error ") and "Traceback" not in err
     assert all(part in err.splitlines()[-1] for part in parts)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-import shutil
 import signal
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,33 +17,26 @@ from torch import nn
 from torch.nn import functional as F
 
 from ranksure.adapters.loaded import read_adapter
-from ranksure.cli import main
 from ranksure.errors import AdapterError, SettingError
-from ranksure.network.gradient import gradient_pass
 from ranksure.runs.certificate.certify import certify
 from ranksure.runs.resizing.grow import Missing, grow
 from ranksure.runs.saved.data import DataSettings, read_data
 from ranksure.runs.saved.open import load_run
 from ranksure.solvers.burer_monteiro import solve
-from ranksure.solvers.fixed_rank import solve_fixed_rank
 from ranksure.spectral import top_pairs
+from tests.commands import call
 from tests.processes import ended_at, script
-from tests.runs.networks import Linear, Small, largest_lambda, linear_run, place, small_run
-from tests.runs.tiny_runs import PAIRS, classifier, language_model, save_llama, save_pairs
-from tests.tiny_text import save_bert, save_csv, strict_json
+from tests.runs.networks import Linear, Small, gradients, largest_lambda, linear_run, place, small_run, stuck_run
+from tests.runs.tiny_runs import copy_runs, save_runs
+from tests.tiny_text import strict_json
 
 
 @pytest.fixture(scope="module")
 def stuck():
     """A linear classifier whose best rank-1 point is well above the optimum: the point, and the problem."""
-    for seed in range(30):
-        model, batches, problem = linear_run(seed, rank=1, n=10, inputs=8, outputs=6)
-        problem = problem.with_penalty(0.05 * largest_lambda(problem))
-        found = solve_fixed_rank(problem, {"layer": 1}, random_starts=4)
-        if found.solution.certificate.relative_gap > 0.1 and found.stationary:
-            place(model, "layer", *found.solution.factors["layer"])
-            return model, batches, problem
-    raise AssertionError("no stuck problem")
+    model, batches, problem, factors, _ = stuck_run()
+    place(model, "layer", *factors)
+    return model, batches, problem
 
 
 def train(model: nn.Module, batches, lam: float, steps: int, optimizer: str = "adam", lr: float = 0.02) -> list[float]:
@@ -198,7 +189,7 @@ def test_only_rank_bound_modules_of_a_nonlinear_network_grow(tmp_path):
     verdict = certify(model, batches, lam=lam)
     assert verdict.verdict == "rank-bound"
     found = grow(model, batches, lam=lam, certificate=verdict)
-    grads = gradient_pass(model, batches, read_adapter(model).modules).gradients
+    grads = gradients(model, batches).gradients
     for name, state in verdict.modules.items():
         u, v = (torch.linalg.svd(x)[0][:, 1:] for x in read_adapter(model).blocks[name].factors)
         outside = torch.linalg.svdvals(u.T @ grads[name] @ v)
@@ -220,7 +211,7 @@ def test_without_a_penalty_the_threshold_is_that_of_the_ball():
     model, batches, _ = small_run(rank=1, seed=3)
     certificate = certify(model, batches, probe=False)
     read = read_adapter(model)
-    found = gradient_pass(model, batches, read.modules)
+    found = gradients(model, batches)
     states = module_states(read.factors, found.gradients, None)
     point = Point(read, states, None, found.terms.mean, ball_gaps(states), certificate.tolerance)
     assert point.gaps.total > 0
@@ -233,7 +224,7 @@ def test_what_is_refused_and_what_force_does(stuck):
     start = copy.deepcopy(model)
     u, v = read_adapter(model).blocks["layer"].factors
     place(start, "layer", 0.4 * u, 0.4 * v)
-    with pytest.raises(SettingError, match=r"not-converged, not rank-bound.*Train on.*--force"):
+    with pytest.raises(SettingError, match=r"not-converged, not rank-bound.*Train on.*`force`"):
         grow(start, batches, lam=lam, tolerance=0.02)
     forced = grow(start, batches, lam=lam, tolerance=0.02, force=True)
     assert forced.forced and forced.added and forced.to_json()["forced"]
@@ -266,31 +257,13 @@ def test_the_model_stays_as_it_is(stuck):
 
 @pytest.fixture(scope="module")
 def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("grow")
-    classifier(save_bert(root / "bert")).save_pretrained(root / "texts")
-    language_model(save_llama(root / "llama"), target_modules=["q_proj", "down_proj"]).save_pretrained(root / "causal")
-    save_csv(root / "data.csv", 40)
-    save_pairs(root / "pairs.jsonl", PAIRS)
-    return root
+    return save_runs(tmp_path_factory.mktemp("grow"))
 
 
 @pytest.fixture
 def here(assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("texts", "causal"):
-        shutil.copytree(assets / name, tmp_path / name)
-    for name in ("data.csv", "pairs.jsonl"):
-        shutil.copy(assets / name, tmp_path / name)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(copy_runs(assets, tmp_path))
     return tmp_path
-
-
-def call(monkeypatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["ranksure", *arguments])
-    try:
-        main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 @pytest.mark.parametrize(("run", "data"), [("texts", "data.csv"), ("causal", "pairs.jsonl")])
@@ -298,11 +271,11 @@ def test_the_command(here, monkeypatch, capfd, run, data):
     """Not trained, so it is refused with advice; forced, it writes what loads and computes the same."""
     before = sorted(here.rglob("*"))
     arguments = ["grow", run, "--data", data, "--lambda", "1e-3", "--out", "deep/grown"]
-    assert call(monkeypatch, *arguments) == 2
+    assert call(*arguments, monkeypatch=monkeypatch) == 2
     out, err = capfd.readouterr()
     assert out == "" and "error the verdict is not-converged, not rank-bound" in err.splitlines()[-1]
     assert sorted(here.rglob("*")) == before
-    assert call(monkeypatch, *arguments, "--force", "--most-new", "2", "--json") == 0
+    assert call(*arguments, "--force", "--most-new", "2", "--json", monkeypatch=monkeypatch) == 0
     out, err = capfd.readouterr()
     record = strict_json(out)
     assert record == strict_json((here / "deep/grown/grow.json").read_text())
@@ -331,7 +304,7 @@ def test_the_command(here, monkeypatch, capfd, run, data):
 )
 def test_mistakes_of_the_command(here, monkeypatch, capfd, options, parts):
     before = sorted(here.rglob("*"))
-    assert call(monkeypatch, "grow", "texts", "--data", "data.csv", *options) == 2
+    assert call("grow", "texts", "--data", "data.csv", *options, monkeypatch=monkeypatch) == 2
     out, err = capfd.readouterr()
     assert out == "" and err.splitlines()[-1].startswith("error ") and "Traceback" not in err
     assert all(part in err.splitlines()[-1] for part in parts)
@@ -359,7 +332,7 @@ def test_killed_while_growing_in_place(here, monkeypatch, capfd):
     status, _, errors = ended_at("half", signal.SIGKILL, script(HALFWAY, *arguments))
     assert status == -signal.SIGKILL, errors
     assert {path.name: path.read_bytes() for path in (here / "texts").iterdir()} == before
-    assert call(monkeypatch, *arguments) == 0
+    assert call(*arguments, monkeypatch=monkeypatch) == 0
     assert (here / "texts" / "grow.json").is_file()
     assert load_run("texts").model is not None
     capfd.readouterr()

@@ -17,18 +17,13 @@ from ranksure.errors import AdapterError, DataError, ModelError, RanksureError, 
 from ranksure.runs.certificate.certify import certify
 from ranksure.runs.saved.data import DataSettings, read_data
 from ranksure.runs.saved.open import load_run
-from tests.runs.tiny_runs import PAIRS, classifier, language_model, save_gpt2_lm, save_llama, save_pairs
-from tests.tiny_text import frame, loaded, save_bert, save_bert_classifier, save_gpt2
+from tests.runs.tiny_runs import PAIRS, classifier, language_model, save_gpt2_lm, save_pairs, save_runs
+from tests.tiny_text import frame, loaded, save_bert_classifier, save_gpt2
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    bert, llama = save_bert(folder / "bert"), save_llama(folder / "llama")
-    classifier(bert).save_pretrained(folder / "texts")
-    language_model(llama, target_modules=["q_proj", "down_proj"]).save_pretrained(folder / "causal")
-    save_pairs(folder / "pairs.jsonl")
-    return folder
+    return save_runs(tmp_path_factory.mktemp("runs"))
 
 
 def same_logits(a: torch.nn.Module, b: torch.nn.Module, **batch: torch.Tensor) -> None:
@@ -132,7 +127,7 @@ def test_the_task_is_told_by_what_there_is(root, tmp_path):
     torch.manual_seed(0)
     plain = get_peft_model(loaded(str(root / "bert")), LoraConfig(r=1, target_modules=["query"]))
     plain.save_pretrained(tmp_path / "c")
-    with pytest.raises(SettingError, match="add --task SEQ_CLS or CAUSAL_LM"):
+    with pytest.raises(SettingError, match="add `task` SEQ_CLS or CAUSAL_LM"):
         load_run(tmp_path / "c")
     with pytest.raises(ModelError, match=r"classifier\.\w+ is neither in .* nor saved with the adapter"):
         load_run(tmp_path / "c", task="SEQ_CLS")
@@ -225,8 +220,8 @@ BAD = {
     "config is no JSON": (AdapterError, r"adapter_config\.json cannot be read"),
     "config is a list": (AdapterError, "the adapter's type is not stated"),
     "no such module": (AdapterError, "qery.* does not fit"),
-    "no base": (AdapterError, "does not record its base model: name it with --base"),
-    "moved base": (ModelError, "/nowhere/bert, is not there: give its place with --base"),
+    "no base": (AdapterError, "does not record its base model: name it with `base`"),
+    "moved base": (ModelError, "/nowhere/bert, is not there: give its place with `base`"),
     "no config": (AdapterError, r"is no adapter: it holds no adapter_config\.json"),
     "no folder": (AdapterError, "does not exist"),
 }
@@ -252,7 +247,7 @@ def test_another_base_model(root, tmp_path):
     config = bert_config()
     config.hidden_size = 32
     BertModel(config).save_pretrained(tmp_path / "wide")
-    with pytest.raises(AdapterError, match=r"has shape \(\d+, \d+\), but .*wide needs .*--base") as raised:
+    with pytest.raises(AdapterError, match=r"has shape \(\d+, \d+\), but .*wide needs .*`base`") as raised:
         load_run(root / "texts", base=tmp_path / "wide")
     assert "\n" not in str(raised.value)
     shutil.copytree(root / "bert", tmp_path / "moved")

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+from click.testing import CliRunner, Result
 from peft import LoraConfig, get_peft_model
 from transformers import (
-    LlamaConfig,
     LlamaForCausalLM,
     ViTConfig,
     ViTForImageClassification,
@@ -21,7 +22,6 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
-from typer.testing import CliRunner, Result
 
 import ranksure
 from ranksure.cli import app
@@ -32,6 +32,7 @@ from ranksure.errors import AdapterError, ModelError, SettingError
 from ranksure.runs.fitting.fit import fit
 from ranksure.runs.saved.data import DataSettings
 from ranksure.runs.saved.open import open_run
+from tests.runs.tiny_runs import llama_config, save_runs
 from tests.tasks.prompt_parts import SENTENCES, byte_bpe, rows_of
 from tests.tiny_text import save_bert, save_csv
 
@@ -41,16 +42,7 @@ KINDS = ["mean", "prompt", "image", "speech"]
 def save_llama(folder: Path) -> str:
     torch.manual_seed(0)
     tokenizer = byte_bpe(masked=False)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    config = llama_config(len(tokenizer), pad_token_id=tokenizer.pad_token_id)
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -163,6 +155,22 @@ def test_a_fit_is_opened_again(parts, kind, tmp_path):
     assert float(truth) == pytest.approx(done.certificate.loss, rel=2e-5)
 
 
+@pytest.mark.parametrize("kind", ["texts", "causal", *KINDS[:2]])
+def test_an_adapter_is_read_once(parts, kind, tmp_path, monkeypatch):
+    if kind in KINDS:
+        model, data, options = parts[kind]
+        settings = {"rank": 1, "lam": 1e-4, "max_steps": 1, "heldout": 0, "layers_to_transform": "last"}
+        folder = fit(model, data, out=tmp_path / "fit", **settings, **options).folder
+    else:
+        folder, data = save_runs(tmp_path) / kind, str(tmp_path / ("data.csv" if kind == "texts" else "pairs.jsonl"))
+    read, real = [], safetensors.torch.load_file
+    monkeypatch.setattr(
+        safetensors.torch, "load_file", lambda path, *more: read.append(Path(path)) or real(path, *more)
+    )
+    open_run(folder, data)
+    assert read.count(folder / "adapter_model.safetensors") == 1
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_plan_is_trained(parts, kind, tmp_path):
     model, rows, options = parts[kind]
@@ -232,7 +240,7 @@ def test_the_commands_grow_and_compress_a_mean_pooled_fit(tmp_path):
     for folder in ("grown", "small"):  # of the folder itself, not of the fit that it came from
         assert (tmp_path / folder / "report.html").is_file(), grown.output + small.output
     without = CliRunner().invoke(app, ["compress", str(tmp_path / "grown"), "--out", str(tmp_path / "other")])
-    assert isinstance(without.exception, SettingError) and "give --data" in str(without.exception)
+    assert isinstance(without.exception, SettingError) and "give `data`" in str(without.exception)
 
 
 def _loss(result) -> float:

@@ -6,7 +6,6 @@ states put back. So the final weights are bitwise those of a run without it, unl
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ranksure.adapters.loaded import read_adapter
 from ranksure.errors import DataError, SettingError
-from ranksure.losses import Kind
-from ranksure.network.gradient import Weighting
 from ranksure.network.logits import Batch
 from ranksure.records.certificate import RunCertificate, Verdict
-from ranksure.runs.certificate.certify import TOLERANCE, certify
+from ranksure.runs.certificate.certify import certify_adapter
+from ranksure.runs.certificate.settings import CertifySettings
 
 STOPPED = "ranksure/stopped"
 """Key that is logged, with the value 1, in the step at which the callback stops the run."""
@@ -50,20 +49,14 @@ class CertificateCallback(TrainerCallback):
         sample_every: steps between passes over a sample; 0 for none.
         sample_rows: rows of the sample, the first ones; whole batches are taken.
         stop: verdicts of a full pass that end the run (``{"first-order-optimal", "rank-bound"}``); none by default.
-        lam: as for :func:`ranksure.certify`, as is what follows.
-        weight_decay: L2 decay of PEFT's matrices.
-        adapter: name of the adapter.
-        loss: which loss.
-        weighting: of a causal language model's tokens.
-        tolerance: share of the objective below which a gain counts as none.
-        memory_bytes: most bytes of gradients held at a time.
+        **settings: as for :func:`ranksure.certify`.
 
     Attributes:
         certificates: every full pass, as ``(step, certificate)``.
         stopped: the verdict that ended the run, or None.
 
     Raises:
-        SettingError: nothing to do, a negative number, or an unknown verdict.
+        SettingError: nothing to do, a negative number, an unknown verdict, or as ``certify``.
     """
 
     def __init__(
@@ -74,13 +67,7 @@ class CertificateCallback(TrainerCallback):
         sample_every: int = 0,
         sample_rows: int = 256,
         stop: Collection[Verdict] = (),
-        lam: float | None = None,
-        weight_decay: float | None = None,
-        adapter: str | None = None,
-        loss: Kind | None = None,
-        weighting: Weighting = "token",
-        tolerance: float = TOLERANCE,
-        memory_bytes: float = math.inf,
+        **settings: Any,
     ) -> None:
         if min(every, sample_every) < 0 or sample_rows < 1:
             raise SettingError("every and sample_every must be at least 0, and sample_rows at least 1")
@@ -94,15 +81,7 @@ class CertificateCallback(TrainerCallback):
         self.every, self.sample_every, self.sample_rows, self.stop = every, sample_every, sample_rows, frozenset(stop)
         self.certificates: list[tuple[int, RunCertificate]] = []
         self.stopped: Verdict | None = None
-        self._options: dict[str, Any] = {
-            "lam": lam,
-            "weight_decay": weight_decay,
-            "adapter": adapter,
-            "loss": loss,
-            "weighting": weighting,
-            "tolerance": tolerance,
-            "memory_bytes": memory_bytes,
-        }
+        self._settings = CertifySettings.of("CertificateCallback", settings)
         self._given = batches
         self._batches: Sequence[Batch] | None = batches if isinstance(batches, Sequence) else None
         self._trainer: Trainer | None = None
@@ -147,12 +126,13 @@ class CertificateCallback(TrainerCallback):
         model: nn.Module = kwargs["model"]
         logs: dict[str, float] = {}
         with preserved_randomness():
-            batches = self._materialised(trainer)
+            batches, read = self._materialised(trainer), read_adapter(model, self._settings.adapter)
             if sample:
-                found = certify(model, _first_rows(batches, self.sample_rows), probe=False, **self._options)
+                first = _first_rows(batches, self.sample_rows)
+                found = certify_adapter(model, read, first, self._settings, probe=False)
                 logs |= {f"ranksure/sample_{key}": value for key, value in _figures(found).items()}
             if full:
-                found = certify(model, batches, **self._options)
+                found = certify_adapter(model, read, batches, self._settings)
                 self.certificates.append((step, found))
                 logs |= {f"ranksure/{key}": value for key, value in _figures(found).items()}
                 logs |= {f"ranksure/{name.replace('-', '_')}": float(name == found.verdict) for name in _VERDICTS}

@@ -9,15 +9,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ranksure.adapters.loaded import read_adapter
 from ranksure.errors import SettingError
 from ranksure.files import write_file
+from ranksure.network.targets import base_network, block_shape
 from ranksure.records.certificate import RunCertificate
 from ranksure.records.record import encoded
 
 if TYPE_CHECKING:
+    from ranksure.runs.saved.base import LoadedRun
     from ranksure.runs.saved.data import RunData
-    from ranksure.runs.saved.open import LoadedRun
 
 NAME = "certificate.json"
 
@@ -34,10 +34,11 @@ def sampled(found: RunCertificate, seen: int, total: int) -> RunCertificate:
 
 def full_record(found: RunCertificate, run: LoadedRun, data: RunData, command: str | None = None) -> RunCertificate:
     """The certificate with what it is a certificate of."""
-    modules = dict(found.modules)
-    for name, block in read_adapter(run.model, found.adapter).blocks.items():
-        if name in modules:
-            modules[name] = replace(modules[name], parameters=sum(part.numel() for part in block.factors))
+    network = base_network(run.model)
+    modules = {
+        name: replace(state, parameters=state.rank * sum(block_shape(network.get_submodule(name))))
+        for name, state in found.modules.items()
+    }
     return replace(
         found,
         modules=modules,
@@ -61,18 +62,18 @@ def check_place(folder: Path, *, create: bool) -> None:
     path = folder / NAME
     if not folder.is_dir():
         if folder.exists():
-            raise SettingError(f"--out {folder} is a file; name a folder")
+            raise SettingError(f"`out` {folder} is a file; name a folder")
         if not create:
             return  # loading says that there is no such adapter
     if path.exists() and not _is_ours(path):
-        raise SettingError(f"{path} exists and is no certificate: move it away, or name another folder with --out")
+        raise SettingError(f"{path} exists and is no certificate: move it away, or name another folder with `out`")
     parent = next(place for place in [folder.resolve(), *folder.resolve().parents] if place.exists())
     try:
         with tempfile.TemporaryDirectory(prefix=".ranksure-", dir=parent):
             pass
     except OSError as error:
         raise SettingError(
-            f"{folder} cannot be written ({error.strerror or error}): name a folder with --out"
+            f"{folder} cannot be written ({error.strerror or error}): name a folder with `out`"
         ) from None
 
 

@@ -27,14 +27,7 @@ _COLOURS = {
 def show_certificate(
     found: RunCertificate, console: Console, *, parameters: Mapping[str, int] | None = None, most: int = 24
 ) -> None:
-    """Print a certificate.
-
-    Args:
-        found: from :func:`ranksure.certify`.
-        console: where to.
-        parameters: the adapter's parameters by module, for a column of their own.
-        most: modules shown; the steepest first where there are more.
-    """
+    """Print a certificate, with the adapter's ``parameters`` by module if given; of many modules the steepest."""
     if found.loss is not None:
         console.print(f"[bold]objective[/bold]  {_objective(found)}", highlight=False)
         console.print(f"           {_gains(found)}", highlight=False)

@@ -36,7 +36,6 @@ class Point:
     """The run as the verdict sees it.
 
     Attributes:
-        adapter: its adapter.
         states: facts of every module.
         penalty: ``lambda_j`` by module; None without a penalty.
         loss: mean loss.
@@ -181,13 +180,26 @@ class Network:
         return value + sum(point.penalty[name] * norm for name, norm in nuclear_norms(moved).items())
 
 
-def rank_or_saddle(point: Point, network: Network, probe: bool) -> tuple[Verdict, list[Probe]]:
-    """The verdict on a stationary point with a gap: a limit of its rank, or a saddle that training can leave.
+def judged(point: Point, network: Network, weight: float, probe: bool) -> tuple[Verdict, float | None, list[Probe]]:
+    """The verdict, the mean loss without the adapter where it was needed, and what was measured.
 
-    Args:
-        point: stationary, and better than no update.
-        network: what to measure on.
-        probe: measure at all; a limit that was not probed is taken for one.
+    ``weight`` is the total weight of the data's terms.
+    """
+    if not point.stationary:
+        return "not-converged", None, []
+    at_zero = network.without_adapter(point, weight)
+    if point.objective > at_zero * (1 + WORSE):
+        return "failed-loudly", at_zero, []
+    if point.gaps.total <= point.allowed:
+        return "first-order-optimal", at_zero, []
+    verdict, probes = rank_or_saddle(point, network, probe)
+    return verdict, at_zero, probes
+
+
+def rank_or_saddle(point: Point, network: Network, probe: bool) -> tuple[Verdict, list[Probe]]:
+    """The verdict on a stationary point with a gap that beats no update: a limit of its rank, or a saddle.
+
+    A limit that is not to be probed is taken for one.
     """
     limited = point.limited
     if not limited or not all(point.states[name].full for name in limited):

@@ -25,6 +25,10 @@ from ranksure.runs.saved.data import DataSettings, RunData, is_causal, read_data
 
 _BATCH = 4
 
+# Options that are those of the data.
+_SAME = ("prompt_column", "completion_column", "messages_column", "max_length", "seed", "loss_on", "packing")
+_SAME += ("batch_size",)
+
 
 def causal_setup(model: Any, data: Any, settings: FitSettings, tokenizer: Any, clock: Clock) -> Setup:
     """Read model and rows.
@@ -33,7 +37,7 @@ def causal_setup(model: Any, data: Any, settings: FitSettings, tokenizer: Any, c
         RanksureError: whatever in the input cannot be used, in one line.
     """
     if model is None or data is None:
-        raise SettingError("a causal language model needs --model and --data")
+        raise SettingError("a causal language model needs `model` and `data`")
     if settings.linear or settings.train_head or settings.pooling != "model":
         raise SettingError("the linear optimum, a trained head and mean pooling are for classification only")
     notes: list[str] = []
@@ -83,19 +87,8 @@ def causal_setup(model: Any, data: Any, settings: FitSettings, tokenizer: Any, c
 def _read(
     model: PreTrainedModel, tokenizer: Any, data: Any, settings: FitSettings, samples: int | None, split: str | None
 ) -> RunData:
-    options = DataSettings(
-        prompt_column=settings.prompt_column,
-        completion_column=settings.completion_column,
-        messages_column=settings.messages_column,
-        split=split,
-        max_length=settings.max_length,
-        batch_size=settings.batch_size or _BATCH,
-        samples=samples,
-        seed=settings.seed,
-        loss_on=settings.loss_on,  # pyright: ignore[reportArgumentType]  (checked there)
-        packing=settings.packing,
-    )
-    return read_data((model, tokenizer), data, options)
+    same: dict[str, Any] = {name: getattr(settings, name) for name in _SAME}
+    return read_data((model, tokenizer), data, DataSettings(**same, split=split, samples=samples))
 
 
 def _load(name: str, settings: FitSettings, notes: list[str]) -> PreTrainedModel:

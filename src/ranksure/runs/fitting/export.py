@@ -11,12 +11,12 @@ from torch import nn
 
 from ranksure.adapters.aliasing import alias_model
 from ranksure.adapters.export import export_adapter, export_mean_pooled
-from ranksure.adapters.loaded import read_adapter
+from ranksure.adapters.loaded import Adapter
 from ranksure.factors import Factors
 from ranksure.files import staged_folder
 from ranksure.losses import accuracy, get_loss
 from ranksure.network.gradient import Weighting, mean_loss
-from ranksure.network.logits import Batch, predict
+from ranksure.network.logits import Batch, predict, unlabelled
 from ranksure.network.side_path import applied
 from ranksure.records.fit import FitHeldOut
 from ranksure.records.record import encoded
@@ -26,17 +26,9 @@ from ranksure.tasks.text import MeanPooled
 
 
 def evaluate(
-    model: nn.Module, setup: Setup, batches: Sequence[Batch], weighting: Weighting
+    model: nn.Module, read: Adapter, setup: Setup, batches: Sequence[Batch], weighting: Weighting
 ) -> tuple[float, FitHeldOut | None]:
-    """Training loss without the adapter; held-out loss and accuracy with it and without it.
-
-    Args:
-        model: the trained network.
-        setup: held-out rows.
-        batches: all training rows.
-        weighting: of a causal language model's tokens.
-    """
-    read = read_adapter(model)
+    """Training loss without the adapter; held-out loss and accuracy with it and without it."""
     removed: Factors = {name: (-u, v) for name, (u, v) in read.factors.items()}
     with applied(read.modules, removed):
         zero = mean_loss(model, batches, kind=setup.kind, weighting=weighting)
@@ -51,18 +43,13 @@ def evaluate(
     return zero, FitHeldOut(**out)
 
 
-def write_adapter(model: PeftModel, setup: Setup, result: FitResult) -> None:
-    """Write the adapter at scale 1, with the result beside it; whole or not at all.
-
-    Args:
-        model: the trained network; it stays as it is.
-        setup: names, and what is saved beside the factors.
-        result: its ``folder`` is written.
+def write_adapter(model: PeftModel, factors: Factors, setup: Setup, result: FitResult) -> None:
+    """Write the adapter at scale 1, with the result beside it, into the result's folder; whole or not at all.
 
     Raises:
         AdapterError: as :func:`~ranksure.adapters.export.export_adapter`.
     """
-    factors = read_adapter(model).factors
+    factors = setup.named_as_planned(factors)
     with staged_folder(result.folder, "adapter_config.json") as stage:
         base = alias_model(model).unload()  # pyright: ignore[reportCallIssue]
         common: dict[str, Any] = {
@@ -75,13 +62,12 @@ def write_adapter(model: PeftModel, setup: Setup, result: FitResult) -> None:
             names = setup.label_names if setup.n_outputs > 1 else None
             common["id2label"] = dict(enumerate(names)) if names else None
         if isinstance(base, MeanPooled):
-            own = {name.removeprefix(setup.prefix): pair for name, pair in factors.items()}
-            export_mean_pooled(base.encoder, own, base.head.weight, base.head.bias, stage, **common)
+            export_mean_pooled(base.encoder, factors, base.head.weight, base.head.bias, stage, **common)
         else:
             whole = not setup.prefix  # else the network is a frame around the model that is adapted
             export_adapter(
                 base if whole else base.get_submodule(setup.prefix.rstrip(".")),
-                {name.removeprefix(setup.prefix): pair for name, pair in factors.items()},
+                factors,
                 stage,
                 head=setup.heads or None,
                 num_labels=setup.n_outputs if whole else None,
@@ -95,5 +81,5 @@ def write_adapter(model: PeftModel, setup: Setup, result: FitResult) -> None:
 
 
 def _accuracy(model: nn.Module, batches: Sequence[Batch], kind: str) -> float | None:
-    inputs = [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
-    return accuracy(predict(model, inputs), torch.cat([batch["labels"] for batch in batches]), get_loss(kind))
+    logits = predict(model, list(map(unlabelled, batches)))
+    return accuracy(logits, torch.cat([batch["labels"] for batch in batches]), get_loss(kind))

@@ -15,16 +15,19 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback
-from transformers.utils import logging as transformers_logging
 
-from ranksure.errors import SettingError
-from ranksure.factors import Factors
+from ranksure.adapters.loaded import Adapter, read_adapter
+from ranksure.adapters.matrices import is_factor
+from ranksure.errors import SettingError, settings_of
+from ranksure.factors import Factors, ranks_of
+from ranksure.network.checkpoints import quiet
 from ranksure.progress import Clock, Reporter, Silent
 from ranksure.quantities import parse_memory
 from ranksure.records.certificate import RunCertificate
 from ranksure.records.fit import Stage
 from ranksure.runs.certificate.callback import preserved_randomness
-from ranksure.runs.certificate.certify import certify
+from ranksure.runs.certificate.certify import certify_adapter
+from ranksure.runs.certificate.settings import CertifySettings
 from ranksure.runs.fitting.causal_inputs import causal_setup
 from ranksure.runs.fitting.export import evaluate, write_adapter
 from ranksure.runs.fitting.folder import Workspace
@@ -74,10 +77,7 @@ def fit(
     Raises:
         RanksureError: whatever in the input cannot be used, in one line.
     """
-    try:
-        options = FitSettings(**settings)
-    except TypeError as error:
-        raise SettingError(f"fit has no such setting: {str(error).rpartition('argument ')[2]}") from None
+    options = settings_of(FitSettings, "fit", settings)
     clock = Clock(reporter or Silent())
     began = time.perf_counter()
     work = Workspace(out)
@@ -85,7 +85,7 @@ def fit(
         folder = _plan_folder(work, model, data, plan, tokenizer, options, clock)
         if options.task == "CAUSAL_LM":
             if folder is not None:
-                raise SettingError("a plan is for classification, not for CAUSAL_LM: leave --plan or --task out")
+                raise SettingError("a plan is for classification, not for CAUSAL_LM: leave `plan` or `task` out")
             setup = causal_setup(model, data, options, tokenizer, clock)
         else:
             setup = task_setup(model, data, options, folder, tokenizer, clock)
@@ -116,11 +116,19 @@ class _Run:
         self.scale = 1.0
         if options.lora_alpha is not None:
             if options.rank is None:
-                raise SettingError("--lora-alpha needs --rank: a plan's ranks have scale 1")
+                raise SettingError("`lora_alpha` needs `rank`: a plan's ranks have scale 1")
             self.scale = options.lora_alpha / options.rank
         self.start: Factors | None = plan.factors() if options.linear and plan is not None else None
         self.ranks = self._ranks()
         self.lam = self._lambda()
+        self.asks = CertifySettings(
+            lam=self.lam or None,
+            loss=setup.kind,
+            weighting=options.weighting,
+            tolerance=options.tolerance,
+            memory_bytes=parse_memory(options.memory),
+        )
+        self.batches: list[dict[str, Any]] = []
         self.history: list[dict[str, Any]] = []
 
     def asked(self) -> dict[str, Any]:
@@ -138,20 +146,21 @@ class _Run:
     def go(self, resumed: bool, began: float) -> FitResult:
         """Train stage after stage, certify, write."""
         options, work = self.options, self.work
-        batches = self.setup.batches(self.setup.features)
+        self.batches = self.setup.batches(self.setup.features)
         while True:
             stage = len(work.stages)
             factors = work.factors() or self.start
-            ranks = self.ranks if factors is None else {name: u.shape[1] for name, (u, _) in factors.items()}
+            ranks = self.ranks if factors is None else ranks_of(factors)
             model = self._wrapped(ranks, factors)
             steps = 0
             if options.mode == "train":
+                folder = work.checkpoints(stage)
                 self.history, steps = train_stage(
-                    model, self.setup, options, self.lam, work.checkpoints(stage), batches, self.callbacks, self.clock
+                    model, self.setup, options, self.asks, folder, self.batches, self.callbacks, self.clock
                 )
             self._check_finite(model)
-            with self.clock.stage("certify", "Certifying the run") as advance:
-                verdict = self._certify(model, batches, advance)
+            read = read_adapter(model)
+            verdict = self._certify(model, read)
             last = Stage(
                 ranks=ranks,
                 steps=steps,
@@ -162,18 +171,18 @@ class _Run:
             )
             if not options.grow or verdict.verdict != "rank-bound" or stage >= options.grow_stages:
                 break
-            self._grow(model, batches, verdict, last)
-        return self._finish(model, batches, verdict, last, resumed, began)
+            self._grow(model, verdict, last)
+        return self._finish(model, read, verdict, last, resumed, began)
 
     def _ranks(self) -> dict[str, int]:
         if self.start is not None:
-            ranks = {name: u.shape[1] for name, (u, _) in self.start.items()}
+            ranks = ranks_of(self.start)
         elif self.options.rank is not None:
             ranks = self.setup.ranks(self.options.rank)
         elif self.plan is not None:
             ranks = self.plan.pattern
         else:
-            raise SettingError("say which rank to train at: --rank R, or --plan with a plan's folder")
+            raise SettingError("say which rank to train at: `rank` R, or `plan` with a plan's folder")
         for name in ranks:
             if name not in self.setup.shapes:
                 raise SettingError(
@@ -205,61 +214,37 @@ class _Run:
             place_factors(model, factors, self.setup.prefix)
         self.setup.base = model
         for name, parameter in model.named_parameters():
-            adapted = "lora_" in name
-            parameter.requires_grad_(adapted or (self.options.train_head and ".modules_to_save." in name))
+            head = self.options.train_head and ".modules_to_save." in name
+            parameter.requires_grad_(is_factor(name) or head)
         return model
 
-    def _certify(self, model: nn.Module, batches: list[Any], advance: Any) -> RunCertificate:
-        options = self.options
-        found = certify(
-            model,
-            batches,
-            lam=self.lam or None,
-            loss=self.setup.kind,
-            weighting=options.weighting,
-            tolerance=options.tolerance,
-            memory_bytes=parse_memory(options.memory),
-            progress=lambda done: advance(done, len(batches)),
-        )
+    def _certify(self, model: nn.Module, read: Adapter) -> RunCertificate:
+        with self.clock.stage("certify", "Certifying the run") as advance:
+            count = len(self.batches)
+            found = certify_adapter(model, read, self.batches, self.asks, progress=lambda done: advance(done, count))
         # Of what is saved beside the factors, only what was trained is outside the certificate.
-        trained = (found.outside or ["the head"]) if options.train_head else []
+        trained = (found.outside or ["the head"]) if self.options.train_head else []
         return dataclasses.replace(found, outside=trained)
 
-    def _grow(self, model: PeftModel, batches: list[Any], verdict: RunCertificate, last: Stage) -> None:
+    def _grow(self, model: PeftModel, verdict: RunCertificate, last: Stage) -> None:
         """Add the missing directions, and record them as the next stage's start."""
         from ranksure.runs.resizing.grow import grow
 
         with self.clock.stage("grow", "Adding the missing directions"):
-            growth = grow(
-                model,
-                batches,
-                lam=self.lam or None,
-                loss=self.setup.kind,
-                weighting=self.options.weighting,
-                tolerance=self.options.tolerance,
-                memory_bytes=parse_memory(self.options.memory),
-                certificate=verdict,
-            )
-        prefix = self.setup.prefix
-        self.work.close_stage(last, {name.removeprefix(prefix): pair for name, pair in growth.factors.items()})
+            growth = grow(model, self.batches, certificate=verdict, **vars(self.asks))
+        self.work.close_stage(last, self.setup.named_as_planned(growth.factors))
 
     def _check_finite(self, model: nn.Module) -> None:
         for name, parameter in model.named_parameters():
-            if "lora_" in name and not bool(torch.isfinite(parameter).all()):
+            if is_factor(name) and not bool(torch.isfinite(parameter).all()):
                 raise SettingError("training diverged: the factors are not finite; lower the learning rate")
 
     def _finish(
-        self,
-        model: PeftModel,
-        batches: list[Any],
-        verdict: RunCertificate,
-        last: Stage,
-        resumed: bool,
-        began: float,
+        self, model: PeftModel, read: Adapter, verdict: RunCertificate, last: Stage, resumed: bool, began: float
     ) -> FitResult:
         setup, options = self.setup, self.options
         with self.clock.stage("evaluate", "Evaluating"):
-            zero, held = evaluate(model, setup, batches, options.weighting)
+            zero, held = evaluate(model, read, setup, self.batches, options.weighting)
         predicted = None
         if self.plan is not None and self._as_planned():
             predicted = self.plan.prediction(options.rank, options.linear)
@@ -280,7 +265,7 @@ class _Run:
         )
         result = FitResult(record, verdict, self.work.adapter, model)
         with self.clock.stage("export", "Writing and checking the adapter"):
-            write_adapter(model, setup, result)
+            write_adapter(model, read.factors, setup, result)
         self.work.tidy(options.keep_checkpoints)
         return result
 
@@ -298,9 +283,9 @@ def _plan_folder(
         from ranksure.planner.run import plan as make_plan
 
         if model is None or data is None:
-            raise SettingError("give --plan, or --model and --data to plan on")
+            raise SettingError("give `plan`, or `model` and `data` to plan on")
         if options.samples is None:
-            raise SettingError("the linear optimum needs --samples, the rows to solve on (or --plan)")
+            raise SettingError("the linear optimum needs `samples`, the rows to solve on (or `plan`)")
         lam = options.lam if options.lam is not None else options.weight_decay
         shared = {name: getattr(options, name) for name in (*SHARED, "samples", "seed", "memory", "device")}
         shared["weight_decay"] = "auto" if lam is None else lam
@@ -311,16 +296,7 @@ def _plan_folder(
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No loading bars and warnings of transformers; what matters is told by the result."""
-    verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of transformers, about itself
-            warnings.filterwarnings("ignore", message=".*base_model_name_or_path.*was renamed.*")
-            yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about itself
+        warnings.filterwarnings("ignore", message=".*base_model_name_or_path.*was renamed.*")
+        yield

@@ -18,10 +18,11 @@ from typing import Any
 
 import msgspec
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from ranksure.errors import RanksureError, SettingError
 from ranksure.factors import Factors
+from ranksure.files import write_file
 from ranksure.records.fit import Stage
 from ranksure.records.record import plain
 
@@ -30,10 +31,7 @@ _OWN = {RUN, ADAPTER, "checkpoints", "plan", "runs", "report.html"}
 
 
 class Workspace:
-    """The folder of one fit.
-
-    Args:
-        out: the folder; made if it is missing.
+    """The folder of one fit; made if it is missing.
 
     Attributes:
         stages: what is known of the finished stages, oldest first.
@@ -48,22 +46,22 @@ class Workspace:
         self.stages: list[Stage] = []
         self._asked: dict[str, Any] = {}
         if self.out.exists() and not self.out.is_dir():
-            raise SettingError(f"--out {self.out} is a file; name a folder")
+            raise SettingError(f"`out` {self.out} is a file; name a folder")
         foreign = sorted(path.name for path in self._entries() if not _own(path.name))
         if foreign:
             raise SettingError(
-                f"--out {self.out} is not empty and holds {foreign[0]}, which no fit wrote; name a new folder, or "
+                f"`out` {self.out} is not empty and holds {foreign[0]}, which no fit wrote; name a new folder, or "
                 "empty this one"
             )
         if any(path.name == ADAPTER for path in self._entries()) and not (self.adapter / "fit.json").is_file():
-            raise SettingError(f"--out {self.out} holds an adapter that no fit wrote; name a new folder")
+            raise SettingError(f"`out` {self.out} holds an adapter that no fit wrote; name a new folder")
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             probe = self.out / f".{RUN}.tmp"
             probe.write_bytes(b"")
             probe.unlink()
         except OSError as error:
-            raise SettingError(f"--out {self.out} cannot be written: {error.strerror or error}") from None
+            raise SettingError(f"`out` {self.out} cannot be written: {error.strerror or error}") from None
 
     @contextmanager
     def left_as_found(self) -> Iterator[None]:
@@ -90,14 +88,10 @@ class Workspace:
         return self.out / "checkpoints" / f"stage-{stage}"
 
     def open(self, asked: Mapping[str, Any], restart: bool = False) -> bool:
-        """Start a run, or take up an unfinished (or finished) one of the same settings.
+        """Start a run, or take up an unfinished (or finished) one of the same settings; whether there was such a run.
 
-        Args:
-            asked: all that the result depends on; compared by its JSON.
-            restart: throw an unfinished run away. One that has made no checkpoint yet is, where settings differ.
-
-        Returns:
-            Whether there was such a run.
+        ``asked`` is all that the result depends on, compared by its JSON. ``restart`` throws an unfinished run away;
+        one that has made no checkpoint yet is thrown away where settings differ.
 
         Raises:
             SettingError: the folder holds a run of other settings, or one that cannot be read.
@@ -106,7 +100,7 @@ class Workspace:
         path = self.out / RUN
         if not path.exists():
             if self.finished:
-                raise SettingError(f"--out {self.out} holds an adapter without its {RUN}; name a new folder")
+                raise SettingError(f"`out` {self.out} holds an adapter without its {RUN}; name a new folder")
             self._write()
             return False
         try:
@@ -124,9 +118,9 @@ class Workspace:
             if known.get(key) != self._asked.get(key):
                 state = "a finished" if self.finished else "an unfinished"
                 raise SettingError(
-                    f"--out {self.out} holds {state} run with another {key} ({known.get(key)!r}, now "
+                    f"`out` {self.out} holds {state} run with another {key} ({known.get(key)!r}, now "
                     f"{self._asked.get(key)!r}); repeat its settings to go on with it, or name a new folder"
-                    + ("" if self.finished else ", or use --restart")
+                    + ("" if self.finished else ", or use `restart`")
                 )
         return True
 
@@ -135,10 +129,7 @@ class Workspace:
         tensors = {}
         for name, (u, v) in factors.items():
             tensors |= {f"{name}.u": u.contiguous(), f"{name}.v": v.contiguous()}
-        path = self.out / f"stage-{len(self.stages) + 1}.safetensors"
-        aside = path.with_name(f".{path.name}.tmp")
-        save_file(tensors, aside)
-        os.replace(aside, path)
+        write_file(self.out / f"stage-{len(self.stages) + 1}.safetensors", save(tensors))
         self.stages.append(stage)
         self._write()  # last: only now does the next stage count as begun
 
@@ -173,9 +164,7 @@ class Workspace:
 
     def _write(self) -> None:
         content = {"schema": 1, "asked": self._asked, "stages": plain(self.stages)}
-        aside = self.out / f".{RUN}.tmp"
-        aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(aside, self.out / RUN)
+        write_file(self.out / RUN, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def _own(name: str) -> bool:

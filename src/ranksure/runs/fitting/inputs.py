@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
 from ranksure.adapters.config import exact_pattern, lora_config
+from ranksure.adapters.matrices import adapted_layers, matrices, to_matrices
 from ranksure.errors import AdapterError
 from ranksure.factors import Factors
 from ranksure.losses import Kind
@@ -31,20 +30,9 @@ class Setup:
         prefix: what those names need in front to be names in ``base``.
         heads: qualified names in ``base`` of what is saved beside the factors.
         task_type: PEFT's, or None.
-        kind: which loss.
-        features: tokenised training rows with ``labels``, in order.
-        held: tokenised held-out rows, or None.
-        collator: pads rows into a batch.
+        features: tokenised training rows with ``labels``, in order; ``held``: held-out ones, or None.
         shapes: of every target, by its name in ``adapted``.
-        name: model folder or Hub id.
-        revision: of the model.
-        pooling: ``model`` or ``mean``; None for a causal language model.
-        task: what reads the rows; None for a causal language model.
-        n_outputs: logits per row; None for a causal language model.
-        label_names: of the classes, or None.
-        batch_size: rows per batch.
-        source: where the rows come from.
-        sha256: of the source.
+        pooling: ``model`` or ``mean``; None for a causal language model, as are ``task`` and ``n_outputs``.
         same_data: whether the rows are those of the plan.
         notes: what the user should be told, in sentences.
     """
@@ -74,6 +62,10 @@ class Setup:
     def batches(self, features: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Rows as batches in a fixed order, rows of like length together."""
         return [dict(self.collator(part)) for part in in_batches(features, self.batch_size, by_length=True)]
+
+    def named_as_planned(self, factors: Factors) -> Factors:
+        """Factors of ``base`` by their names in ``adapted``."""
+        return {name.removeprefix(self.prefix): pair for name, pair in factors.items()}
 
     def ranks(self, rank: int) -> dict[str, int]:
         """A uniform rank on every target, clipped to its size."""
@@ -108,24 +100,15 @@ def place_factors(model: PeftModel, factors: Factors, prefix: str) -> None:
     Raises:
         AdapterError: factors that do not fit.
     """
-    modules = dict(model.get_base_model().named_modules())
+    layers = adapted_layers(model)
     with torch.no_grad():
         for name, (u, v) in factors.items():
-            layer: Any = modules.get(prefix + name)
-            if layer is None or not _carries_adapter(layer):
+            if (layer := layers.get(prefix + name)) is None:
                 raise AdapterError(f"there are factors for {name}, which carries no adapter")
-            root = math.sqrt(float(layer.scaling["default"]))
-            if "default" in layer.lora_embedding_A:
-                a, b = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
-            else:
-                a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            a, b = matrices(layer, "default")
             if a.numel() != v.numel() or b.numel() != u.numel():
                 raise AdapterError(
                     f"factors of {name} have shapes {tuple(u.shape)} and {tuple(v.shape)}: not the adapter's"
                 )
-            a.copy_((v.T / root).reshape(a.shape))
-            b.copy_((u / root).reshape(b.shape))
-
-
-def _carries_adapter(module: nn.Module) -> bool:
-    return isinstance(module, LoraLayer)
+            for parameter, value in zip((a, b), to_matrices(layer, u, v, layer.scaling["default"]), strict=True):
+                parameter.copy_(value)

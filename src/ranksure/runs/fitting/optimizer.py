@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from ranksure.adapters.matrices import adapted_layers, chosen_adapter, matrices, scale_of
+from ranksure.choices import OptimizerKind
 from ranksure.errors import AdapterError, SettingError
 
-OptimizerKind = Literal["adam", "sgd"]
 _KINDS: dict[str, Any] = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
-_PREFIX = "base_model.model."
 
 
 def parameter_groups(
@@ -110,25 +109,13 @@ def l2_optimizer(
 
 def _matrices(model: nn.Module, adapter: str | None) -> dict[str, tuple[float, list[nn.Parameter]]]:
     """Scale and matrices (A, B) by module name in the base network."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    active = sorted({name for layer in layers.values() for name in layer.active_adapters})
-    if adapter is None:
-        if len(active) > 1:
-            raise AdapterError(f"several adapters are active ({', '.join(active)}): name one (adapter=)")
-        adapter = active[0] if active else "default"
-    out: dict[str, tuple[float, list[nn.Parameter]]] = {}
-    for name, layer in layers.items():
-        if adapter not in layer.scaling:
-            continue
-        scale = float(layer.scaling[adapter])
-        shown = name.removeprefix(_PREFIX)
-        if not 0 < scale < math.inf:
-            raise AdapterError(f"the adapter's scale for {shown} is {scale:g} (lora_alpha over r); it must be positive")
-        if adapter in layer.lora_embedding_A:
-            pair = [layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]]
-        else:
-            pair = [layer.lora_A[adapter].weight, layer.lora_B[adapter].weight]
-        out[shown] = (scale, cast(list[nn.Parameter], pair))
+    layers = adapted_layers(model)
+    adapter = chosen_adapter(layers, adapter, "default")
+    out = {
+        name: (scale_of(name, layer, adapter), list(matrices(layer, adapter)))
+        for name, layer in layers.items()
+        if adapter in layer.scaling
+    }
     if not out:
         raise AdapterError(f"the model has no LoRA adapter {adapter!r} to train: wrap it with peft.get_peft_model")
     return out

@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from ranksure.adapters.matrices import PREFIX, file_factors, is_factor
 from ranksure.errors import AdapterError, SettingError
 from ranksure.factors import Factors
+from ranksure.network.targets import base_network
 from ranksure.records.fit import Prediction
 from ranksure.records.plan import Plan
 from ranksure.records.record import read
 
-_PREFIX = "base_model.model."
-
 
 @dataclass(frozen=True)
 class PlanFolder:
-    """What ``ranksure plan --out`` wrote.
-
-    Attributes:
-        folder: where.
-        record: content of ``plan.json``.
-    """
+    """What ``ranksure plan --out`` wrote; ``record`` is the content of ``plan.json``."""
 
     folder: Path
     record: Plan
@@ -47,15 +45,15 @@ class PlanFolder:
         return ranks
 
     def tensors(self) -> dict[str, Tensor]:
-        """The solved adapter's tensors by PEFT's names in the base network.
+        """The solved adapter's tensors by PEFT's names.
 
         Raises:
             AdapterError: there is none, or it cannot be read.
         """
         path = self.folder / "adapter" / "adapter_model.safetensors"
         if (self.folder / "merged").is_dir():
-            raise AdapterError(f"the plan in {self.folder} holds a merged checkpoint: plan again without --merged")
-        return {key.removeprefix(_PREFIX): value for key, value in _read(path).items()}
+            raise AdapterError(f"the plan in {self.folder} holds a merged checkpoint: plan again without `merged`")
+        return _read(path)
 
     def factors(self) -> Factors:
         """The solved update, ``(u, v)`` by module.
@@ -64,13 +62,8 @@ class PlanFolder:
             AdapterError: as :meth:`tensors`.
         """
         tensors = self.tensors()
-        out: Factors = {}
-        for name in self.record.target_modules:
-            linear, embedding = f"{name}.lora_A.weight", f"{name}.lora_embedding_A"
-            key = linear if linear in tensors else embedding
-            if key in tensors:
-                a, b = tensors[key], tensors[key.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")]
-                out[name] = (b.flatten(1).double(), a.flatten(1).T.contiguous().double())
+        found = {name: file_factors(tensors, name) for name in self.record.target_modules}
+        out: Factors = {name: pair for name, pair in found.items() if pair is not None}
         if not out:
             raise AdapterError(f"the adapter in {self.folder} holds none of the plan's modules")
         return out
@@ -83,7 +76,7 @@ class PlanFolder:
         """
         if self.record.pooling == "mean":
             return _read(self.folder / "adapter" / "head.safetensors")
-        return {key: value for key, value in self.tensors().items() if ".lora_" not in key}
+        return {key.removeprefix(PREFIX): value for key, value in self.tensors().items() if not is_factor(key)}
 
     def prediction(self, rank: int | None, linear: bool) -> Prediction | None:
         """The linearised problem's figures for what is trained; None where the plan says nothing of this rank.
@@ -133,6 +126,60 @@ def read_plan(folder: str | os.PathLike[str]) -> PlanFolder:
     if not (path / "plan.json").is_file():
         raise SettingError(f"{path} holds no plan.json: `ranksure plan ... --out {path}` writes one")
     return PlanFolder(path, read(path / "plan.json", Plan))
+
+
+def install_planned_head(model: nn.Module, plan: str | os.PathLike[str]) -> list[str]:
+    """Put a plan's fitted head into a model for a Trainer of one's own, and freeze it there.
+
+    A plan fits a new head first and linearises the network around it. Training that begins with a random head, or
+    that trains the head too, is another problem than the planned one.
+
+    Args:
+        model: the network that the plan's ``LoraConfig`` wraps, with or without it (changed in place).
+        plan: the plan's folder.
+
+    Returns:
+        Names of the modules that were set, in the base network; empty where the plan brought no head of its own.
+
+    Raises:
+        SettingError: the folder holds no plan.
+        AdapterError: the plan's head was averaged over tokens (``--pooling mean``), which is no part of such a model,
+            or does not fit.
+    """
+    found = read_plan(plan)
+    if found.record.pooling == "mean":
+        raise AdapterError(
+            f"the plan in {found.folder} has a head on averaged states, which is no part of this model: it lies in "
+            "adapter/head.safetensors"
+        )
+    if not found.record.head.new:
+        return []
+    base = base_network(model)
+    modules = dict(base.named_modules())
+    done: dict[str, None] = {}
+    for name, value in found.head().items():
+        owner, _, key = name.rpartition(".")
+        parameters = [p for holder in _holders(modules, owner) if (p := getattr(holder, key, None)) is not None]
+        if not parameters or any(p.shape != value.shape for p in parameters):
+            raise AdapterError(f"{name} of the plan in {found.folder} does not fit {type(base).__name__}")
+        for parameter in parameters:
+            with torch.no_grad():
+                parameter.copy_(value)
+            parameter.requires_grad_(False)
+        done[owner] = None
+    return list(done)
+
+
+def _holders(modules: Mapping[str, nn.Module], owner: str) -> list[nn.Module]:
+    """The modules of a name: PEFT keeps the original of a saved module beside the copy that it trains."""
+    inside = owner
+    while inside and not isinstance(modules.get(inside), ModulesToSaveWrapper):
+        inside = inside.rpartition(".")[0]
+    wrapper = modules.get(inside)
+    if not isinstance(wrapper, ModulesToSaveWrapper):
+        return [modules[owner]] if owner in modules else []
+    rest = owner[len(inside) :].removeprefix(".")
+    return [holder.get_submodule(rest) for holder in (wrapper.original_module, *wrapper.modules_to_save.values())]
 
 
 def _read(path: Path) -> dict[str, Tensor]:

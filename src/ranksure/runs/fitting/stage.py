@@ -15,8 +15,8 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from ranksure.errors import SettingError, one_line
 from ranksure.network.logits import Batch
 from ranksure.progress import Clock
-from ranksure.quantities import parse_memory
 from ranksure.runs.certificate.callback import STOPPED, CertificateCallback
+from ranksure.runs.certificate.settings import CertifySettings
 from ranksure.runs.fitting.inputs import Setup
 from ranksure.runs.fitting.optimizer import l2_optimizer
 from ranksure.runs.fitting.settings import FitSettings
@@ -27,7 +27,7 @@ def train_stage(
     model: PeftModel,
     setup: Setup,
     options: FitSettings,
-    lam: float,
+    asks: CertifySettings,
     folder: Path,
     batches: Sequence[Batch],
     callbacks: Sequence[TrainerCallback],
@@ -35,15 +35,8 @@ def train_stage(
 ) -> tuple[list[dict[str, Any]], int]:
     """Train to the end of the schedule (or until a verdict stops the run), from the last checkpoint if there is one.
 
-    Args:
-        model: the wrapped network; what requires gradients is trained.
-        setup: rows and collator.
-        options: the settings.
-        lam: the penalty.
-        folder: of the checkpoints.
-        batches: all training rows, for certificates during the run.
-        callbacks: further ones.
-        clock: receives progress.
+    What requires gradients in ``model`` is trained. ``asks`` holds the penalty, and how certificates during the run are
+    made of all training rows in ``batches``; ``folder`` is that of the checkpoints.
 
     Returns:
         The log (without how long things took), and the steps made.
@@ -59,7 +52,7 @@ def train_stage(
         for parameter in frozen:
             parameter.requires_grad_(False)
         return _log(found[1]["log_history"]), int(found[1]["global_step"])
-    optimizer = l2_optimizer(model, lam=lam, lr=options.learning_rate, kind=options.optim)
+    optimizer = l2_optimizer(model, lam=asks.lam or 0.0, lr=options.learning_rate, kind=options.optim)
     with clock.stage("train", "Training") as advance:
         try:
             with _event_files_in(folder.parents[1] / "runs" / folder.name):
@@ -78,7 +71,8 @@ def train_stage(
             raise SettingError(f"the Trainer refuses its settings: {one_line(error)}") from None
         trainer.remove_callback(PrinterCallback)
         if options.certify_every:
-            _certificates(setup, options, lam, batches).attach(trainer)
+            every, stop = options.certify_every, options.stop
+            CertificateCallback(batches, every=every, stop=stop, **vars(asks)).attach(trainer)
         trainer.train(resume_from_checkpoint=None if found is None else str(found[0]))
     return _log(trainer.state.log_history), trainer.state.global_step
 
@@ -95,19 +89,6 @@ def _event_files_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         del os.environ[name]
-
-
-def _certificates(setup: Setup, options: FitSettings, lam: float, batches: Sequence[Batch]) -> CertificateCallback:
-    return CertificateCallback(
-        batches,
-        every=options.certify_every,
-        stop=options.stop,
-        lam=lam,
-        loss=setup.kind,
-        weighting=options.weighting,
-        tolerance=options.tolerance,
-        memory_bytes=parse_memory(options.memory),
-    )
 
 
 def _arguments(setup: Setup, options: FitSettings, folder: Path) -> TrainingArguments:

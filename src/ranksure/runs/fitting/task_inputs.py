@@ -19,38 +19,15 @@ from ranksure.progress import Clock
 from ranksure.runs.fitting.inputs import Setup
 from ranksure.runs.fitting.plan_folder import PlanFolder
 from ranksure.runs.fitting.settings import FitSettings
-from ranksure.tasks.head import fit_head, head_features, install_head
+from ranksure.tasks.linearise import fit_new_head
+from ranksure.tasks.options import TaskOptions, values_of
 from ranksure.tasks.task import Task
 from ranksure.tasks.text import MeanPooled
 
 _BATCH = 32
 
 # Options that a plan and a fit share: the plan's value stands unless the fit is given another than its default.
-SHARED = (
-    "task",
-    "text_column",
-    "label_column",
-    "text_pair_column",
-    "image_column",
-    "audio_column",
-    "split",
-    "eval_data",
-    "eval_split",
-    "target_modules",
-    "layers_to_transform",
-    "heldout",
-    "loss",
-    "pooling",
-    "template",
-    "verbalizers",
-    "calibrate",
-    "image_size",
-    "max_seconds",
-    "max_length",
-    "dtype",
-    "revision",
-    "trust_remote_code",
-)
+SHARED = tuple(values_of(TaskOptions(), TaskOptions, "batch_size", "device", "seed"))
 
 
 def task_setup(
@@ -62,11 +39,11 @@ def task_setup(
         RanksureError: whatever in the input cannot be used, in one line.
     """
     if model is None and plan is None:
-        raise SettingError("give --model, or --plan with a plan's folder")
+        raise SettingError("give `model`, or `plan` with a plan's folder")
     model = plan.record.model if model is None and plan is not None else model
     if data is None:
         if plan is None or plan.record.data.sha256 != REVIEWS_SHA256:
-            raise SettingError("give --data: the rows to train on")
+            raise SettingError("give `data`: the rows to train on")
         data = rotten_tomatoes()
     options = _plan_settings(settings, plan)
     rows = read_samples(data, options, options.split)
@@ -83,7 +60,7 @@ def task_setup(
     heads = task.saved_modules or []
     if settings.train_head and not heads:
         if task.head is None:
-            raise SettingError(f"--train-head: the task {task.kind} has no head to train; leave it out")
+            raise SettingError(f"`train_head`: the task {task.kind} has no head to train; leave it out")
         heads = [task.head]
     held = prepared.split.report
     return Setup(
@@ -145,14 +122,9 @@ def _head(task: Task[Any], rows: Samples, settings: FitSettings, plan: PlanFolde
     if plan is not None and plan.record.pooling == task.pooling:
         _load_head(task, plan)
         return
-    assert task.head is not None
     loss = get_loss(plan.record.loss if plan is not None else settings.loss)
     with clock.stage("head", "Fitting the new head") as advance:
-        batches, back = task.batches_by_length(rows)
-        features = head_features(task.model, task.head, batches, task.n_outputs, advance)[back]
-        layer = task.model.get_submodule(task.head)
-        bias = getattr(layer, "bias", None) is not None
-        install_head(task.model, task.head, fit_head(features, task.labels(rows), loss, task.n_outputs, bias=bias))
+        fit_new_head(task, rows, loss, advance)
 
 
 def _load_head(task: Task[Any], plan: PlanFolder) -> None:

@@ -25,13 +25,8 @@ from ranksure.losses import Kind
 class FitTrainer(Trainer):
     """``Trainer`` with the loss of :func:`mean_loss_function`, in one process.
 
-    Args:
-        *args: as ``Trainer``'s.
-        kind: which loss.
-        weighting: of a causal language model's tokens.
-        model_dropout: leave the network's own dropout on. Off, the loss that is trained is the one that is
-            certified; the adapter's dropout stays as configured.
-        **kwargs: as ``Trainer``'s.
+    With ``model_dropout`` the network's own dropout stays on. Off, the loss that is trained is the one that is
+    certified; the adapter's dropout stays as configured.
     """
 
     def __init__(
@@ -61,11 +56,9 @@ class FitTrainer(Trainer):
 
 
 class Watch(TrainerCallback):
-    """Keeps frozen what is to stay frozen, reports progress, and stops a run that diverges.
+    """Keeps frozen what is to stay frozen, reports (steps done, steps in all), and stops a run that diverges.
 
-    Args:
-        frozen: parameters without gradients; loading a checkpoint makes PEFT thaw ``modules_to_save``.
-        advance: called with (steps done, steps in all).
+    Loading a checkpoint makes PEFT thaw ``modules_to_save``.
     """
 
     def __init__(self, frozen: list[nn.Parameter], advance: Callable[[int, int], None]) -> None:

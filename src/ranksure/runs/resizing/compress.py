@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,12 +25,12 @@ from ranksure.capture import capture, check_memory
 from ranksure.errors import AdapterError, SettingError
 from ranksure.factors import Factors, nuclear_norms, ranks_of, thin_svd
 from ranksure.loss_terms import kind_of
-from ranksure.losses import Kind, get_loss
-from ranksure.network.batch_losses import Weighting
+from ranksure.losses import get_loss
 from ranksure.network.gradient import mean_loss
-from ranksure.network.logits import Batch, batch_rows, predict
+from ranksure.network.logits import Batch, batch_rows, predict, unlabelled
 from ranksure.network.targets import base_layer
 from ranksure.records.change import Measured
+from ranksure.runs.certificate.settings import RunSettings
 from ranksure.runs.resizing.compress_result import Compression, Level
 from ranksure.runs.resizing.directions import (
     Direction,
@@ -52,14 +53,9 @@ def compress(
     level: Level = "lossless",
     captured: float | None = None,
     max_loss_increase: float | None = None,
-    weight_decay: float | None = None,
-    lam: float | None = None,
-    adapter: str | None = None,
-    loss: Kind | None = None,
-    weighting: Weighting = "token",
-    memory_bytes: float = math.inf,
     source: str | os.PathLike[str] | None = None,
     seed: int = 0,
+    **settings: Any,
 ) -> Compression:
     """Lower the ranks of a trained LoRA adapter.
 
@@ -70,57 +66,48 @@ def compress(
         captured: budget: share of ``F(0) - F`` to keep, in (0, 1); ``F`` is the objective, ``F(0)`` that without
             the adapter.
         max_loss_increase: or budget: most that the mean loss may rise, in its own units; positive.
-        weight_decay: L2 decay of PEFT's matrices, so that the objective has a penalty (``lambda_j = wd / s_j``).
-        lam: or one ``lambda`` for every module.
-        adapter: name of the adapter, where several are active.
-        loss: which loss; by the model's own rules by default.
-        weighting: of a causal language model's tokens.
-        memory_bytes: budget for ``data-exact``, which stores every row's gradients.
         source: the folder that the adapter came from: its dtype is what the result is rounded to.
         seed: of the rank reduction.
+        **settings: ``weight_decay`` or ``lam``, for an objective with a penalty; ``adapter``, ``loss``, ``weighting``,
+            ``memory_bytes``: see :class:`~ranksure.runs.certificate.settings.RunSettings`.
 
     Raises:
         SettingError: a budget without data, one that has no meaning, or a level that this model does not have.
         AdapterError: an adapter that is no plain LoRA, whose update is zero, or that the budget makes superfluous.
         DataError, CaptureError, MemoryBudgetError: as for the certificate and the capture.
     """
-    check_settings(level, captured, max_loss_increase, weight_decay, lam, has_data=batches is not None)
+    _check_level(level, captured, max_loss_increase, has_data=batches is not None)
+    chosen = RunSettings.of("compress", settings)
     if batches is not None and iter(batches) is batches:
         raise SettingError("the data is gone through several times: pass a list or a DataLoader")
-    read = read_adapter(model, adapter)
+    read = read_adapter(model, chosen.adapter)
     if read.untested:
         raise AdapterError(f"this adapter cannot be compressed: {read.untested[0]}")
     if not any(bool(thin_svd(u, v)[1].any()) for u, v in read.factors.values()):
         raise AdapterError("the adapter's update is zero in every module: the base network alone does the same")
-    penalty = read.penalties(weight_decay) if weight_decay else dict.fromkeys(read.blocks, lam) if lam else None
-    run = _Run(model, batches, read, penalty, loss, weighting, stored_dtype(model, read.name, source))
+    dtype = stored_dtype(model, read.name, source)
+    run = _Run(model, batches, read, chosen.penalty(read), chosen, dtype)
     facts: dict[str, Any] = {}
     if level == "lossless":
         factors = without(read.factors, null_directions(read.factors, run.dtype))
     elif level == "data-exact":
-        factors, facts["exact"] = _data_exact(run, memory_bytes, seed)
+        factors, facts["exact"] = _data_exact(run, seed)
     else:
         factors, facts["at_zero"] = _to_budget(run, captured, max_loss_increase)
     return _measured(run, level, factors, facts)
 
 
+@dataclass
 class _Run:
     """A run and how its loss is measured."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        batches: Sequence[Batch] | None,
-        read: Adapter,
-        penalty: dict[str, float] | None,
-        kind: Kind | None,
-        weighting: Weighting,
-        dtype: torch.dtype,
-    ) -> None:
-        self.model, self.batches, self.read, self.penalty = model, batches, read, penalty
-        self.kind: Kind | None = kind
-        self.weighting: Weighting = weighting
-        self.dtype, self.passes = dtype, 0
+    model: nn.Module
+    batches: Sequence[Batch] | None
+    read: Adapter
+    penalty: dict[str, float] | None
+    settings: RunSettings
+    dtype: torch.dtype
+    passes: int = 0
 
     @property
     def rows(self) -> Sequence[Batch]:
@@ -131,13 +118,13 @@ class _Run:
         """The network with other factors, as a file would hold them; with its own by default."""
         self.passes += 1
         with nullcontext() if factors is None else placed(self.read, factors, self.dtype):
-            value = mean_loss(self.model, self.rows, kind=self.kind, weighting=self.weighting)
+            value = mean_loss(self.model, self.rows, kind=self.settings.loss, weighting=self.settings.weighting)
         norms = nuclear_norms(self.read.factors if factors is None else factors)
         penalty = sum(self.penalty[n] * norm for n, norm in norms.items()) if self.penalty else 0.0
         return Measured(loss=value, penalty=penalty, objective=value + penalty)
 
 
-def _data_exact(run: _Run, memory_bytes: float, seed: int) -> tuple[Factors, dict[str, Any]]:
+def _data_exact(run: _Run, seed: int) -> tuple[Factors, dict[str, Any]]:
     """Same predictions of the network linearised at the trained weights, on these rows, by theorem 3.1.
 
     Null directions go first: the rank reduction is exact in float64, and counts them.
@@ -147,11 +134,12 @@ def _data_exact(run: _Run, memory_bytes: float, seed: int) -> tuple[Factors, dic
     if not isinstance(labels, Tensor) or (labels.dim() > 1 and not labels.is_floating_point()):
         raise SettingError(
             "data-exact compression stores every row's gradient of every logit, so it is for classifiers and "
-            "regressors only: for a language model use --captured or --max-loss-increase"
+            "regressors only: for a language model use `captured` or `max_loss_increase`"
         )
-    inputs = [{key: value for key, value in batch.items() if key != "labels"} for batch in run.rows]
+    inputs = list(map(unlabelled, run.rows))
     logits = predict(run.model, inputs[:1])
-    kind = run.kind or kind_of(getattr(run.model, "config", None), labels, logits)
+    kind, memory_bytes = run.settings.loss, run.settings.memory_bytes
+    kind = kind or kind_of(getattr(run.model, "config", None), labels, logits)
     contrasts = get_loss(kind).contrasts(logits.shape[1])
     shapes = [(u.shape[0], v.shape[0], u.shape[1]) for u, v in run.read.factors.values()]
     unknowns = sum(r * (r + 1) // 2 for _, _, r in shapes)
@@ -172,7 +160,7 @@ def _to_budget(run: _Run, captured: float | None, max_loss_increase: float | Non
         if gain <= 0:
             raise SettingError(
                 f"the adapter gains nothing on these rows: objective {before.objective:.6g}, and "
-                f"{at_zero.objective:.6g} without it; there is no share to keep (use --max-loss-increase)"
+                f"{at_zero.objective:.6g} without it; there is no share to keep (use `max_loss_increase`)"
             )
         most = at_zero.objective - captured * gain
         within: Callable[[Measured], bool] = lambda point: point.objective <= most  # noqa: E731
@@ -187,7 +175,8 @@ def _to_budget(run: _Run, captured: float | None, max_loss_increase: float | Non
             known[key] = within(run.measure(without(run.read.factors, removed)))
         return known[key]
 
-    order = ranked_directions(run.model, run.rows, run.read, kind=run.kind, weighting=run.weighting)
+    kind, weighting = run.settings.loss, run.settings.weighting
+    order = ranked_directions(run.model, run.rows, run.read, kind=kind, weighting=weighting)
     found = [most_within(tried, allowed) for tried in (order, by_value(order))]
     best = max(found, key=lambda removed: sum(direction.parameters for direction in removed))
     return without(run.read.factors, best), at_zero
@@ -255,20 +244,20 @@ def check_settings(
     Raises:
         SettingError: as ``compress``.
     """
+    _check_level(level, captured, max_loss_increase, has_data=has_data)
+    RunSettings(weight_decay=weight_decay, lam=lam)
+
+
+def _check_level(level: str, captured: float | None, max_loss_increase: float | None, *, has_data: bool) -> None:
     if level not in ("lossless", "data-exact", "budget"):
         raise SettingError(f"unknown level {level!r}: use lossless, data-exact or budget")
     if (level == "budget") != (captured is not None or max_loss_increase is not None):
-        raise SettingError("the budget level, and no other, takes --captured or --max-loss-increase")
+        raise SettingError("the budget level, and no other, takes `captured` or `max_loss_increase`")
     if captured is not None and max_loss_increase is not None:
-        raise SettingError("give one budget: --captured or --max-loss-increase")
+        raise SettingError("give one budget: `captured` or `max_loss_increase`")
     if captured is not None and not 0 < captured < 1:
-        raise SettingError(f"--captured {captured} must be a share in (0, 1), such as 0.99")
+        raise SettingError(f"`captured` {captured} must be a share in (0, 1), such as 0.99")
     if max_loss_increase is not None and not 0 < max_loss_increase < math.inf:
-        raise SettingError(f"--max-loss-increase {max_loss_increase} must be positive (for none, use lossless)")
-    if weight_decay is not None and lam is not None:
-        raise SettingError("give the weight decay of PEFT's matrices or lambda, not both")
-    for name, value in (("weight decay", weight_decay), ("lambda", lam)):
-        if value is not None and not 0 <= value < math.inf:
-            raise SettingError(f"the {name} must be at least 0 and finite, not {value}")
+        raise SettingError(f"`max_loss_increase` {max_loss_increase} must be positive (for none, use lossless)")
     if level != "lossless" and not has_data:
-        raise SettingError(f"the level {level} needs data: give --data")
+        raise SettingError(f"the level {level} needs data: give `data`")

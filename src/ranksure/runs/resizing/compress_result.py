@@ -1,26 +1,22 @@
-"""What ``ranksure.compress()`` returns: new factors, what they cost on the network itself, and how to write them."""
+"""What ``ranksure.compress()`` returns: new factors, and what they cost on the network itself."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
 
-from ranksure.adapters.rewrite import Rewritten, rewrite_adapter
 from ranksure.factors import Factors
 from ranksure.records.change import CompressRecord, Measured
-from ranksure.records.record import encoded, plain
+from ranksure.records.record import plain
+from ranksure.runs.resizing.resized import Resized
 
 Level = Literal["lossless", "data-exact", "budget"]
 
 
 @dataclass(frozen=True)
-class Compression:
+class Compression(Resized):
     """A compressed adapter; nothing is written yet, and the model is as it was.
 
     Attributes:
@@ -44,6 +40,8 @@ class Compression:
         passes: forward passes over the data that measured a loss.
         notes: sentences for the reader.
     """
+
+    record: ClassVar[str] = "compress.json"
 
     level: Level
     adapter: str
@@ -77,43 +75,9 @@ class Compression:
         own["dtype"] = str(self.dtype).removeprefix("torch.")
         return plain(CompressRecord(**own | more))
 
-    def save(
-        self,
-        model: nn.Module,
-        out_dir: str | os.PathLike[str],
-        *,
-        source: str | os.PathLike[str] | None = None,
-        prefix: str = "",
-        extra: Mapping[str, Any] | None = None,
-    ) -> Rewritten:
-        """Write the compressed adapter and ``compress.json``, whole or not at all.
-
-        Args:
-            model: the model that was compressed, the adapter as it was.
-            out_dir: the folder to create, or an earlier adapter's to replace.
-            source: the folder that the adapter came from; see :func:`~ranksure.adapters.rewrite.rewrite_adapter`.
-            prefix: of the names here, where ``model`` is inside the network that was compressed.
-            extra: more fields of ``compress.json`` (where the data came from).
-
-        Raises:
-            AdapterError: as ``rewrite_adapter``.
-        """
-
-        def write(stage: Path) -> None:
-            (stage / "compress.json").write_bytes(encoded(self.to_json(**(extra or {}))))
-
+    def told(self) -> dict[str, Any]:
+        """As :class:`~ranksure.runs.resizing.resized.Resized`."""
         text = f"Compressed ({self.level}): {self.parameters_before} numbers became {self.parameters_after}."
         if self.before is not None and self.after is not None:
             text += f" Mean loss on the rows measured: {self.before.loss:.6g} before, {self.after.loss:.6g} after."
-        return rewrite_adapter(
-            model,
-            self.factors,
-            out_dir,
-            adapter=self.adapter,
-            source=source,
-            prefix=prefix,
-            dtype=self.dtype,
-            title="Compressed",
-            text=text,
-            write_more=write,
-        )
+        return {"adapter": self.adapter, "title": "Compressed", "text": text, "dtype": self.dtype}

@@ -11,10 +11,8 @@ derivative's mean is left out: it is zero, or the penalty's price of the directi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +23,9 @@ from ranksure.errors import AdapterError, SettingError
 from ranksure.factors import Factors, thin_svd
 from ranksure.losses import Kind
 from ranksure.network.batch_losses import Forward, Weighting
-from ranksure.network.hooks import input_tokens, output_tokens
-from ranksure.network.logits import Batch, frozen
+from ranksure.network.gradient import stream
+from ranksure.network.hooks import Streamed, input_tokens, output_tokens
+from ranksure.network.logits import Batch
 
 LENGTHS = (0.0, 0.5, 1.0)
 """Lengths of the update, as shares, at which derivatives are taken."""
@@ -39,9 +38,7 @@ class Direction:
     """One singular direction ``sigma p q^T`` of one module's update.
 
     Attributes:
-        module: the module.
-        index: its place among the module's singular values, largest first.
-        value: ``sigma``.
+        index: its place among the module's singular values, largest first; ``value`` is ``sigma``.
         harm: estimated increase of the loss without it.
         parameters: parameters that it takes, ``m + n``.
     """
@@ -89,13 +86,6 @@ def ranked_directions(
 ) -> list[Direction]:
     """All singular directions, those of least estimated harm per parameter first; a gradient pass per length.
 
-    Args:
-        model: the network, adapter active.
-        batches: batches with labels.
-        read: the adapter.
-        kind: which loss; by the model's own rules by default.
-        weighting: of a causal language model's tokens.
-
     Raises:
         DataError: no labels, or labels that do not fit.
         CaptureError: the loss reaches no adapted module.
@@ -125,38 +115,18 @@ def mean_squares(
 ) -> dict[str, Tensor]:
     """``sum_i d_i^2 / W`` by direction: ``d_i`` the derivative of sample ``i``'s loss along ``p q^T``.
 
-    A sample's loss is the weighted sum over its terms, ``W`` the total weight.
-
-    Args:
-        model: the network.
-        batches: batches with labels.
-        read: the adapter.
-        parts: ``p`` (m, k), values (k,), ``q`` (n, k) by module; the values are not used.
-        kind: which loss.
-        weighting: of a causal language model's tokens.
+    A sample's loss is the weighted sum over its terms, ``W`` the total weight. ``parts`` holds ``p`` (m, k), values
+    (k,), which are not used, and ``q`` (n, k) by module.
     """
     out = {name: torch.zeros(s.shape, dtype=torch.float64) for name, (_, s, _) in parts.items()}
-    forward = Forward(model, kind, weighting, read.modules.values())
     by_row: dict[str, Tensor] = {}
-    with frozen(model), ExitStack() as stack:
-        for name, module in read.modules.items():
-            hook = _hook(name, module, parts[name], by_row)
-            stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
-        for batch in batches:
-            by_row.clear()
-            forward.gradients(batch, lambda: None, lambda: None)
-            for name, found in by_row.items():
-                out[name] += found.square().sum(0).cpu()
-    return {name: total / max(forward.weight, 1e-300) for name, total in out.items()}
 
-
-def _hook(name: str, module: nn.Module, part: tuple[Tensor, Tensor, Tensor], by_row: dict[str, Tensor]) -> Any:
-    """Adds ``b^T p q^T a``, summed over a sample's tokens, when the gradient ``b`` at the output comes by."""
-
-    def add(x: Tensor, gradient: Tensor) -> None:
+    def add(name: str, x: Tensor, gradient: Tensor) -> None:
+        """Add ``b^T p q^T a``, summed over a sample's tokens, of one use's inputs ``a`` and gradients ``b``."""
+        module, (p, _, q) = read.blocks[name].module, parts[name]
         tokens, outputs = input_tokens(module, x), output_tokens(module, gradient)
         wide = torch.promote_types(outputs.dtype, torch.float32)
-        p, q = (basis.to(outputs.device, wide) for basis in (part[0], part[2]))
+        p, q = p.to(outputs.device, wide), q.to(outputs.device, wide)
         found = (outputs.to(wide) @ p) * (q[tokens] if tokens.dim() == 1 else tokens.to(wide) @ q)
         mine = found.double().reshape(x.shape[0], -1, found.shape[-1]).sum(1)  # a sample's rows lie together
         before = by_row.get(name)
@@ -164,18 +134,14 @@ def _hook(name: str, module: nn.Module, part: tuple[Tensor, Tensor, Tensor], by_
             before, mine = before.sum(0, keepdim=True), mine.sum(0, keepdim=True)
         by_row[name] = mine if before is None else before + mine
 
-    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> Tensor | None:
-        x = args[0] if args else next(iter(kwargs.values()))
-        if not torch.is_grad_enabled():
-            return None
-        if not output.requires_grad:  # frozen base: nothing before this module asks for gradients
-            output = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
-        else:
-            output = output.clone()
-        output.register_hook(lambda gradient: add(x.detach(), gradient))
-        return output
+    def batch_done() -> None:
+        for name, found in by_row.items():
+            out[name] += found.square().sum(0).cpu()
+        by_row.clear()
 
-    return hook
+    forward = Forward(model, kind, weighting, read.modules.values())
+    stream(forward, batches, Streamed(read.modules, add), batch_done)
+    return {name: total / max(forward.weight, 1e-300) for name, total in out.items()}
 
 
 def by_value(order: Sequence[Direction]) -> list[Direction]:
@@ -184,11 +150,7 @@ def by_value(order: Sequence[Direction]) -> list[Direction]:
 
 
 def most_within(order: Sequence[Direction], allowed: Callable[[Sequence[Direction]], bool]) -> Sequence[Direction]:
-    """The directions that can go: bisection on the true loss; what is returned was itself measured.
-
-    Args:
-        order: directions in the order of going.
-        allowed: measures whether these may go.
+    """The directions that can go, in the order of going: bisection on the true loss; what is returned was measured.
 
     Raises:
         SettingError: not even the adapter as it is, rounded to its stored dtype, is within the budget.

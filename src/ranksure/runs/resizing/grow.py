@@ -10,29 +10,26 @@ docs/grow-and-compress.md.
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ranksure.adapters.loaded import Adapter, read_adapter
-from ranksure.adapters.rewrite import Rewritten, rewrite_adapter
+from ranksure.adapters.merging import merged
 from ranksure.errors import AdapterError, SettingError
 from ranksure.factors import Factors, ranks_of, thin_svd
-from ranksure.losses import Kind
-from ranksure.network.batch_losses import Weighting
 from ranksure.network.gradient import Progress, gradient_pass
 from ranksure.network.logits import Batch
 from ranksure.records.certificate import RunCertificate
 from ranksure.records.change import GrownModule, GrowRecord
-from ranksure.records.record import encoded, plain
+from ranksure.records.record import plain
 from ranksure.relinearised import USED
-from ranksure.runs.certificate.certify import TOLERANCE, certify
+from ranksure.runs.certificate.certify import certify_adapter
+from ranksure.runs.certificate.settings import CertifySettings
+from ranksure.runs.resizing.resized import Resized
 from ranksure.spectral import top_pairs
 
 MOST_NEW = 8
@@ -43,7 +40,7 @@ START = 0.1
 
 
 @dataclass(frozen=True)
-class Growth:
+class Growth(Resized):
     """New directions for an adapter; nothing is written yet, and the model is as it was.
 
     Attributes:
@@ -54,6 +51,8 @@ class Growth:
         sizes: ``t``, the squared norm of each new column of ``v``, by module.
         forced: grown although the verdict was not rank-bound.
     """
+
+    record: ClassVar[str] = "grow.json"
 
     certificate: RunCertificate
     factors: Factors
@@ -91,64 +90,24 @@ class Growth:
         )
         return {**plain(record), "certificate": self.certificate.to_json()}
 
-    def save(
-        self,
-        model: nn.Module,
-        out_dir: str | os.PathLike[str],
-        *,
-        source: str | os.PathLike[str] | None = None,
-        prefix: str = "",
-        extra: Mapping[str, Any] | None = None,
-    ) -> Rewritten:
-        """Write the grown adapter and ``grow.json``, whole or not at all.
-
-        Args:
-            model: the model that was grown, the adapter as it was.
-            out_dir: the folder to create, or an earlier adapter's to replace.
-            source: the folder that the adapter came from; see :func:`~ranksure.adapters.rewrite.rewrite_adapter`.
-            prefix: of the names here, where ``model`` is inside the network that was grown.
-            extra: more fields of ``grow.json`` (where the data came from).
-
-        Raises:
-            AdapterError: as ``rewrite_adapter``.
-        """
-
-        def write(stage: Path) -> None:
-            (stage / "grow.json").write_bytes(encoded(self.to_json(**(extra or {}))))
-
+    def told(self) -> dict[str, Any]:
+        """As :class:`Resized`."""
         text = (
             "Columns were added where the rank was the limit. They do not change a prediction: train on to use them, "
             "with a new optimizer (the state of the old one does not fit)."
         )
-        name = self.certificate.adapter
-        return rewrite_adapter(
-            model,
-            self.factors,
-            out_dir,
-            adapter=name,
-            source=source,
-            prefix=prefix,
-            title="Grown",
-            text=text,
-            write_more=write,
-        )
+        return {"adapter": self.certificate.adapter, "title": "Grown", "text": text}
 
 
 def grow(
     model: nn.Module,
     batches: Iterable[Batch],
     *,
-    weight_decay: float | None = None,
-    lam: float | None = None,
-    adapter: str | None = None,
-    loss: Kind | None = None,
-    weighting: Weighting = "token",
-    tolerance: float = TOLERANCE,
-    memory_bytes: float = math.inf,
     most_new: int = MOST_NEW,
     force: bool = False,
     certificate: RunCertificate | None = None,
-    progress: Progress | None = None,
+    progress: Progress = lambda done: None,
+    **settings: Any,
 ) -> Growth:
     """Find the directions that a rank-bound LoRA run is missing.
 
@@ -158,17 +117,11 @@ def grow(
     Args:
         model: the trained network with its adapter active; it stays as it is.
         batches: all the training data, with ``labels``.
-        weight_decay: see :func:`~ranksure.runs.certificate.certify.certify`, as for all up to ``memory_bytes``.
-        lam: likewise.
-        adapter: likewise.
-        loss: likewise.
-        weighting: likewise.
-        tolerance: likewise.
-        memory_bytes: likewise.
         most_new: most directions for one module; all whose gain is above the tolerance by default, up to 8.
         force: grow whatever the verdict is, where any new direction lowers the objective.
         certificate: the run's certificate at these very weights and settings, if there is one already.
         progress: called after every batch.
+        **settings: as for :func:`ranksure.certify`.
 
     Returns:
         The growth; :meth:`Growth.save` writes it.
@@ -177,20 +130,12 @@ def grow(
         SettingError: a verdict other than rank-bound (the message is the advice), or ``most_new`` below 1.
         AdapterError: nothing to add even with ``force``, or an adapter that cannot be certified.
     """
+    chosen = CertifySettings.of("grow", settings)
     if most_new < 1:
         raise SettingError(f"the most new directions per module must be at least 1, not {most_new}")
-    read = read_adapter(model, adapter)
+    read = read_adapter(model, chosen.adapter)
     if certificate is None:
-        settings: dict[str, Any] = {"weight_decay": weight_decay, "lam": lam, "loss": loss, "weighting": weighting}
-        certificate = certify(
-            model,
-            batches,
-            adapter=read.name,
-            tolerance=tolerance,
-            memory_bytes=memory_bytes,
-            progress=progress,
-            **settings,
-        )
+        certificate = certify_adapter(model, read, batches, chosen, progress=progress)
     _check_verdict(certificate, force)
     names = _modules_to_grow(certificate, force)
     missing = Missing(read.factors, most_new)
@@ -199,11 +144,12 @@ def grow(
         model,
         batches,
         {name: read.modules[name] for name in names},
-        kind=loss,
-        weighting=weighting,
-        memory_bytes=memory_bytes,
+        kind=chosen.loss,
+        weighting=chosen.weighting,
+        memory_bytes=chosen.memory_bytes,
         consume=lambda name, gradient: pairs.update({name: missing(name, gradient)}),
         progress=progress,
+        around=merged,
     )
     threshold = {name: 0.0 if force else _threshold(certificate, name) for name in names}
     return _grown(read, pairs, certificate, threshold)
@@ -215,7 +161,7 @@ def _check_verdict(certificate: RunCertificate, force: bool) -> None:
         raise AdapterError(f"the run cannot be certified, so nothing says where to grow: {certificate.reasons[0]}")
     if verdict != "rank-bound" and not force:
         raise SettingError(
-            f"the verdict is {verdict}, not rank-bound. {certificate.advice()[0]} (--force grows anyway)"
+            f"the verdict is {verdict}, not rank-bound. {certificate.advice()[0]} (`force` grows anyway)"
         )
 
 

@@ -7,13 +7,12 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from ranksure.adapters.loaded import Adapter
 from ranksure.loss_terms import is_shifted, token_places
-from ranksure.network.logits import Batch, device_of, frozen, to_device
-from ranksure.network.targets import base_layer
+from ranksure.network.logits import Batch, device_of, frozen, logits_in, to_device, unlabelled
+from ranksure.network.targets import base_layer, base_network, parameter_users
 
 
 def largest_changes(
@@ -24,18 +23,13 @@ def largest_changes(
 ) -> tuple[dict[str, float], float]:
     """Largest absolute change of a logit under each variant, against the reference, and the largest logit itself.
 
-    Of a network with logits for every token the positions that predict a labelled one count.
-
-    Args:
-        model: the network.
-        batches: batches, with labels or without.
-        reference: makes the context of the reference.
-        variants: by name, makes the variant's context.
+    ``reference`` and the ``variants`` by name make contexts. Of a network with logits for every token the positions
+    that predict a labelled one count.
     """
     out, size = dict.fromkeys(variants, 0.0), 0.0
     with torch.no_grad():
         for batch in batches:
-            inputs = to_device({key: value for key, value in batch.items() if key != "labels"}, device_of(model))
+            inputs = to_device(unlabelled(batch), device_of(model))
             with reference(), frozen(model):
                 truth = _shown(model, model(**inputs), batch)
             size = max(size, float(truth.abs().max()) if truth.numel() else 0.0)
@@ -47,20 +41,15 @@ def largest_changes(
 
 
 def _shown(model: nn.Module, output: Any, batch: Batch) -> Tensor:
-    found = getattr(output, "logits", output[0] if isinstance(output, (tuple, list)) else output)
+    found = logits_in(output)
     labels = batch.get("labels")
     if found.dim() == 3 and isinstance(labels, Tensor):
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
-        shifted = is_shifted(base)
-        rows, places, _ = token_places(found.shape, labels.to(found.device), shifted)
+        rows, places, _ = token_places(found.shape, labels.to(found.device), is_shifted(base_network(model)))
         found = found[rows, places]
     return found.double()
 
 
 def tied_modules(model: nn.Module, read: Adapter) -> list[str]:
     """Adapted modules whose weight another module uses too: merging would change that one as well."""
-    owners: dict[int, set[int]] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), set()).add(id(module))
-    return [n for n, block in read.blocks.items() if len(owners.get(id(base_layer(block.module).weight), ())) > 1]
+    users = parameter_users(model)
+    return [name for name, module in read.modules.items() if len(users.get(id(base_layer(module).weight), ())) > 1]

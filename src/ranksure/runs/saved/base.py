@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,18 +19,92 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ranksure.adapters.matrices import is_factor
 from ranksure.adapters.saved import AdapterFiles, check_fit
 from ranksure.errors import AdapterError, ModelError, one_line, shown
-from ranksure.network.checkpoints import (
-    load_weights,
-    looks_local,
-    quiet,
-)
+from ranksure.network.checkpoints import load_tokenizer, load_weights, looks_local, quiet, settle_padding
+from ranksure.records.record import RunSource
 
 TaskType = Literal["SEQ_CLS", "CAUSAL_LM"]
 _HEADS = ("score", "classifier", "classifier.out_proj", "classification_head.out_proj")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "tokenizer.model", "vocab.json")
-PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a run's parts are, and how they are loaded.
+
+    Attributes:
+        base: the base model, where it is no longer where the adapter's configuration says.
+        adapter: which adapter of a folder with several.
+        task: ``SEQ_CLS``, ``CAUSAL_LM``, ``text``, ``prompt``, ``image`` or ``speech``, where nothing in the folder
+            tells.
+        device: ``auto`` or a torch device.
+        dtype: of the base model: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``. PEFT keeps
+            the adapter's matrices in float32 at least.
+        revision: Hub revision of the base model; by default the one that the adapter records.
+        trust_remote_code: allow the base model's own code to run.
+    """
+
+    base: str | os.PathLike[str] | None = None
+    adapter: str | None = None
+    task: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def of_hub(self, files: AdapterFiles) -> dict[str, Any]:
+        """What every ``from_pretrained`` of the base model is told."""
+        return {"revision": self.revision or files.config.revision, "trust_remote_code": self.trust_remote_code}
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A run as it was saved.
+
+    Attributes:
+        model: the base model with the adapter active, in evaluation mode: a ``PeftModel``, or a network around one
+            (mean pooling, verbalisers).
+        tokenizer: the adapter folder's own, else the base model's; what prepares inputs of other kinds.
+        task_type: ``SEQ_CLS`` or ``CAUSAL_LM``, or a task: ``text`` (mean pooling), ``prompt``, ``image``, ``speech``.
+        base: the base model's folder or Hub id.
+        adapter_sha256: of the adapter's weights.
+        notes: sentences for the user.
+        adapted: the ``PeftModel`` itself, where ``model`` is a network around it; None where ``model`` is it.
+        prefix: what a module's name in ``adapted`` needs in front to be its name in ``model``.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    task_type: str
+    folder: Path
+    base: str
+    adapter_sha256: str
+    notes: list[str] = field(default_factory=list)
+    adapted: PeftModel | None = None
+    prefix: str = ""
+
+    @property
+    def rewritten(self) -> dict[str, Any]:
+        """What ``save`` of a growth or compression has to know of the run."""
+        return {"model": self.adapted or self.model, "prefix": self.prefix, "source": self.folder}
+
+    @property
+    def source(self) -> RunSource:
+        """What a record says of it."""
+        return RunSource(
+            adapter=str(self.folder),
+            adapter_sha256=self.adapter_sha256,
+            base=self.base,
+            task_type=self.task_type,
+            dtype=str(self.dtype).removeprefix("torch."),
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the base model."""
+        return next(p.dtype for n, p in self.model.named_parameters() if p.is_floating_point() and not is_factor(n))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -47,10 +122,10 @@ def base_name(files: AdapterFiles, base: str | os.PathLike[str] | None) -> str:
         return os.fspath(base)
     recorded = files.config.base_model_name_or_path
     if not recorded:
-        raise AdapterError(f"{files.folder} does not record its base model: name it with --base")
+        raise AdapterError(f"{files.folder} does not record its base model: name it with `base`")
     if looks_local(recorded) and not Path(recorded).expanduser().is_dir():
         raise ModelError(
-            f"the base model that the adapter records, {recorded}, is not there: give its place with --base"
+            f"the base model that the adapter records, {recorded}, is not there: give its place with `base`"
         )
     return recorded
 
@@ -58,8 +133,8 @@ def base_name(files: AdapterFiles, base: str | os.PathLike[str] | None) -> str:
 def saved_outputs(files: AdapterFiles) -> int | None:
     """Number of outputs of the head that was saved with the adapter, if any."""
     for name, tensor in files.head.items():
-        module = name.removeprefix(PEFT_PREFIX).rpartition(".")[0]
-        if name.endswith(".weight") and tensor.dim() == 2 and module in _HEADS:
+        module, _, key = name.rpartition(".")
+        if key == "weight" and tensor.dim() == 2 and module in _HEADS:
             return int(tensor.shape[0])
     return None
 
@@ -81,7 +156,7 @@ def base_config(name: str, common: dict[str, Any], **more: Any) -> Any:
         raise ModelError(f"the configuration of base model {name} cannot be read: {one_line(error)}") from None
 
 
-def _load_base(
+def load_base(
     name: str, task: TaskType, files: AdapterFiles, dtype: str, common: dict[str, Any], notes: list[str]
 ) -> tuple[PreTrainedModel, set[str]]:
     """The base model, and the names of parameters that its checkpoint does not hold."""
@@ -107,10 +182,40 @@ def _fit_embeddings(network: PreTrainedModel, files: AdapterFiles) -> None:
     """Resize the embeddings where the run did (added tokens), which PEFT then saves with the adapter."""
     embedding: Any = network.get_input_embeddings()
     place = next((name for name, module in network.named_modules() if module is embedding), None)
-    saved = files.tensors.get(f"{PEFT_PREFIX}{place}.weight")
+    saved = files.head.get(f"{place}.weight")
     if saved is not None and saved.dim() == 2 and saved.shape[0] != embedding.weight.shape[0]:
         with quiet():
             network.resize_token_embeddings(saved.shape[0], mean_resizing=False)
+
+
+def tokenizer_of(network: PreTrainedModel, files: AdapterFiles, base: str, common: dict[str, Any]) -> Any:
+    """The adapter folder's own tokenizer, else the base model's; both know a padding token afterwards.
+
+    Raises:
+        ModelError: it cannot be read, or has more tokens than the model.
+    """
+    own = any((files.folder / file).is_file() for file in _TOKENIZER_FILES)
+    place = str(files.folder) if own else base
+    tokenizer = load_tokenizer(place, None if own else common["revision"], common["trust_remote_code"])
+    settle_padding(network, tokenizer, place)
+    embedding: Any = network.get_input_embeddings()
+    if len(tokenizer) > (rows := embedding.weight.shape[0]):
+        raise ModelError(f"the tokenizer of {place} has {len(tokenizer)} tokens, but {base} only {rows}")
+    return tokenizer
+
+
+def refuse_lost(untrained: Iterable[str], files: AdapterFiles, base: str) -> None:
+    """Refuse parameters (or modules) that the base model does not hold, where the adapter's file does not either.
+
+    Raises:
+        ModelError: names the first one.
+    """
+    for name in untrained:
+        if not any(key == name or key.startswith(name + ".") for key in files.head):
+            raise ModelError(
+                f"{name} is neither in {base} nor saved with the adapter, so it is random here and was lost: save the "
+                "head with the adapter (modules_to_save), or give the checkpoint that holds it with `base`"
+            )
 
 
 def with_adapter(network: PreTrainedModel, files: AdapterFiles, base: str, trainable: bool) -> PeftModel:

@@ -9,73 +9,27 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from ranksure.data.conversations import LossOn, encode, load_examples
-from ranksure.data.texts import Rows, load_rows
+from ranksure.data.conversations import encode, load_examples
+from ranksure.data.texts import Rows
 from ranksure.errors import DataError, SettingError
 from ranksure.losses import CrossEntropy, Kind, Loss, loss_meant
 from ranksure.network.checkpoints import token_limit
+from ranksure.network.targets import base_network
 from ranksure.records.record import DataSource
+from ranksure.runs.options import ConversationOptions, DataSettings
 from ranksure.tasks.classifiers import own_label_order
 from ranksure.tasks.collate import Collator, PackedCollator, check_packing, in_batches, packed
+from ranksure.tasks.load import load_samples
+from ranksure.tasks.options import RowOptions, values_of
+from ranksure.tasks.text import count_cut, tokenised
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ranksure.runs.saved.open import LoadedRun
+    from ranksure.runs.saved.base import LoadedRun
 
 CAUSAL_LENGTH = 1024
 """Tokens per row of a causal language model, unless the model's limit or the user says less."""
-
-
-@dataclass(frozen=True)
-class DataSettings:
-    """How a run's data is read.
-
-    Attributes:
-        text_column: column of texts (sequence classification).
-        text_pair_column: column of second texts, or None.
-        image_column: column of images or their paths.
-        audio_column: column of recordings or their paths.
-        label_column: column of labels.
-        prompt_column: column of prompts (causal language models).
-        completion_column: column of completions.
-        messages_column: column of conversations, where there are no prompts and completions.
-        split: split of a Hub or saved data set.
-        max_length: tokens per row; by default the model's limit, at most 256 for texts and 1,024 for causal models.
-        batch_size: rows per batch; by default 32 for texts and 4 for causal models.
-        by_length: put rows of like length together in batches, which pads less; else in the data's order.
-        samples: read so many rows only (chosen by ``seed``), or None for all.
-        seed: of the choice of rows.
-        loss_on: ``completion``, or ``all`` tokens.
-        packing: join rows into sequences of ``max_length`` tokens that do not see one another.
-    """
-
-    text_column: str = "text"
-    text_pair_column: str | None = None
-    image_column: str = "image"
-    audio_column: str = "audio"
-    label_column: str = "label"
-    prompt_column: str = "prompt"
-    completion_column: str = "completion"
-    messages_column: str = "messages"
-    split: str | None = None
-    max_length: int | None = None
-    batch_size: int | None = None
-    by_length: bool = False
-    samples: int | None = None
-    seed: int = 0
-    loss_on: LossOn = "completion"
-    packing: bool = False
-
-    def __post_init__(self) -> None:
-        if self.batch_size is not None and self.batch_size < 1:
-            raise SettingError(f"--batch-size {self.batch_size} must be at least 1")
-        if self.samples is not None and self.samples < 1:
-            raise SettingError(f"--samples {self.samples} must be at least 1")
-        if not 0 <= self.seed < 2**32:
-            raise SettingError(f"--seed {self.seed} is out of range: use 0 to {2**32 - 1}")
-        if self.loss_on not in ("completion", "all"):
-            raise SettingError(f"unknown loss_on {self.loss_on!r}: use completion or all")
 
 
 @dataclass(frozen=True)
@@ -87,16 +41,12 @@ class RunData:
         features: ``input_ids``, ``attention_mask`` (``position_ids`` where packed) and ``labels`` by row (or packed
             sequence), in the data's order: a Trainer's ``train_dataset``.
         collator: pads such rows to a batch: a Trainer's ``data_collator``.
-        kind: which loss the model has on them.
+        kind: which loss the model has on them; ``kind_is_known``: whatever loss it would compute itself.
         form: ``labelled texts`` (images, ...), ``prompt and completion`` or ``messages``.
-        source: where the rows come from.
         sha256: of the file, or of the rows.
         notes: sentences for the user.
-        n_rows: rows that are used.
-        total_rows: rows that the source has.
+        n_rows: rows that are used, of the ``total_rows`` that the source has.
         max_length: tokens per row, at most; None where rows are no texts.
-        label_names: of the classes.
-        kind_is_known: whether ``kind`` holds whatever loss the model would compute itself.
     """
 
     batches: list[dict[str, Any]]
@@ -127,6 +77,19 @@ class RunData:
         )
 
 
+def run_data(
+    rows: Any,
+    features: list[dict[str, Any]],
+    collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]],
+    settings: DataSettings,
+    batch_size: int,
+    **more: Any,
+) -> RunData:
+    """A run's data from its source and its tokenised rows, in batches."""
+    batches = [dict(collator(part)) for part in in_batches(features, batch_size, settings.by_length)]
+    return RunData(batches, features, collator, source=rows.source, sha256=rows.sha256, **more)
+
+
 def read_data(run: LoadedRun | tuple[nn.Module, Any], data: Any, settings: DataSettings | None = None) -> RunData:
     """Read and tokenise a run's data.
 
@@ -142,16 +105,11 @@ def read_data(run: LoadedRun | tuple[nn.Module, Any], data: Any, settings: DataS
     """
     settings = settings or DataSettings()
     model, tokenizer = run if isinstance(run, tuple) else (run.model, run.tokenizer)
-    base = base_network(model)
-    return (
-        _causal(base, model, tokenizer, data, settings) if is_causal(base) else _texts(base, tokenizer, data, settings)
-    )
-
-
-def base_network(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a PEFT model; a plain one as it is."""
-    get = getattr(model, "get_base_model", None)
-    return cast("PreTrainedModel", get() if callable(get) else model)
+    base: Any = base_network(model)
+    if is_causal(base):
+        return _causal(base, model, tokenizer, data, settings)
+    settings.refuse_packing("this one classifies texts")
+    return _texts(base, tokenizer, data, settings)
 
 
 def is_causal(model: nn.Module) -> bool:
@@ -174,11 +132,7 @@ def is_causal(model: nn.Module) -> bool:
 
 def _causal(base: PreTrainedModel, model: nn.Module, tokenizer: Any, data: Any, settings: DataSettings) -> RunData:
     examples = load_examples(
-        data,
-        prompt_column=settings.prompt_column,
-        completion_column=settings.completion_column,
-        messages_column=settings.messages_column,
-        split=settings.split,
+        data, **values_of(settings, ConversationOptions, "loss_on", "packing"), split=settings.split
     )
     total = len(examples)
     if settings.samples is not None and settings.samples < total:
@@ -194,14 +148,14 @@ def _causal(base: PreTrainedModel, model: nn.Module, tokenizer: Any, data: Any, 
         check_packing(model, features, collator)
         features = list(packed(features, max_length))
         notes.append(f"{len(encoded.features)} rows are packed into {len(features)} sequences that are kept apart.")
-    return RunData(
-        batches=[collator(part) for part in in_batches(features, settings.batch_size or 4, settings.by_length)],
-        features=features,
-        collator=collator,
+    return run_data(
+        examples,
+        features,
+        collator,
+        settings,
+        settings.batch_size or 4,
         kind=CrossEntropy.name,
         form=examples.form,
-        source=examples.source,
-        sha256=examples.sha256,
         notes=notes,
         n_rows=len(encoded.features),
         total_rows=total,
@@ -214,42 +168,28 @@ def _causal(base: PreTrainedModel, model: nn.Module, tokenizer: Any, data: Any, 
 
 
 def _texts(base: PreTrainedModel, tokenizer: Any, data: Any, settings: DataSettings) -> RunData:
-    if settings.packing or settings.loss_on != "completion":
-        raise SettingError("packing and loss_on are for causal language models; this one classifies texts")
     loss = _loss(base)
-    rows = load_rows(
-        data,
-        text_column=settings.text_column,
-        label_column=settings.label_column,
-        text_pair_column=settings.text_pair_column,
-        split=settings.split,
-        regression=not loss.of_classes,
-    )
+    options = values_of(settings, RowOptions)
+    rows = cast(Rows, load_samples("text", data, regression=not loss.of_classes, **options))
     notes = list(rows.notes)
     if loss.of_classes:
         rows = rows.with_label_names(_class_names(base, rows, notes))
-    total = len(rows)
-    if settings.samples is not None and settings.samples < total:
-        rows = rows.shuffled(settings.seed).subset(range(settings.samples))
+    total, rows = len(rows), settings.few(rows)
     max_length = token_limit(base, tokenizer, settings.max_length)
-    arguments = () if rows.pairs is None else (rows.pairs,)
-    encoded = tokenizer(rows.texts, *arguments, truncation=True, max_length=max_length, padding=False)
-    long = tokenizer(rows.texts, *arguments, truncation=False, padding=False, verbose=False)["input_ids"]
-    if cut := sum(len(ids) > max_length for ids in long):
+    tokens = tokenised(tokenizer, rows, max_length)
+    if cut := count_cut(tokenizer, rows, tokens, max_length):
         notes.append(f"{cut} of {len(rows)} texts were cut at {max_length} tokens.")
-    keys = [key for key in ("input_ids", "token_type_ids", "attention_mask") if key in encoded]
     targets = loss.targets(rows.labels)
-    labels = targets.tolist()
-    features = [{**{key: list(encoded[key][i]) for key in keys}, "labels": labels[i]} for i in range(len(rows))]
+    features = [{**row, "labels": label} for row, label in zip(tokens, targets.tolist(), strict=True)]
     collator = Collator(tokenizer.pad_token_id, torch.float32 if targets.is_floating_point() else torch.long)
-    return RunData(
-        batches=[collator(part) for part in in_batches(features, settings.batch_size or 32, settings.by_length)],
-        features=features,
-        collator=collator,
+    return run_data(
+        rows,
+        features,
+        collator,
+        settings,
+        settings.batch_size or 32,
         kind=loss.name,
         form="labelled texts",
-        source=rows.source,
-        sha256=rows.sha256,
         notes=notes,
         n_rows=len(rows),
         total_rows=total,

@@ -9,39 +9,37 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from ranksure.adapters.saved import AdapterFiles, read_files
-from ranksure.errors import AdapterError, ModelError, SettingError
+from ranksure.errors import AdapterError, SettingError, settings_of
 from ranksure.losses import CrossEntropy
-from ranksure.network.checkpoints import check_checkpoint, device_named, load_tokenizer, settle_padding
-from ranksure.records.record import RunSource
+from ranksure.network.checkpoints import check_checkpoint, device_named
 from ranksure.runs.saved.base import (
-    _TOKENIZER_FILES,
-    PEFT_PREFIX,
+    LoadedRun,
+    Places,
     TaskType,
-    _load_base,
     base_config,
     base_name,
+    load_base,
+    refuse_lost,
     saved_outputs,
+    tokenizer_of,
     with_adapter,
 )
-from ranksure.runs.saved.data import DataSettings, RunData, read_data
-from ranksure.tasks.collate import in_batches
+from ranksure.runs.saved.data import DataSettings, RunData, read_data, run_data
 from ranksure.tasks.load import KINDS, load_samples, load_task
+from ranksure.tasks.options import RowOptions, values_of
 from ranksure.tasks.task import TASK_FILE, Task
 from ranksure.tasks.text import MeanPooled
 
 _AUTO_ENDINGS = {"ForImageClassification": "image", "ForAudioClassification": "speech"}
-_OPTIONS = ("pooling", "template", "verbalizers", "image_size", "max_seconds", "max_length")
 
 
 def open_run(
@@ -49,14 +47,8 @@ def open_run(
     data: Any,
     settings: DataSettings | None = None,
     *,
-    base: str | os.PathLike[str] | None = None,
-    adapter: str | None = None,
-    task: str | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
     task_options: dict[str, Any] | None = None,
+    **places: Any,
 ) -> tuple[LoadedRun, RunData]:
     """Load a LoRA adapter with its base model, and its training data as batches.
 
@@ -64,16 +56,9 @@ def open_run(
         adapter_dir: folder of the adapter.
         data: its training data.
         settings: columns, lengths, batches.
-        base: the base model, where it is no longer where the adapter's configuration says.
-        adapter: which adapter of a folder with several.
-        task: ``SEQ_CLS``, ``CAUSAL_LM``, ``text``, ``prompt``, ``image`` or ``speech``, where nothing in the folder
-            tells.
-        device: ``auto`` or a torch device.
-        dtype: of the base model.
-        revision: Hub revision of the base model.
-        trust_remote_code: allow the base model's own code to run.
         task_options: ``template``, ``verbalizers``, ``image_size``, ``max_seconds``: in place of the adapter's
             ``task.json``.
+        **places: see :class:`~ranksure.runs.saved.base.Places`.
 
     Raises:
         AdapterError: no adapter there, or files that do not fit one another.
@@ -81,16 +66,14 @@ def open_run(
         DataError: data that cannot be used.
         SettingError: an option has no meaning here.
     """
-    settings = settings or DataSettings()
-    common: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    files = read_files(Path(adapter_dir).expanduser(), adapter)
+    settings, where = settings or DataSettings(), settings_of(Places, "open_run", places)
+    files = read_files(Path(adapter_dir).expanduser(), where.adapter)
     record = _record(files.folder)
-    kind = _kind(files, record, task, base, revision, trust_remote_code)
-    if kind is None:
-        named: Any = {"text": "SEQ_CLS"}.get(task or "", task)
-        run = load_run(adapter_dir, base=base, adapter=adapter, task=named, revision=revision, **common)
-        return run, read_data(run, data, settings)
-    return _open(files, kind, record, data, settings, base, revision, common, task_options or {})
+    kind = _kind(files, record, where)
+    if kind is not None:
+        return _made(files, kind, record, data, settings, where, task_options or {})
+    run = _loaded(files, replace(where, task={"text": "SEQ_CLS"}.get(where.task or "", where.task)))
+    return run, read_data(run, data, settings)
 
 
 def task_of(folder: Path) -> str | None:
@@ -118,86 +101,59 @@ def _record(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise AdapterError(f"{path} cannot be read ({error}): restore it, or remove it and name the --task") from None
+        raise AdapterError(f"{path} cannot be read ({error}): restore it, or remove it and name the `task`") from None
     return content
 
 
-def _kind(
-    files: AdapterFiles, record: dict[str, Any], task: str | None, base: Any, revision: str | None, trust: bool
-) -> str | None:
+def _kind(files: AdapterFiles, record: dict[str, Any], where: Places) -> str | None:
     """The task that is made from its data; None for what is loaded by itself."""
-    found = _made_from_data(record)
-    record = record if found is not None else {}
+    found, task = _made_from_data(record), where.task
     if task in KINDS and task != "text":
-        if record and found != task:
-            raise SettingError(f"the adapter was trained for the task {found}, not {task}: leave --task out")
+        if found is not None and found != task:
+            raise SettingError(f"the adapter was trained for the task {found}, not {task}: leave `task` out")
         return task
     if found is not None or task is not None or files.config.task_type is not None:
         return found
-    common = {"revision": revision or files.config.revision, "trust_remote_code": trust}
-    own = (getattr(base_config(base_name(files, base), common), "architectures", None) or [""])[0]
+    config = base_config(base_name(files, where.base), where.of_hub(files))
+    own = (getattr(config, "architectures", None) or [""])[0]
     return next((kind for ending, kind in _AUTO_ENDINGS.items() if own.endswith(ending)), None)
 
 
-def _open(
+def _made(
     files: AdapterFiles,
     kind: str,
     record: dict[str, Any],
     data: Any,
     settings: DataSettings,
-    base: Any,
-    revision: str | None,
-    common: dict[str, Any],
+    where: Places,
     asked: dict[str, Any],
 ) -> tuple[LoadedRun, RunData]:
-    if settings.packing or settings.loss_on != "completion":
-        raise SettingError(f"packing and loss_on are for causal language models; this adapter is for the task {kind}")
-    columns = ("text_column", "text_pair_column", "image_column", "audio_column", "label_column", "split")
-    samples = load_samples(kind, data, **{name: getattr(settings, name) for name in columns})
+    """A run whose task is made from its data."""
+    settings.refuse_packing(f"this adapter is for the task {kind}")
+    samples = load_samples(kind, data, **values_of(settings, RowOptions))
     if (labels := record.get("labels")) is not None:
         samples = samples.with_label_names(labels)
     notes, total = list(samples.notes), len(samples)
-    if settings.samples is not None and settings.samples < total:
-        samples = samples.shuffled(settings.seed).subset(range(settings.samples))
-    options = {name: record[name] for name in _OPTIONS if record.get(name) is not None}
+    samples = settings.few(samples)
+    options = {name: record[name] for name in KINDS[kind].options if record.get(name) is not None}
     options |= {name: value for name, value in asked.items() if value is not None}
     if settings.max_length is not None:
         options["max_length"] = settings.max_length
     if "offsets" in record:
         options["calibrate"] = record["offsets"]
-    name = base_name(files, base)
-    made = load_task(
-        kind,
-        name,
+    name, size = base_name(files, where.base), settings.batch_size or 32
+    own = {"device": where.device, "dtype": where.dtype, **where.of_hub(files)}
+    made = load_task(kind, name, samples, batch_size=size, **options, **own)
+    run = _run_of(made, kind, files, name)
+    return run, run_data(
         samples,
-        batch_size=settings.batch_size or 32,
-        revision=revision or files.config.revision,
-        **options,
-        **common,
-    )
-    _check_head(made, files, name)
-    wrapped = with_adapter(made.adapted, files, name, False)
-    model: nn.Module = wrapped
-    if made.prefix:
-        # The adapter's layers sit in the model inside the frame; its configuration is what certify looks for.
-        model = made.model
-        object.__setattr__(model, "peft_config", wrapped.peft_config)
-    model.eval()
-    model.requires_grad_(False)
-    features, collator = made.features(samples), made.collator
-    notes += [*made.notes, *made.remarks(samples)]
-    run = LoadedRun(
-        model, made.processor, kind, files.folder, name, files.sha256, list(files.notes), wrapped, made.prefix
-    )
-    return run, RunData(
-        batches=[dict(collator(part)) for part in in_batches(features, made.batch_size, settings.by_length)],
-        features=features,
-        collator=collator,
+        made.features(samples),
+        made.collator,
+        settings,
+        made.batch_size,
         kind=CrossEntropy.name,
         form=f"labelled {samples.noun}s",
-        source=samples.source,
-        sha256=samples.sha256,
-        notes=notes,
+        notes=[*notes, *made.notes, *made.remarks(samples)],
         n_rows=len(samples),
         total_rows=total,
         max_length=getattr(made, "max_length", None),
@@ -206,135 +162,67 @@ def _open(
     )
 
 
-def _check_head(task: Task[Any], files: AdapterFiles, base: str) -> None:
+def _run_of(task: Task[Any], kind: str, files: AdapterFiles, base: str) -> LoadedRun:
+    """The task's network with the adapter on it."""
+    _install_pooled_head(task, files, base)
+    wrapped = with_adapter(task.adapted, files, base, False)
+    model: nn.Module = wrapped
+    if task.prefix:
+        # The adapter's layers sit in the model inside the frame; its configuration is what certify looks for.
+        model = task.model
+        object.__setattr__(model, "peft_config", wrapped.peft_config)
+    model.eval()
+    model.requires_grad_(False)
+    notes = list(files.notes)
+    return LoadedRun(model, task.processor, kind, files.folder, base, files.sha256, notes, wrapped, task.prefix)
+
+
+def _install_pooled_head(task: Task[Any], files: AdapterFiles, base: str) -> None:
     """Install a mean-pooled head; refuse a head that is random here and was lost."""
-    if isinstance(task.model, MeanPooled):
-        path = files.folder / "head.safetensors"
-        try:
-            head = load_file(path)
-        except (OSError, SafetensorError, ValueError) as error:
-            raise AdapterError(f"{path} cannot be read: {error}") from None
-        if {key: value.shape for key, value in head.items()} != {
-            key: value.shape for key, value in task.model.head.state_dict().items()
-        }:
-            raise AdapterError(f"the head in {path} does not fit {base} and the data's {task.n_outputs} classes")
-        task.model.head.load_state_dict(head)
+    if not isinstance(task.model, MeanPooled):
+        refuse_lost(task.new_modules, files, base)
         return
-    saved = {key.removeprefix(PEFT_PREFIX) for key in files.head}
-    for name in task.new_modules:
-        if not any(key == name or key.startswith(name + ".") for key in saved):
-            raise ModelError(
-                f"{name} is neither in {base} nor saved with the adapter, so it is random here and was lost: save the "
-                "head with the adapter (modules_to_save), or give the checkpoint that holds it with --base"
-            )
+    path = files.folder / "head.safetensors"
+    try:
+        head = load_file(path)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise AdapterError(f"{path} cannot be read: {error}") from None
+    own = task.model.head.state_dict()
+    if {key: value.shape for key, value in head.items()} != {key: value.shape for key, value in own.items()}:
+        raise AdapterError(f"the head in {path} does not fit {base} and the data's {task.n_outputs} classes")
+    task.model.head.load_state_dict(head)
 
 
-@dataclass(frozen=True)
-class LoadedRun:
-    """A run as it was saved.
-
-    Attributes:
-        model: the base model with the adapter active, in evaluation mode: a ``PeftModel``, or a network around the
-            model that is adapted (mean pooling, verbalisers).
-        tokenizer: the adapter folder's own, else the base model's; what prepares inputs of other kinds.
-        task_type: ``SEQ_CLS`` or ``CAUSAL_LM``, or a task: ``text`` (mean pooling), ``prompt``, ``image``, ``speech``.
-        folder: the adapter's folder.
-        base: the base model's folder or Hub id.
-        adapter_sha256: of the adapter's weights.
-        notes: sentences for the user.
-        adapted: the ``PeftModel`` itself, where ``model`` is a network around it; None where ``model`` is it.
-        prefix: what a module's name in ``adapted`` needs in front to be its name in ``model``.
-    """
-
-    model: nn.Module
-    tokenizer: Any
-    task_type: str
-    folder: Path
-    base: str
-    adapter_sha256: str
-    notes: list[str] = field(default_factory=list)
-    adapted: PeftModel | None = None
-    prefix: str = ""
-
-    @property
-    def rewritten(self) -> dict[str, Any]:
-        """What ``save`` of a growth or compression has to know of the run."""
-        return {"model": self.adapted or self.model, "prefix": self.prefix, "source": self.folder}
-
-    @property
-    def source(self) -> RunSource:
-        """What a record says of it."""
-        return RunSource(
-            adapter=str(self.folder),
-            adapter_sha256=self.adapter_sha256,
-            base=self.base,
-            task_type=self.task_type,
-            dtype=str(self.dtype).removeprefix("torch."),
-        )
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the base model."""
-        return next(p.dtype for n, p in self.model.named_parameters() if p.is_floating_point() and "lora_" not in n)
-
-
-def load_run(
-    adapter_dir: str | os.PathLike[str],
-    *,
-    base: str | os.PathLike[str] | None = None,
-    adapter: str | None = None,
-    task: TaskType | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    trainable: bool = False,
-) -> LoadedRun:
+def load_run(adapter_dir: str | os.PathLike[str], *, trainable: bool = False, **places: Any) -> LoadedRun:
     """Load a LoRA adapter with its base model and tokenizer.
 
     Args:
         adapter_dir: folder that PEFT's ``save_pretrained`` (or a Trainer's checkpoint) wrote.
-        base: the base model, where it is no longer where the adapter's configuration says.
-        adapter: which adapter of a folder with several.
-        task: ``SEQ_CLS`` or ``CAUSAL_LM``, where neither the configuration nor the weights tell.
-        device: ``auto`` or a torch device.
-        dtype: of the base model: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``. PEFT keeps
-            the adapter's matrices in float32 at least.
-        revision: Hub revision of the base model; by default the one that the adapter records.
-        trust_remote_code: allow the base model's own code to run.
         trainable: make the adapter (and what is saved with it) require gradients.
+        **places: see :class:`~ranksure.runs.saved.base.Places`; ``task`` is ``SEQ_CLS`` or ``CAUSAL_LM``, where
+            neither the configuration nor the weights tell.
 
     Raises:
         AdapterError: no adapter there, a damaged file, or a configuration, weights and base model that disagree.
         ModelError: the base model or the tokenizer cannot be found or loaded, or its head was never trained.
         SettingError: an option has no meaning here.
     """
-    files = read_files(Path(adapter_dir).expanduser(), adapter)
-    notes = list(files.notes)
-    name = base_name(files, base)
-    check_checkpoint(name, dtype)
-    common = {"revision": revision or files.config.revision, "trust_remote_code": trust_remote_code}
-    kind = _task(files, task, name, common)
-    network, untrained = _load_base(name, kind, files, dtype, common, notes)
+    where = settings_of(Places, "load_run", places)
+    return _loaded(read_files(Path(adapter_dir).expanduser(), where.adapter), where, trainable)
+
+
+def _loaded(files: AdapterFiles, where: Places, trainable: bool = False) -> LoadedRun:
+    notes, name, common = list(files.notes), base_name(files, where.base), where.of_hub(files)
+    check_checkpoint(name, where.dtype)
+    kind = _task(files, where.task, name, common)
+    network, untrained = load_base(name, kind, files, where.dtype, common, notes)
     model = with_adapter(network, files, name, trainable)
-    saved = {key.removeprefix(PEFT_PREFIX) for key in files.head}
-    if lost := sorted(key for key in untrained if key not in saved):
-        raise ModelError(
-            f"{lost[0]} is neither in {name} nor saved with the adapter, so it is random here and was lost: save the "
-            "head with the adapter (modules_to_save), or give the checkpoint that holds it with --base"
-        )
-    model.to(device_named(device))
+    refuse_lost(sorted(untrained), files, name)
+    model.to(device_named(where.device))
     model.train(trainable)
     if not trainable:
         model.requires_grad_(False)  # PEFT leaves biases that were trained as they are
-    own = any((files.folder / file).is_file() for file in _TOKENIZER_FILES)
-    place = str(files.folder) if own else name
-    tokenizer = load_tokenizer(place, None if own else common["revision"], trust_remote_code)
-    settle_padding(network, tokenizer, place)
-    rows = cast(Any, network.get_input_embeddings()).weight.shape[0]
-    if len(tokenizer) > rows:
-        raise ModelError(f"the tokenizer of {place} has {len(tokenizer)} tokens, but {name} only {rows}")
-    return LoadedRun(model, tokenizer, kind, files.folder, name, files.sha256, notes)
+    return LoadedRun(model, tokenizer_of(network, files, name, common), kind, files.folder, name, files.sha256, notes)
 
 
 def _task(files: AdapterFiles, asked: str | None, base: str, common: dict[str, Any]) -> TaskType:
@@ -343,7 +231,7 @@ def _task(files: AdapterFiles, asked: str | None, base: str, common: dict[str, A
         if asked not in ("SEQ_CLS", "CAUSAL_LM"):
             raise SettingError(f"unknown task {asked!r}: use SEQ_CLS or CAUSAL_LM")
         if recorded is not None and recorded != asked:
-            raise SettingError(f"the adapter was trained for {recorded}, not {asked}: leave --task out")
+            raise SettingError(f"the adapter was trained for {recorded}, not {asked}: leave `task` out")
         return cast(TaskType, asked)
     if recorded in ("SEQ_CLS", "CAUSAL_LM"):
         return cast(TaskType, recorded)
@@ -361,5 +249,5 @@ def _task(files: AdapterFiles, asked: str | None, base: str, common: dict[str, A
         return "CAUSAL_LM"
     raise SettingError(
         f"{files.folder} does not say what it was trained for, and {base} ({architectures[0] or 'no architecture'}) "
-        "does not tell: add --task SEQ_CLS or CAUSAL_LM"
+        "does not tell: add `task` SEQ_CLS or CAUSAL_LM"
     )

@@ -1,0 +1,1 @@
+"""Where random starts end: known instances, a census of the ends, its figure."""

@@ -1,0 +1,1 @@
+"""Results of the literature, one per file, each with a ``CLAIM``: ``ranksure lab``."""

@@ -1,0 +1,3 @@
+from .result import PlanResult as PlanResult
+from .run import plan as plan
+from .settings import PlanSettings as PlanSettings

@@ -1,0 +1,2 @@
+from .result import FitResult as FitResult
+from .settings import FitSettings as FitSettings

@@ -1,0 +1,1 @@
+from .open import open_run as open_run

@@ -1,0 +1,10 @@
+from .burer_monteiro import solve as solve
+from .first_order import TrainingPoint as TrainingPoint
+from .first_order import TrainingRun as TrainingRun
+from .first_order import train_lora as train_lora
+from .fixed_rank import FixedRank as FixedRank
+from .fixed_rank import solve_fixed_rank as solve_fixed_rank
+from .path import PathPoint as PathPoint
+from .path import lambda_path as lambda_path
+from .proximal import proximal_gradient as proximal_gradient
+from .solution import Solution as Solution
