@@ -183,13 +183,13 @@ def generalization_bound(
     """The generalisation bound of a problem's rows (Theorem 5.1), in three forms.
 
     Args:
-        problem: its lambdas matter only by their ratios: where they differ, the bound is
-            for ``sum_j w_j ||delta_j||_*`` with ``w_j = lambda_j / max_j lambda_j``.
+        problem: the bound is for ``sum_j w_j ||delta_j||_*`` with ``w_j = lambda_j / max_i lambda_i``.
         eta: probability with which the bound may fail.
         norm: a bound ``R`` on ``(sum_j ||G_ijc||_F^2 / w_j^2)^(1/2)`` for every row that can occur and every
             contrast; the largest among the rows where neither norm is given, which is a heuristic.
         total_norm: a bound ``S`` on the same root with all contrasts summed too; ``sqrt(C) norm`` by default.
-        draws: sign draws, one adjoint each, from ``seed``.
+        draws: sign draws, one adjoint each.
+        seed: of the draws.
         reasons: further reasons why the assumptions fail (a head fitted on the same rows).
         advance: called with (done, total) after each draw.
 
