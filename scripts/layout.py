@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "src" / "ranksure"
 PAGES = ("docs/architecture.md",)
-MARKED = re.compile(r"(<!-- layout: python -m scripts.layout --write -->\n).*?(<!-- /layout -->)", re.S)
+MARKED = re.compile(r"(<!-- layout: made by scripts/layout.py -->\n).*?(<!-- /layout -->)", re.S)
 
 
 def order() -> list[str]:

@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from transformers.loss.loss_utils import ForSequenceClassificationLoss
 
+from ranksure import losses
 from ranksure.errors import SettingError
 from ranksure.loss_terms import Terms, batch_terms, mean_loss_function
-from ranksure.losses import LOSSES, Loss, OutputLoss, accuracy, get_loss, loss_meant
+from ranksure.losses import LOSSES, Loss, accuracy, get_loss, loss_meant
 from ranksure.solvers.burer_monteiro import solve
 from tests.helpers import LOSS_NAMES, generator_of, randn, random_labels, random_problem
+from tests.test_contributing import steps
 
 CASES = [(name, k) for name in LOSS_NAMES for k in (1, 2, 4) if name != "cross-entropy" or k > 1]
 
@@ -275,9 +277,9 @@ def test_labels_and_outputs():
     assert (cross.outputs_for(5), logistic.outputs_for(2), squared.outputs_for(None)) == (5, 1, 1)
     with pytest.raises(SettingError, match=r"needs class labels.*squared-error"):
         cross.outputs_for(None)
-    with pytest.raises(SettingError, match="two classes, but the data has 3 classes: use --loss cross-entropy"):
+    with pytest.raises(SettingError, match="two classes, but the data has 3 classes: use `loss` cross-entropy"):
         logistic.outputs_for(3)
-    with pytest.raises(SettingError, match="float targets: use --loss squared-error"):
+    with pytest.raises(SettingError, match="float targets: use `loss` squared-error"):
         logistic.outputs_for(None)
     assert torch.equal(cross.targets([1, 0]), torch.tensor([1, 0]))
     for loss in (logistic, squared):
@@ -294,48 +296,12 @@ def test_which_loss_a_config_means():
         loss_meant("ranking", 2)
 
 
-class Huber(OutputLoss):
-    """A loss added by the steps of CONTRIBUTING.md: half a square up to a residual of one, linear beyond."""
-
-    name = "huber"
-    of_classes = False
-    steepest, curviest = 1.0, 1.0
-
-    def each(self, z, y):
-        r = (z - y).abs()
-        return torch.where(r < 1, 0.5 * r.square(), r - 0.5)
-
-    def slope(self, z, y):
-        return (z - y).clamp(-1, 1)
-
-    def curvature(self, z, y):
-        return ((z - y).abs() < 1).to(z)
-
-    def each_conjugate(self, a, y):
-        return torch.where(a.abs() <= 1 + 1e-12, 0.5 * a.square() + a * y, math.inf)
-
-    def max_dual_step(self, a, y):
-        return 1 / (a.shape[-1] * float(a.abs().max()))
-
-    def largest_step(self, losses):
-        return 1 / float((2 * losses).clamp(max=1).sqrt().max())
-
-    def _line(self, losses):
-        return torch.where(losses < 0.5, 2 * losses, losses + 0.5), (2 * losses).clamp(max=1)
-
-    def dual_line(self, losses, weights, c):
-        first, second = self._line(losses)
-        value = float((weights * (c * first - 0.5 * c * c * second)).sum())
-        return value, 1e-14 * (1 + c * c) * float((weights * first).sum())
-
-    def dual_slope(self, losses, weights, c):
-        first, second = self._line(losses)
-        return float((weights * (first - c * second)).sum())
-
-
 def test_a_loss_is_one_class_and_an_entry(monkeypatch):
-    """Nothing else has to know it: the solver, terms, a run's dual line and the training loss ask the loss."""
-    monkeypatch.setitem(LOSSES, "huber", Huber())
+    """That of CONTRIBUTING.md: the solver, terms, a run's dual line and the training loss ask the loss, no other."""
+    added = next(code for _, name, code in steps() if name.endswith("losses.py"))
+    entry: dict[str, Loss] = {}
+    exec(added, {**vars(losses), "LOSSES": entry})
+    monkeypatch.setitem(LOSSES, "huber", entry["huber"])
     loss, g = get_loss("huber"), generator_of(70)
     shapes, k = {"a": (4, 3)}, 2
     problem = random_problem(3, "huber", 6, k, shapes, 0.2)

@@ -97,8 +97,8 @@ def test_a_new_kind_is_a_row_of_the_table(texts, monkeypatch):
     own = {"model": "m", "rows": texts, "tokenizer": "p", "template": "{text}"}
     assert found == {**own, **values_of(Loading(seed=3, batch_size=32), Loading)}
     for options, message in (
-        ({"pooling": "mean"}, "--pooling mean has no meaning for the task toy: it is for text"),
-        ({"max_length": 4}, "--max-length has no meaning for the task toy: it is for text and prompt"),
+        ({"pooling": "mean"}, "`pooling` mean has no meaning for the task toy: it is for text"),
+        ({"max_length": 4}, "`max_length` has no meaning for the task toy: it is for text and prompt"),
     ):
         refusal(SettingError, [message], load_task, "toy", "m", texts, **options)
     refusal(SettingError, ["it is for prompt and toy"], load_task, "image", "m", texts, template="{text}")

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from msgspec.structs import replace
 from peft import LoraConfig
 
 from ranksure.adapters.config import axolotl_yaml, config_snippet, lora_config
@@ -228,8 +229,8 @@ class PlanResult:
 
     def to_json(self) -> str:
         """``plan.json`` as text; infinite values become null."""
-        self.record.sentences, self.record.warnings = self.sentences(), self.warnings
-        return encoded(self.record, indent=2).decode()
+        record = replace(self.record, sentences=self.sentences(), warnings=self.warnings)
+        return encoded(record, indent=2).decode()
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write ``plan.json``, the configuration and the solved update; the folder appears whole or not at all.

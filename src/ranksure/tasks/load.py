@@ -125,7 +125,7 @@ def _refuse_others(kind: str, asked: ModelOptions) -> None:
         default = getattr(ModelOptions, name)
         if not owners or kind in owners or value == default or default is True:
             continue
-        shown = f"--{name.replace('_', '-')}" + (f" {value}" if default is not None else "")
+        shown = f"`{name}`" + (f" {value}" if default is not None else "")
         raise SettingError(f"{shown} has no meaning for the task {kind}: it is for {' and '.join(owners)}")
 
 

@@ -112,7 +112,7 @@ def test_what_ctrl_c_says_of_what_is_there(tmp_path, monkeypatch, capfd, holds, 
             (out / name).mkdir(parents=True)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ranksure.runs.fitting.fit.fit", halfway)
+    monkeypatch.setattr("ranksure.fit", halfway)
     assert call("fit", "--plan", "plan", "--out", str(out), *more, monkeypatch=monkeypatch) == 130
     assert capfd.readouterr().err.splitlines()[-1] == f"interrupted; {said.format(out=out)}"
 
@@ -121,7 +121,7 @@ def test_other_commands_do_not_say_what_a_fit_before_them_left(tmp_path, monkeyp
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ranksure.runs.fitting.fit.fit", interrupt)
+    monkeypatch.setattr("ranksure.fit", interrupt)
     assert call("fit", "--plan", "plan", "--out", str(tmp_path / "out"), monkeypatch=monkeypatch) == 130
     monkeypatch.setattr("ranksure.planner.prepare.prepare", interrupt)
     monkeypatch.setattr("ranksure.planner.run.plan", interrupt)
