@@ -53,7 +53,7 @@ $(RUNTIME): pyproject.toml constraints.txt
 # an older transformers, none of which is used here.
 $(DEV): $(RUNTIME)
 	@$(CHROMIUM)
-	$(PIP) install -c constraints.txt -e '.[dev,docs]'
+	$(PIP) install -c constraints.txt -e '.[dev,lint,docs]'
 	$(PIP) install -c constraints.txt --no-deps $(PARTS)
 	$(BIN)/python -m ranksure.cli.parts
 	touch $@

@@ -21,7 +21,7 @@ def lowest(requirement: str) -> str | None:
 def main() -> None:
     """Print one line for each dependency, those of the extras included."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    tools = {name(line) for group in ("dev", "docs") for line in project["optional-dependencies"][group]}
+    tools = {name(line) for group in ("dev", "lint", "docs") for line in project["optional-dependencies"][group]}
     groups = [project["dependencies"], *project["optional-dependencies"].values()]
     own = {line for group in groups for line in map(lowest, group) if line and name(line) not in tools}
     pinned = {line for line in (ROOT / "constraints.txt").read_text().splitlines() if name(line) in tools}
