@@ -134,6 +134,7 @@ def run_plan(prepared: Prepared, clock: Clock) -> PlanResult:
         settings=options.to_json(),
         versions={name: version(name) for name in ("torch", "transformers", "peft")},
     )
+    task.kept.clear()  # prepared inputs, which the result need not hold
     return PlanResult(record, solution.factors, prepared)
 
 
