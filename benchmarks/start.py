@@ -10,6 +10,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -30,10 +31,16 @@ def main() -> None:
     parser.add_argument("--against", type=Path, required=True, help="checkout of the other commit")
     parser.add_argument("--runs", type=int, default=9, help="pairs of runs")
     options = parser.parse_args()
-    here, cache = Path(__file__).resolve().parents[1], "/tmp/ranksure-start"
+    here = Path(__file__).resolve().parents[1]
     print("| command | there, s | here, s | ratio |\n|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as cache:
+        compare(options.against, here, options.runs, cache)
+
+
+def compare(against: Path, here: Path, runs: int, cache: str) -> None:
+    """A row for every command; the first pair fills the cache and is not counted."""
     for command in COMMANDS:
-        pairs = [[seconds(tree, command, cache) for tree in (options.against, here)] for _ in range(options.runs + 1)]
+        pairs = [[seconds(tree, command, cache) for tree in (against, here)] for _ in range(runs + 1)]
         there, now = (statistics.median(times) for times in zip(*pairs[1:], strict=True))
         ratio = statistics.median(a / b for a, b in pairs[1:])
         print(f"| ranksure {command} | {there:.2f} | {now:.2f} | {ratio:.1f} |", flush=True)
