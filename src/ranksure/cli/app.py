@@ -17,7 +17,7 @@ from ranksure.openmp import wait_briefly
 _COMMANDS = ("plan", "demo", "certify", "fit", "grow", "compress", "lab", "reproduce", "report")
 
 
-def _version(ctx: click.Context, param: click.Parameter, asked: bool) -> None:
+def _version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
     if asked:
         from importlib.metadata import version
 
@@ -25,7 +25,7 @@ def _version(ctx: click.Context, param: click.Parameter, asked: bool) -> None:
         ctx.exit()
 
 
-def _completion(ctx: click.Context, param: click.Parameter, shell: str | None) -> None:
+def _completion(ctx: click.Context, _: click.Parameter, shell: str | None) -> None:
     if shell and (kind := get_completion_class(shell)):
         click.echo(kind(ctx.command, {}, "ranksure", "_RANKSURE_COMPLETE").source())
         ctx.exit()

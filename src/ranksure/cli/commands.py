@@ -202,7 +202,7 @@ def file_options() -> list[click.Option]:
     ]
 
 
-def _read_config(ctx: click.Context, param: click.Parameter, path: str | None) -> str | None:
+def _read_config(ctx: click.Context, _: click.Parameter, path: str | None) -> str | None:
     if path is None or ctx.resilient_parsing:
         return path
     import yaml

@@ -117,12 +117,12 @@ class Forward:
         hidden: list[Tensor | None] = []
         shown: list[Tensor] = []
 
-        def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             fits = len(args) == 1 and args[0].dim() == 3 and args[0].shape[:2] == labels.shape
             hidden.append(args[0] if fits else None)
             return (args[0][:, :1],) if fits else None
 
-        def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        def after(_: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
             shown.append(output.detach())
 
         handles = [head.register_forward_pre_hook(before), head.register_forward_hook(after)]

@@ -49,7 +49,7 @@ class Hooks:
         raise NotImplementedError
 
     def _hook(self, name: str) -> Callable[..., Tensor | None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
             x = args[0] if args else next(iter(kwargs.values()), None)
             if not isinstance(x, Tensor) or not isinstance(output, Tensor):
                 raise CaptureError(f"target module {name} does not map one tensor to one tensor")

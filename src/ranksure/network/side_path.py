@@ -70,7 +70,7 @@ def applied(targets: dict[str, nn.Module], factors: Factors) -> Iterator[None]:
 
 
 def _side_path_hook(layer: nn.Module, u: Tensor, v: Tensor) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         x = args[0] if args else next(iter(kwargs.values()))
         dtype = torch.promote_types(output.dtype if isinstance(layer, nn.Embedding) else x.dtype, torch.float32)
         side = _side_path(layer, x, u.to(x.device, dtype), v.to(x.device, dtype))

@@ -87,7 +87,7 @@ class Verbalized(nn.Module):
     def _output_layer_at(self, rows: Tensor, at: Tensor, shape: torch.Size) -> Iterator[None]:
         layer = self.lm.get_output_embeddings()
 
-        def restrict(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        def restrict(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             if args and isinstance(args[0], Tensor) and args[0].dim() == 3 and args[0].shape[:2] == shape:
                 return (args[0][rows, at][:, None], *args[1:])
             return None

@@ -125,7 +125,7 @@ def real_lora(run: SettingRun, prepared: Prepared, lam: float, rank: int) -> Tra
     """LoRA of one rank on the real network, from PEFT's initialisation, all rows in every step."""
     rule = real_rule(run)
 
-    def make(optimum: Solution) -> tuple[Training, dict[str, Any]]:
+    def make(_: Solution) -> tuple[Training, dict[str, Any]]:
         network = RealNetwork(prepared.task, prepared.targets, prepared.splits.train)
         problem = prepared.problem.with_penalty(lam)
         start = cast_factors(initial_factors(problem, rank, seed=prepared.seed), problem.operator)
@@ -140,7 +140,7 @@ def real_full(run: SettingRun, prepared: Prepared, lam: float) -> Trained:
     """Full fine-tuning of the same modules of the real network, with the nuclear norm, by proximal gradient."""
     rule = real_rule(run)
 
-    def make(optimum: Solution) -> tuple[Training, dict[str, Any]]:
+    def make(_: Solution) -> tuple[Training, dict[str, Any]]:
         network = RealNetwork(prepared.task, prepared.targets, prepared.splits.train)
         problem = prepared.problem
         step = 10 / max(smoothness_bound(problem.reduced[0])[0], 1e-300)  # of the linearised loss; halved where needed
