@@ -14,7 +14,8 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from ranksure.cli import app, main
+from ranksure.cli import main
+from ranksure.cli.app import app
 from ranksure.cli.commands import SettingsCommand, command, spoken
 from ranksure.cli.fit import FitCommand
 from ranksure.errors import SettingError

@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 import ranksure
-from ranksure.cli import app
+from ranksure.cli.app import app
 from ranksure.planner.settings import PlanSettings
 from ranksure.runs.certificate.settings import CertifySettings, RunSettings
 from ranksure.runs.fitting.settings import FitSettings

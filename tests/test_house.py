@@ -62,6 +62,8 @@ def test_a_package_says_what_lives_there(path):
     package = importlib.import_module(name)
     for public in getattr(package, "__all__", []):
         assert getattr(package, public) is not None
+        inside = path.parent / public
+        assert not inside.with_suffix(".py").exists() and not inside.is_dir(), f"{public} is a module there, too"
 
 
 def names() -> list[str]:

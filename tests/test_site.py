@@ -19,7 +19,7 @@ from markdown_it import MarkdownIt
 from mkdocs.config import load_config
 from mkdocs.config.defaults import MkDocsConfig
 
-from ranksure.cli import app
+from ranksure.cli.app import app
 from scripts.docs import check, cli_reference, docstrings, examples
 from scripts.docs.hooks import BROUGHT_IN, CLI, relinked, without
 

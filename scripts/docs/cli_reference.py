@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import click
 
-from ranksure.cli import app
+from ranksure.cli.app import app
 from ranksure.cli.commands import SettingsCommand, default_of, file_options, placeholder, spoken
 from ranksure.options import GROUPS, OUTPUT, Stated, options_of
 from ranksure.planner.settings import PlanSettings

@@ -1,4 +1,3 @@
 from .minilm import minilm_path as minilm_path
 from .names import named_data as named_data
 from .names import named_model as named_model
-from .rotten_tomatoes import rotten_tomatoes as rotten_tomatoes

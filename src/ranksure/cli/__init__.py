@@ -4,6 +4,6 @@
 settings, examples, what it calls and what it prints.
 """
 
-from ranksure.cli.app import app, main
+from ranksure.cli.app import main
 
-__all__ = ["app", "main"]
+__all__ = ["main"]

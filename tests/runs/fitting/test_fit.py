@@ -21,7 +21,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from ranksure.cli import app
+from ranksure.cli.app import app
 from ranksure.data.texts import load_rows
 from ranksure.errors import RanksureError, SettingError
 from ranksure.records.record import plain

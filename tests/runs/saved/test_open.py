@@ -24,7 +24,7 @@ from transformers import (
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 import ranksure
-from ranksure.cli import app
+from ranksure.cli.app import app
 from ranksure.data.images import image_rows
 from ranksure.data.recordings import speech_rows
 from ranksure.data.texts import load_rows
