@@ -44,8 +44,8 @@ class Columns(Struct, kw_only=True, frozen=True):
     rows: list[list[Cell]]
 
 
-class LabRecord(Record, kw_only=True):
-    """A claim of the theory; ``measured`` holds all its numbers."""
+class ClaimRecord(Record, kw_only=True):
+    """What both kinds of claims say of themselves."""
 
     SCHEMA: ClassVar[int] = 1
     schema: int = SCHEMA
@@ -53,6 +53,11 @@ class LabRecord(Record, kw_only=True):
     title: str
     claim: str
     verdict: str
+
+
+class LabRecord(ClaimRecord, kw_only=True):
+    """A claim of the theory; ``measured`` holds all its numbers."""
+
     checks: list[Check]
     source: str
     measured: dict[str, Any] = {}
@@ -61,16 +66,10 @@ class LabRecord(Record, kw_only=True):
     seconds: float | None = None
 
 
-class ReproductionRecord(Record, kw_only=True):
+class ReproductionRecord(ClaimRecord, kw_only=True):
     """An experiment of the paper; ``where`` says where in it."""
 
-    SCHEMA: ClassVar[int] = 1
-    schema: int = SCHEMA
-    name: str
-    title: str
-    claim: str
     where: str
-    verdict: str
     settings: dict[str, Any] = {}
     curves: list[Curve] = []
     axes: dict[str, str] = {}

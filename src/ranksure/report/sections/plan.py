@@ -27,7 +27,7 @@ def build(record: Record, section_id: str, command: str | None = None) -> Sectio
     """The section of a plan."""
     data: Plan = record.data
     i = section_id
-    zero = not any(data.optimum.ranks.values())
+    zero = data.optimum.is_zero
     answer = _answer(data, zero)
     optimum = data.optimum
     section = Section(
@@ -224,7 +224,6 @@ def _theory(data: Plan) -> Prose:
             ("no spurious minima, if perturbed a little, from rank", bounds.landscape),
         )
     ]
-    largest = max(data.optimum.ranks.values(), default=0)
     table = Table(
         "Rank of each module",
         ["claim", "paper, KN (proved)", "outputs that the loss sees (proved)", "operator rank (estimated)"],
@@ -234,7 +233,7 @@ def _theory(data: Plan) -> Prose:
         "What does theory promise, whatever the data?",
         paragraphs=[
             "Theorems of Jang, Lee and Ryu (2024), sharpened, from the number of rows N and outputs K; the last column "
-            f"counts a numerical rank instead. The optimum that was found has rank {largest} at most."
+            f"counts a numerical rank instead. The optimum that was found has rank {data.optimum.largest_rank} at most."
         ],
         table=table,
     )
