@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from ranksure.data.samples import Samples
+from ranksure.data.samples import Samples, matched, value_of
 from ranksure.errors import ModelError, SettingError, one_line
 from ranksure.network.checkpoints import check_checkpoint, device_named, load_weights, quiet
 from ranksure.tasks.options import Loading
@@ -178,18 +178,22 @@ def own_label_order(model: PreTrainedModel, samples: Samples, notes: list[str]) 
     """A trained head's own class order, where the data's labels are its names; else the data's, with a note."""
     if samples.label_names is None or len(samples.label_names) != model.config.num_labels:
         return samples.label_names
-    id2label = cast("dict[int, str]", model.config.id2label)
-    names = [str(id2label[i]) for i in range(len(samples.label_names))]
-    lower = {name.lower(): name for name in samples.label_names}
-    if sorted(lower) == sorted(name.lower() for name in names):
-        return [lower[name.lower()] for name in names]
-    if samples.label_names != [str(i) for i in range(len(names))]:  # such labels are the class numbers
-        pairs = ", ".join(f"{own} as {name}" for own, name in list(zip(samples.label_names, names, strict=True))[:10])
-        notes.append(
-            f"The trained head's classes are not named as the data's labels, so these are taken in their order: {pairs}"
-            "; if that is wrong, rename the labels."
-        )
+    own = model_label_names(model)
+    numbers = [str(i) for i in range(len(own))]
+    for names in (own, numbers):  # such as LABEL_0, where the data has the class numbers
+        if (places := matched(samples.label_names, names, str, str.casefold, value_of)) is not None:
+            return [samples.label_names[places.index(i)] for i in range(len(names))]
+    pairs = ", ".join(f"{name} as {other}" for name, other in list(zip(samples.label_names, own, strict=True))[:10])
+    notes.append(
+        f"The trained head's classes are not named as the data's labels, so these are taken in their order: {pairs}"
+        "; if that is wrong, rename the labels."
+    )
     return samples.label_names
+
+
+def model_label_names(model: PreTrainedModel) -> list[str]:
+    """The names of a model's classes, in the order of its outputs."""
+    return [str(name) for _, name in sorted(cast("dict[int, str]", model.config.id2label).items())]
 
 
 def _owner(model: PreTrainedModel, key: str) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ranksure.data.conversations import encode, load_examples
+from ranksure.data.samples import matched, value_of
 from ranksure.data.texts import Rows
 from ranksure.errors import DataError, SettingError
 from ranksure.losses import CrossEntropy, Kind, Loss, loss_meant
@@ -17,7 +18,7 @@ from ranksure.network.checkpoints import token_limit
 from ranksure.network.targets import base_network
 from ranksure.records.record import DataSource
 from ranksure.runs.options import ConversationOptions, DataSettings
-from ranksure.tasks.classifiers import own_label_order
+from ranksure.tasks.classifiers import model_label_names, own_label_order
 from ranksure.tasks.collate import Collator, PackedCollator, check_packing, in_batches, packed
 from ranksure.tasks.load import load_samples
 from ranksure.tasks.options import RowOptions, values_of
@@ -217,15 +218,11 @@ def _class_names(base: PreTrainedModel, rows: Rows, notes: list[str]) -> list[st
     outputs = max(2, _outputs(base))  # one output: the classes 0 and 1
     if len(own) == outputs:
         return list(own_label_order(base, rows, notes) or own)
-    id2label = cast("dict[int, str]", base.config.id2label)
-    named = {str(name).lower(): i for i, name in id2label.items()}
-    if len(own) < outputs and all(name.lower() in named for name in own):
-        spelt = {name.lower(): name for name in own}
-        return [spelt.get(str(id2label[i]).lower(), str(id2label[i])) for i in range(outputs)]
-    if all(name.isdigit() and int(name) < outputs for name in own):  # class numbers
-        return [str(i) for i in range(outputs)]
+    for names in (model_label_names(base), [str(i) for i in range(outputs)]):  # by name, or class numbers
+        if (places := matched(own, names, str, str.casefold, value_of)) is not None:
+            return [own[places.index(i)] if i in places else name for i, name in enumerate(names)]
     raise DataError(
         f"{rows.source} has {len(own)} different labels ({', '.join(own[:5])}), but the model has {outputs} classes "
-        f"({', '.join(str(name) for name in list(id2label.values())[:5])}): name the classes as the model does, or by "
+        f"({', '.join(model_label_names(base)[:5])}): name the classes as the model does, or by "
         "their numbers"
     )
