@@ -122,6 +122,23 @@ def export_adapter(
     return made.write(out_dir, made.snippet(auto_class(model), labels, out_dir), notes)
 
 
+def check_exportable(
+    model: nn.Module, names: Sequence[str], *, head: Sequence[str] | None = None, task_type: str | None = "SEQ_CLS"
+) -> None:
+    """Refuse before any work modules that :func:`export_adapter` would refuse after it.
+
+    Raises:
+        AdapterError: PEFT would wrap or save other modules, or cannot hold one of these.
+    """
+    ranks, heads = dict.fromkeys(names, 1), list(head or [])
+    refuse_adapted(model)
+    _refuse_shared(model, ranks)
+    for name in names:
+        _refuse_dilated(name, base_layer(model.get_submodule(name)))
+    config = lora_config(ranks, model=model, task_type=task_type, modules_to_save=heads)
+    _with_settled_task(model, config, ranks, heads)
+
+
 def export_mean_pooled(
     encoder: nn.Module,
     factors: Factors,
@@ -259,10 +276,14 @@ def _pooled_head(weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
 def _padded(module: nn.Module, name: str, u: Tensor, v: Tensor, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """One module's tensors as stored, zero-padded to ``rank`` columns."""
     layer = base_layer(module)
-    if isinstance(layer, nn.Conv2d) and any(step != 1 for step in layer.dilation):
-        raise AdapterError(f"{name} is a dilated convolution; PEFT drops the dilation: export it merged instead")
+    _refuse_dilated(name, layer)
     padding = (0, rank - u.shape[1])
     return stored(layer, name, nn.functional.pad(u, padding), nn.functional.pad(v, padding), 1.0, dtype)
+
+
+def _refuse_dilated(name: str, layer: nn.Module) -> None:
+    if isinstance(layer, nn.Conv2d) and any(step != 1 for step in layer.dilation):
+        raise AdapterError(f"{name} is a dilated convolution; PEFT drops the dilation: export it merged instead")
 
 
 def _refuse_shared(model: nn.Module, ranks: Mapping[str, int]) -> None:

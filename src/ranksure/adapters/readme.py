@@ -41,6 +41,18 @@ _PATTERNS = """\
 _NO_PATTERNS = "- Every module's scale is exactly 1 (`lora_alpha` = `r`, no patterns). Verified with peft {version}."
 
 
+_UNEVEN = (
+    "Ranks differ between modules: only what reads `rank_pattern` and `alpha_pattern`, as PEFT does, gives each its "
+    "scale. llama.cpp's converter divides the one `lora_alpha` by each tensor's own rank, and vLLM and other servers "
+    "read `r` and `lora_alpha` alone: there this is another adapter. Merge it into the base with PEFT for those."
+)
+
+
+def uneven(ranks: Mapping[str, int]) -> list[str]:
+    """What to say of an adapter whose modules have several ranks (0 is none); empty otherwise."""
+    return [_UNEVEN] if len({rank for rank in ranks.values() if rank}) > 1 else []
+
+
 _NEW_HEAD = """\
 - New head, saved with the adapter: {heads}. Loading the base reports it as newly initialised; the adapter
   then brings its own."""
@@ -172,4 +184,5 @@ def adapter_readme(
     parts += ["## Ranks", "\n".join(["| module | rank |", "|---|---|", *listing])]
     patterns = (_NO_PATTERNS if uniform else _PATTERNS).format(version=peft.__version__)
     parts += [_CONSUMERS.format(patterns=patterns, advice=advice).rstrip()]
+    parts += [] if uniform else uneven(ranks)
     return "\n\n".join([*parts, *([extra.strip()] if extra.strip() else [])]) + "\n"

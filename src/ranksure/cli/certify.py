@@ -106,6 +106,7 @@ def _show_run(run: "LoadedRun", rows: "RunData", found: "RunCertificate", consol
     )
     decay = (
         "`weight_decay` is taken as an L2 penalty on A and B, lambda = weight decay / scale (SGD's). AdamW's decoupled "
-        "decay is not that: for such a run leave it out, or read this as a what-if."
+        "decay is not that, nor is one beside a preconditioner (PEFT's Riemannian optimizer and LoRA-FA): for such a "
+        "run leave it out, or read this as a what-if."
     )
-    show_notes([*run.notes, *rows.notes, *[decay] * bool(found.weight_decay)], console)
+    show_notes([*run.notes, *rows.notes, *found.notes, *[decay] * bool(found.weight_decay)], console)

@@ -80,7 +80,7 @@ def compress(asked: CompressCommand) -> None:
         written = found.save(out_dir=asked.out, **run.rewritten, extra=provenance(run, rows))
     console = window(asked.json)
     show(found, console)
-    show_notes([*run.notes, *([] if rows is None else rows.notes), *found.notes], console)
+    show_notes([*run.notes, *([] if rows is None else rows.notes), *found.notes, *found.uneven], console)
     console.print(f"written to {written.folder}", highlight=False)
     report_beside(asked.out, console, command_line())
     if asked.json:

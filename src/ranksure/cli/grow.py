@@ -63,7 +63,7 @@ def grow(asked: GrowCommand) -> None:
         written = found.save(out_dir=asked.out, **run.rewritten, extra=provenance(run, rows))
     console = window(asked.json)
     _show(found, console)
-    show_notes([*run.notes, *rows.notes], console)
+    show_notes([*run.notes, *rows.notes, *found.uneven], console)
     console.print(f"written to {written.folder}: train on, with a new optimizer", highlight=False)
     report_beside(asked.out, console, command_line())
     if asked.json:

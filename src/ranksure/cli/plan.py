@@ -95,10 +95,12 @@ def _plan(model: str, data: Any, asked: _Planned, *, brief: bool = False) -> Non
     if out is not None:
         _check_writable(out)
     from ranksure.cli.report import report_beside
-    from ranksure.cli.terminal import RichReporter, command_line, window
+    from ranksure.cli.terminal import RichReporter, command_line, show_notes, window
     from ranksure.planner.prepare import estimate, prepare
     from ranksure.planner.render import show, show_estimate
+    from ranksure.planner.result import PlanResult
     from ranksure.planner.run import run_plan
+    from ranksure.planner.solved import read_solved
     from ranksure.progress import Clock
 
     console = window(asked.json)
@@ -107,8 +109,13 @@ def _plan(model: str, data: Any, asked: _Planned, *, brief: bool = False) -> Non
     if asked.dry_run:
         show_estimate(prepared, estimate(prepared), console)
         return
-    result = run_plan(prepared, clock)
-    result.record.command = command_line()
+    solved = None if out is None else read_solved(out, prepared)
+    if solved is not None:
+        result = PlanResult(*solved, prepared)
+        show_notes([f"{out} holds the solution of this very question: only writing it is repeated."], console)
+    else:
+        result = run_plan(prepared, clock)
+        result.record.command = command_line()
     if out is not None:
         with clock.stage("export", "Writing and checking the adapter"):
             result.save(out)

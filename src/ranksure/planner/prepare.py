@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ranksure.adapters.export import check_exportable
 from ranksure.capture import estimate_bytes
 from ranksure.certificate import lambda_max
 from ranksure.data.samples import Samples
@@ -104,6 +105,8 @@ def prepare(model: Any, data: Any, settings: PlanSettings, tokenizer: Any, clock
             evaluation = evaluation.with_label_names(rows.label_names)
         targets = task.targets(settings.target_modules, settings.layers_to_transform)
         _check_ranks(targets, settings)
+        if not settings.merged:
+            check_exportable(task.adapted, list(targets), head=task.saved_modules, task_type=task.peft_task_type)
         split = _split(shuffled, train, evaluation, settings)
         notes = [*rows.notes, *(evaluation.notes if evaluation else []), *task.notes]
         notes += [*_overlap(split), *task.remarks(train), *_absent_classes(train)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,10 @@ from peft import LoraConfig
 from ranksure.adapters.config import axolotl_yaml, config_snippet, lora_config
 from ranksure.adapters.export import export_adapter, export_mean_pooled
 from ranksure.adapters.export_merged import export_merged
-from ranksure.errors import SettingError
+from ranksure.errors import AdapterError, SettingError, one_line
 from ranksure.factors import Factors
 from ranksure.files import staged_folder
+from ranksure.planner.solved import SOLVED, write_solved
 from ranksure.records.plan import Generalization, Plan
 from ranksure.records.record import encoded, plain
 from ranksure.tasks.text import MeanPooled
@@ -32,7 +34,7 @@ transferred and the first failure is at 0.96; among its scored cases one failed 
 """
 
 
-_OWN = {"plan.json", "report.html", "lora_config.py", "axolotl.yaml", "adapter", "merged", "weak-decay"}
+_OWN = {"plan.json", SOLVED, "report.html", "lora_config.py", "axolotl.yaml", "adapter", "merged", "weak-decay"}
 _OWN_ADAPTER = {"task.json", "adapter_config.json", "adapter_model.safetensors", "README.md", "head.safetensors"}
 
 
@@ -127,7 +129,7 @@ class PlanResult:
         task = self._prepared.task
         return lora_config(
             ranks,
-            model=task.adapted,
+            model=None if self._prepared.settings.merged else task.adapted,
             task_type=task.peft_task_type,
             modules_to_save=task.saved_modules,
             uniform=len(set(ranks.values())) == 1,
@@ -235,7 +237,8 @@ class PlanResult:
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write ``plan.json``, the configuration and the solved update; the folder appears whole or not at all.
 
-        An earlier plan in the folder is replaced; a folder that holds anything else is refused.
+        An earlier plan in the folder is replaced; a folder that holds anything else is refused. Where the export alone
+        fails, the folder holds ``plan.json`` and the optimum, with which the export can be repeated.
 
         Raises:
             SettingError: the folder holds something that no plan wrote.
@@ -244,13 +247,31 @@ class PlanResult:
         """
         out = Path(folder)
         check_replaceable(out)
+        failure: Exception | None = None
         with staged_folder(out, "plan.json") as stage:
             (stage / "plan.json").write_text(self.to_json(), encoding="utf-8")
             if not self.is_zero:
-                (stage / "lora_config.py").write_text(self._notes() + self.snippet(), encoding="utf-8")
-                (stage / "axolotl.yaml").write_text(self._axolotl(), encoding="utf-8")
-                self._export(stage, out)
+                write_solved(stage, self.factors, self._prepared.task)
+                failure = self._try_export(stage, out)
+        if failure is not None:
+            raise AdapterError(
+                f"the plan is solved and kept in {out}, but its update could not be written: {one_line(failure)}; ask "
+                "the same again, with `merged` if you like, and only that is repeated"
+            ) from failure
         return out
+
+    def _try_export(self, stage: Path, out: Path) -> Exception | None:
+        """Write the configuration and the update in place of the bare optimum, or return why that stays."""
+        try:
+            (stage / "lora_config.py").write_text(self._notes() + self.snippet(), encoding="utf-8")
+            (stage / "axolotl.yaml").write_text(self._axolotl(), encoding="utf-8")
+            self._export(stage, out)
+        except Exception as error:  # PEFT, transformers and the disk have their own: nothing solved is lost to one
+            for name in ("adapter", "merged"):
+                shutil.rmtree(stage / name, ignore_errors=True)
+            return error
+        (stage / SOLVED).unlink()
+        return None
 
     def _notes(self) -> str:
         """Comments above the configuration: what it is for, and what it does not say."""
@@ -269,7 +290,10 @@ class PlanResult:
     def _axolotl(self) -> str:
         task, advice = self._prepared.task, self.record.recommended
         return axolotl_yaml(
-            advice.rank_pattern, weight_decay=self.record.weight_decay, modules_to_save=task.saved_modules
+            advice.rank_pattern,
+            weight_decay=self.record.weight_decay,
+            modules_to_save=task.saved_modules,
+            model=None if self._prepared.settings.merged else task.adapted,
         )
 
     def _usage(self) -> str:

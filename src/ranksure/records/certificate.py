@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -122,9 +123,11 @@ class RunCertificate:
     schema: int = SCHEMA
 
     @classmethod
-    def not_checked(cls, adapter: str, outside: list[str], reasons: list[str], tolerance: float) -> RunCertificate:
+    def not_checked(
+        cls, adapter: str, outside: list[str], reasons: list[str], tolerance: float, notes: Sequence[str] = ()
+    ) -> RunCertificate:
         """A certificate that says why there is none."""
-        return cls("not-checked", adapter, tolerance, outside=outside, reasons=reasons)
+        return cls("not-checked", adapter, tolerance, outside=outside, reasons=reasons, notes=list(notes))
 
     @property
     def objective(self) -> float | None:

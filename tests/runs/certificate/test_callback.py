@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -62,7 +63,7 @@ class Reporter(TrainerCallback):
         self.seen.append(dict(logs))
 
 
-def trained(folder, callback=None, *, bf16=False, steps=9, callbacks=(), **more):
+def trained(folder, callback=None, *, bf16=False, steps=9, callbacks=(), optimizer=None, **more):
     random.seed(5)
     np.random.seed(5)
     torch.manual_seed(5)
@@ -88,7 +89,7 @@ def trained(folder, callback=None, *, bf16=False, steps=9, callbacks=(), **more)
         TrainingArguments(str(folder), **arguments),
         train_dataset=data,
         callbacks=[Noisy(data), *callbacks],
-        optimizers=(l2_optimizer(model, lam=0.01, lr=0.05), None),
+        optimizers=(optimizer(model) if optimizer else l2_optimizer(model, lam=0.01, lr=0.05), None),
         compute_loss_func=mean_loss_function("cross-entropy"),
     )
     if callback is not None:
@@ -114,6 +115,30 @@ def test_the_final_weights_are_bitwise_those_without_it(tmp_path, bf16):
     assert {n: p.requires_grad for n, p in plain.named_parameters()} == {
         n: p.requires_grad for n, p in watched.named_parameters()
     }
+
+
+OPTIMIZERS = {
+    "Riemannian": (lambda m: create_riemannian_optimizer(m, torch.optim.SGD, lr=0.01, weight_decay=0.1), "riemannian"),
+    "Riemannian without decay": (lambda m: create_riemannian_optimizer(m, torch.optim.SGD, lr=0.01), None),
+    "LoRA-FA": (lambda m: create_lorafa_optimizer(m, r=2, lora_alpha=4, lr=0.01, weight_decay=0.1), "lorafa"),
+    "LoRA+": (
+        lambda m: create_loraplus_optimizer(
+            m, torch.optim.SGD, lr=0.01, loraplus_lr_ratio=4.0, loraplus_weight_decay=0.1
+        ),
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_decay_beside_a_preconditioner_is_no_nuclear_norm(tmp_path, name):
+    optimizer, reason = OPTIMIZERS[name]
+    callback = CertificateCallback(every=2, lam=0.01)
+    trained(tmp_path, callback, steps=2, optimizer=optimizer)
+    ((_, found),) = callback.certificates
+    assert (found.verdict == "not-checked") == (reason is not None)
+    if reason is not None:
+        assert reason in found.reasons[0] and "no nuclear norm" in found.reasons[0]
 
 
 def test_a_loader_that_shuffles_is_read_once_and_moves_no_stream(tmp_path):

@@ -127,6 +127,7 @@ class CertificateCallback(TrainerCallback):
         logs: dict[str, float] = {}
         with preserved_randomness():
             batches, read = self._materialised(trainer), read_adapter(model, self._settings.adapter)
+            read.untested.extend(_other_decay(trainer.optimizer, bool(self._settings.weight_decay)))
             if sample:
                 first = _first_rows(batches, self.sample_rows)
                 found = certify_adapter(model, read, first, self._settings, probe=False)
@@ -172,6 +173,23 @@ class CertificateCallback(TrainerCallback):
         if not self._batches:
             raise DataError("CertificateCallback was given no batch")
         return self._batches
+
+
+def _other_decay(optimizer: Any, stated: bool) -> list[str]:
+    """Why what an optimizer of PEFT's minimises is no nuclear norm, where it (or the user's ``stated`` decay) decays.
+
+    LoRA+ is not among these: learning rates of their own leave the stationary points of an L2 penalty where they are.
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    kinds = {kind.__module__.rpartition(".")[2]: kind for kind in type(optimizer).__mro__}
+    kind = kinds.get("riemannian") or kinds.get("lorafa")
+    decays = stated or any(group.get("weight_decay") for group in getattr(optimizer, "param_groups", []))
+    if kind is None or not decays:
+        return []
+    return [
+        f"the optimizer ({kind.__module__}.{kind.__name__}) preconditions the gradient but not the weight decay, so "
+        "what it minimises is no nuclear norm: train without decay, or with SGD's or Adam's L2 decay"
+    ]
 
 
 @contextmanager

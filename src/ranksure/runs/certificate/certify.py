@@ -21,6 +21,8 @@ from ranksure.relinearised import Examiner, ModuleState, ball_gaps, penalised_ga
 from ranksure.runs.certificate.settings import TOLERANCE, CertifySettings
 from ranksure.runs.certificate.verdict import Network, Point, judged
 
+_POINT = "the adapter's update is zero (untrained?), and without a penalty its ball is a point: train first"
+
 __all__ = ["TOLERANCE", "certify", "certify_adapter"]
 
 
@@ -69,13 +71,12 @@ def certify_adapter(
 ) -> RunCertificate:
     """As :func:`certify`, of an adapter that was read from the model already."""
     began = time.perf_counter()
-    if read.untested:
-        return RunCertificate.not_checked(read.name, read.outside, read.untested, settings.tolerance)
+    if untested := settings.untested(read):
+        return RunCertificate.not_checked(read.name, read.outside, untested, settings.tolerance, read.notes)
     penalty = settings.penalty(read)
     examine = _Timed(Examiner(read.factors, penalty))
     if penalty is None and not examine.examiner.threshold:
-        reason = "the adapter's update is zero (untrained?), and without a penalty its ball is a point: train first"
-        return RunCertificate.not_checked(read.name, read.outside, [reason], settings.tolerance)
+        return RunCertificate.not_checked(read.name, read.outside, [_POINT], settings.tolerance)
     batches = list(batches) if iter(batches) is batches else batches
     found = gradient_pass(
         model,
@@ -115,6 +116,7 @@ def certify_adapter(
         forward_passes=network.passes,
         probes=probes,
         outside=read.outside,
+        notes=read.notes,
         unreached=found.unreached,
         seconds=time.perf_counter() - began,
     )

@@ -21,6 +21,7 @@ from ranksure.adapters.matrices import is_factor
 from ranksure.errors import SettingError, settings_of
 from ranksure.factors import Factors, ranks_of
 from ranksure.network.checkpoints import quiet
+from ranksure.planner.solved import SOLVED
 from ranksure.progress import Clock, Reporter, Silent
 from ranksure.quantities import parse_memory
 from ranksure.records.certificate import RunCertificate
@@ -279,7 +280,7 @@ def _plan_folder(
     if not options.linear:
         return None
     own = work.out / "plan"
-    if not (own / "plan.json").is_file():
+    if not (own / "plan.json").is_file() or (own / SOLVED).is_file():  # solved, but not written as an adapter
         from ranksure.planner.run import plan as make_plan
 
         if model is None or data is None:

@@ -81,8 +81,8 @@ def compress(
     if batches is not None and iter(batches) is batches:
         raise SettingError("the data is gone through several times: pass a list or a DataLoader")
     read = read_adapter(model, chosen.adapter)
-    if read.untested:
-        raise AdapterError(f"this adapter cannot be compressed: {read.untested[0]}")
+    if untested := chosen.untested(read):
+        raise AdapterError(f"this adapter cannot be compressed: {untested[0]}")
     if not any(bool(thin_svd(u, v)[1].any()) for u, v in read.factors.values()):
         raise AdapterError("the adapter's update is zero in every module: the base network alone does the same")
     dtype = stored_dtype(model, read.name, source)

@@ -72,6 +72,7 @@ class Compression(Resized):
     def to_json(self, **more: Any) -> dict[str, Any]:
         """What ``compress.json`` holds."""
         own = {name: getattr(self, name) for name in CompressRecord.__struct_fields__ if hasattr(self, name)}
+        own["notes"] = [*self.notes, *self.uneven]
         own["dtype"] = str(self.dtype).removeprefix("torch.")
         return plain(CompressRecord(**own | more))
 

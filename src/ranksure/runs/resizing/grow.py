@@ -86,6 +86,7 @@ class Growth(Resized):
             rank_after=sum(ranks.values()),
             penalty_added=self.penalty_added,
             certificate=self.certificate,
+            notes=self.uneven,
             **more,
         )
         return {**plain(record), "certificate": self.certificate.to_json()}

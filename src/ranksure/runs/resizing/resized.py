@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from ranksure.adapters.readme import uneven
 from ranksure.adapters.rewrite import Rewritten, rewrite_adapter
-from ranksure.factors import Factors
+from ranksure.factors import Factors, ranks_of
 from ranksure.records.record import encoded
 
 
@@ -21,6 +22,11 @@ class Resized:
     """Name of the file beside the adapter."""
 
     factors: Factors
+
+    @property
+    def uneven(self) -> list[str]:
+        """Who will read the new adapter wrongly, where its ranks differ."""
+        return uneven(ranks_of(self.factors))
 
     def to_json(self, **more: Any) -> dict[str, Any]:
         """What the record holds, with further fields."""

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ranksure.adapters.fields import leaves_base
 from ranksure.adapters.matrices import is_factor
 from ranksure.adapters.saved import AdapterFiles, check_fit
 from ranksure.errors import AdapterError, ModelError, one_line, shown
@@ -179,13 +180,31 @@ def load_base(
 
 
 def _fit_embeddings(network: PreTrainedModel, files: AdapterFiles) -> None:
-    """Resize the embeddings where the run did (added tokens), which PEFT then saves with the adapter."""
-    embedding: Any = network.get_input_embeddings()
-    place = next((name for name, module in network.named_modules() if module is embedding), None)
-    saved = files.head.get(f"{place}.weight")
-    if saved is not None and saved.dim() == 2 and saved.shape[0] != embedding.weight.shape[0]:
-        with quiet():
-            network.resize_token_embeddings(saved.shape[0], mean_resizing=False)
+    """Resize the embeddings where the run did (added tokens), which PEFT then saves with the adapter: not always both.
+
+    Raises:
+        AdapterError: the rows of one that is not tied to the other were not saved.
+    """
+    pair = [each for each in (network.get_input_embeddings(), network.get_output_embeddings()) if each is not None]
+    saved = {name: _saved_rows(name, files) for name, module in network.named_modules() if module in pair}
+    rows, before = next(filter(None, saved.values()), None), pair[0].weight.shape[0]
+    if rows is None or rows == before:
+        return
+    tied = all(each.weight is pair[0].weight for each in pair)
+    for name, found in saved.items():
+        if found is None and not tied:
+            raise AdapterError(
+                f"{files.folder}: the run has {rows} tokens and the base {before}, but PEFT did not save the rows of "
+                f"{name} for the others, so they were lost; train again with {name} in modules_to_save"
+            )
+    with quiet():
+        network.resize_token_embeddings(rows, mean_resizing=False)
+
+
+def _saved_rows(name: str, files: AdapterFiles) -> int | None:
+    """Rows of an embedding's weight that was saved with the adapter, under LoRA or not."""
+    found = (files.head.get(f"{name}.{inner}weight") for inner in ("", "base_layer."))
+    return next((tensor.shape[0] for tensor in found if tensor is not None and tensor.dim() == 2), None)
 
 
 def tokenizer_of(network: PreTrainedModel, files: AdapterFiles, base: str, common: dict[str, Any]) -> Any:
@@ -227,20 +246,31 @@ def with_adapter(network: PreTrainedModel, files: AdapterFiles, base: str, train
             model = get_peft_model(network, files.config)
         except Exception as error:  # target modules that are not there, ranks that are not numbers, ...
             targets = shown(files.config.target_modules, 80)
-            raise AdapterError(
-                f"the adapter {files.folder} (target_modules {targets}) does not fit {base}: {one_line(error)}"
-            ) from None
+            what = f"the adapter {files.folder} (target_modules {targets}) does not fit {base}"
+            if not leaves_base(files.config):
+                start = files.config.init_lora_weights
+                what = f"PEFT cannot load the adapter {files.folder}, as init_lora_weights={start!r} cannot be repeated"
+            raise AdapterError(f"{what}: {one_line(error)}") from None
         assert isinstance(model, PeftModel)
-        if files.config.target_parameters is None:  # else PEFT renames tensors; such runs are never certified
+        if not files.config.target_parameters:  # else PEFT renames tensors; such runs are never certified
             expected = _saved_by_peft(model, False)
             check_fit(files, expected, {**expected, **_saved_by_peft(model, True)}, base)
         try:
             result = set_peft_model_state_dict(model, files.tensors)
         except Exception as error:
             raise AdapterError(f"the weights in {files.folder} do not fit {base}: {one_line(error)}") from None
-    if unexpected := list(result.unexpected_keys):
+    if unexpected := [key for key in result.unexpected_keys if not _saved_twice(key, files.tensors)]:
         raise AdapterError(f"{files.folder}: {unexpected[0]} has no place in {base} under its configuration")
     return model
+
+
+def _saved_twice(key: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether it is a saved module's own copy of what the file holds under its plain name, too.
+
+    PEFT writes such copies of all biases (``bias="all"``) and of embeddings, and passes over them when it loads.
+    """
+    plain = tensors.get(key.replace(".modules_to_save.", "."))
+    return ".modules_to_save." in key and plain is not None and torch.equal(plain, tensors[key])
 
 
 def _saved_by_peft(model: PeftModel, embeddings: bool) -> Mapping[str, Tensor]:
