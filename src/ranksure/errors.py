@@ -6,6 +6,7 @@ column, module or value) and what to do. The command line prints that line and e
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -53,6 +54,23 @@ def shown(value: object, limit: int = 40) -> str:
 def one_line(error: BaseException) -> str:
     """The first line of a dependency's error message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+_EXHAUSTED = {
+    "memory": r"can't allocate memory|cannot allocate memory|not enough memory|out of memory|failed to map segment|"
+    r"can't start new thread|os error 12\b|bad_alloc",
+    "disk": r"no space left|disk quota|file too large|os error (28|27|122)\b|PytorchStreamWriter failed|"
+    r"enforce fail at inline_container",
+}
+
+
+def exhausted(error: BaseException) -> str | None:
+    """Whether it was ``memory`` or ``disk`` that ran out, by the words of any library; None where it was neither."""
+    if isinstance(error, MemoryError):
+        return "memory"
+    if not isinstance(error, Exception):
+        return None
+    return next((what for what, words in _EXHAUSTED.items() if re.search(words, str(error), re.IGNORECASE)), None)
 
 
 def settings_of(kind: Callable[..., T], what: str, given: Mapping[str, Any]) -> T:

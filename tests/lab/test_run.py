@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -11,6 +12,7 @@ from importlib import import_module
 import pytest
 
 from ranksure.errors import SettingError
+from ranksure.files import put_back
 from ranksure.lab.claim import Check, Claim, Curve, Finding, Run, Table
 from ranksure.lab.figures import panels
 from ranksure.lab.run import PAPER, THEORY, Shelf, measure, write
@@ -140,6 +142,37 @@ def test_record_and_files_of_an_experiment(tmp_path, monkeypatch):
     assert b"<svg" in (tmp_path / "new" / "some-name.svg").read_bytes()
     with (tmp_path / "new" / "some-name.csv").open() as file:
         assert list(csv.reader(file)) == [["a", "b"], ["1", ""], ["0.25", "x"]]
+
+
+@pytest.mark.parametrize("kill", range(1, 9))
+def test_the_files_of_a_claim_are_of_one_measurement_wherever_it_stops(tmp_path, monkeypatch, kill):
+    """Renames are what makes files be there: after each of them nothing more happens."""
+    table = Table(["a"], [[1]])
+    older = write(tmp_path / "out", finding(True, table=table), {"name": "x", "value": 1})
+    before = {path: path.read_bytes() for path in older}
+    done = []
+
+    def stops(rename):
+        def renames(*places):
+            if len(done) == kill - 1:
+                raise KeyboardInterrupt
+            done.append(rename(*places))
+
+        return renames
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", stops(os.replace))
+        patch.setattr("os.rename", stops(os.rename))
+        try:
+            write(tmp_path / "out", finding(False, table=Table(["b"], [[2]])), {"name": "x", "value": 2})
+        except KeyboardInterrupt:
+            assert not older[0].exists() or {path: path.read_bytes() for path in older} == before
+    put_back(tmp_path / "out")
+    after = {path: path.read_bytes() for path in older}
+    whole = json.loads(after[older[0]])["value"]
+    assert (after == before) if whole == 1 else b"b" in after[tmp_path / "out" / "x.csv"]
+    assert whole == (1 if kill <= 5 else 2)
+    assert sorted((tmp_path / "out").iterdir()) == sorted(older)
 
 
 def test_a_record_that_cannot_be_written_leaves_nothing_half_written(tmp_path):

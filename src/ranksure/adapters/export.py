@@ -321,8 +321,9 @@ def _head_tensors(model: nn.Module, heads: list[str]) -> dict[str, Tensor]:
 def _head_outputs(
     model: nn.Module, heads: list[str], num_labels: int | None, id2label: Mapping[int, str] | None
 ) -> int | None:
-    """Outputs of a new linear head (None for other heads), checked against the labels given."""
-    module = model.get_submodule(heads[0]) if len(heads) == 1 else None
+    """Outputs of a new linear head (None for other heads, and a pooler), checked against the labels given."""
+    behind = len(heads) == 1 and not heads[0].startswith(f"{getattr(model, 'base_model_prefix', '')}.")
+    module = model.get_submodule(heads[0]) if behind else None
     if not isinstance(module, nn.Linear):
         return None
     for count in (num_labels, len(id2label) if id2label else None):

@@ -54,7 +54,7 @@ def _verify(folder: Path, source_sha256: str) -> None:
     try:
         recorded = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
         wrong = [name for name, sha256 in recorded["files"].items() if file_sha256(folder / name) != sha256]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{folder} is not whole ({one_line(error)}); {remake}") from None
     if wrong or recorded.get("source") != source_sha256 or "model.safetensors" not in recorded["files"]:
         raise ModelError(f"{folder / (wrong or [_RECORD])[0]} is not the file that was written; {remake}")

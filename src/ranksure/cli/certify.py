@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from ranksure.cli.commands import command
+from ranksure.cli.commands import command, hold
 from ranksure.cli.runs import RunCommand, RunRows, load
 from ranksure.options import COMMON, Option
 
@@ -38,6 +38,7 @@ def certify(asked: CertifyCommand) -> None:
 
     place = asked.adapter_dir if asked.out is None else asked.out
     check_place(place, create=asked.out is not None)
+    hold(place)
     from ranksure.cli.report import report_beside
     from ranksure.cli.terminal import RichReporter, command_line, window
     from ranksure.quantities import parse_memory

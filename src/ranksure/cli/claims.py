@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ranksure.cli.commands import hold
 from ranksure.cli.report import report_beside
 from ranksure.errors import RanksureError, SettingError
 from ranksure.lab.claim import Run
@@ -34,6 +35,7 @@ def measure_claims(console: Console, shelf: Shelf, names: Sequence[str], run: Ru
     Raises:
         RanksureError: a claim cannot be measured; of several, after the others.
     """
+    hold(out)
     records: list[dict[str, Any]] = []
     failed: list[str] = []
     for name in names:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated, Any
 
 import click
@@ -25,6 +26,17 @@ Json = Annotated[bool, Option("The result as JSON on standard output, all else o
 def command(settings: type, *examples: str) -> Callable[[Callable[[Any], None]], SettingsCommand]:
     """A decorator: the command of a function that takes the settings; its docstring is the help."""
     return lambda work: SettingsCommand(work.__name__, settings, work, examples)
+
+
+def hold(out: Path) -> None:
+    """Until the command ends, no other process writes this folder; what a killed run left of it is put right.
+
+    Raises:
+        SettingError: another one does, or it cannot be written.
+    """
+    from ranksure.files import writing
+
+    click.get_current_context().with_resource(writing(out))
 
 
 def spoken(text: str) -> str:
@@ -213,7 +225,7 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: str | None) -> st
             content = yaml.safe_load(file) or {}
     except OSError as error:
         raise SettingError(f"--config {path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         where = getattr(error, "problem_mark", None)
         raise SettingError(f"--config {path} is no YAML{f' (line {where.line + 1})' if where else ''}") from None
     if not isinstance(content, dict):

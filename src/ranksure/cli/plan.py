@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from ranksure.cli.commands import Json, command
+from ranksure.cli.commands import Json, command, hold
 from ranksure.options import COMMON, Option
 from ranksure.planner.settings import PlanSettings
 from ranksure.tasks.options import TargetModules
@@ -131,6 +131,8 @@ def _check_writable(out: Path) -> None:
     from ranksure.errors import SettingError
     from ranksure.planner.result import check_replaceable
 
+    if not out.is_file():
+        hold(out)
     try:
         check_replaceable(out)
         if out.is_mount():

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from ranksure.cli.commands import Json
+from ranksure.cli.commands import Json, hold
 from ranksure.options import COMMON, Option, not_negative
 from ranksure.runs.options import CertificateOptions, DataSettings, PlaceOptions
 from ranksure.tasks.options import KindOptions, values_of
@@ -63,9 +63,10 @@ def check_out(out: Path) -> None:
     """Refuse before the work what could not be written after it."""
     from ranksure.errors import AdapterError
 
+    if out.exists() and not out.is_dir():
+        raise AdapterError(f"`out` {out} is a file: name a folder")
+    hold(out)
     try:
-        if out.exists() and not out.is_dir():
-            raise AdapterError(f"`out` {out} is a file: name a folder")
         if out.is_dir() and any(out.iterdir()) and not (out / "adapter_config.json").is_file():
             raise AdapterError(f"`out` {out} is not empty and holds no adapter: name a new folder, or empty this one")
         parent = next((folder for folder in out.resolve().parents if folder.exists()), out.resolve())

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,20 @@ def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
 
 
+@contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """An error of the disk, in what is written into a folder, becomes a ``SettingError``."""
+    try:
+        yield
+    except OSError as error:
+        raise SettingError(f"`out` {folder} cannot be written: {error.strerror or error}") from None
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file under another name, then rename it: it is there whole or not at all.
 
     Raises:
         SettingError: it cannot be written.
     """
-    try:
+    with writable(path.parent):
         write_file(path, content)
-    except OSError as error:
-        raise SettingError(f"`out` {path.parent} cannot be written: {error.strerror or error}") from None

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from ranksure.errors import SettingError
+from ranksure.files import write_together, writing
 from ranksure.lab.claim import Claim, Finding, Run, Table
-from ranksure.lab.output import json_bytes, near, plain, write_whole
+from ranksure.lab.output import json_bytes, near, plain, writable
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ _PACKAGES = ("ranksure", "torch", "transformers", "peft", "numpy", "scipy")
 def write(out: Path, finding: Finding, record: dict[str, Any]) -> list[Path]:
     """Write ``NAME.json`` and ``NAME.png`` into ``out``, with a table ``NAME.csv`` and ``NAME.svg``, too.
 
-    Each is there whole or not at all.
+    All of them are there, of one measurement, or none.
 
     Raises:
         SettingError: the folder cannot be written.
@@ -152,13 +153,12 @@ def write(out: Path, finding: Finding, record: dict[str, Any]) -> list[Path]:
         content = {f"{name}.{kind}": image(finding.figure, kind) for kind in ("png", *["svg"] * bool(table.columns))}
     if table.columns:
         content[f"{name}.csv"] = table_csv(table).encode()
-    # Last: where the record is, its figures are.
     content[f"{name}.json"] = json_bytes(record)
     for file in content:
         if (out / file).is_dir():
             raise SettingError(f"`out` {out} cannot be written: {file} is a folder")
-    for file, data in content.items():
-        write_whole(out / file, data)
+    with writable(out), writing(out):
+        write_together(out, content)
     return [out / file for file in reversed(content)]
 
 

@@ -16,7 +16,7 @@ from ranksure.adapters.export import export_adapter, export_mean_pooled
 from ranksure.adapters.export_merged import export_merged
 from ranksure.errors import AdapterError, SettingError, one_line
 from ranksure.factors import Factors
-from ranksure.files import staged_folder
+from ranksure.files import is_left, staged_folder
 from ranksure.planner.solved import SOLVED, write_solved
 from ranksure.records.plan import Generalization, Plan
 from ranksure.records.record import encoded, plain
@@ -47,7 +47,7 @@ def check_replaceable(folder: str | os.PathLike[str]) -> None:
     out = Path(folder)
     if out.exists() and not out.is_dir():
         raise SettingError(f"`out` {out} is a file; name a folder")
-    found = sorted(entry.name for entry in out.iterdir()) if out.is_dir() else []
+    found = sorted(entry.name for entry in out.iterdir() if not is_left(entry.name)) if out.is_dir() else []
     if not found:
         return
     foreign = [name for name in found if name not in _OWN]
@@ -66,7 +66,7 @@ def check_replaceable(folder: str | os.PathLike[str]) -> None:
 def _is_plan(path: Path) -> bool:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and "schema" in content and "recommended" in content
 

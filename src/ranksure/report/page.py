@@ -11,8 +11,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ranksure.errors import SettingError
-from ranksure.files import write_file
+from ranksure.errors import DataError, SettingError, one_line
+from ranksure.files import put_back, write_file
 from ranksure.report.blocks import Section, Status
 from ranksure.report.module_places import is_control
 from ranksure.report.records import Found, Record, find
@@ -46,6 +46,7 @@ def write_report(
         DataError: a record that is damaged, or of a schema that this version does not read.
     """
     source = Path(folder)
+    put_back(source)
     path = source / NAME if out is None else Path(out)
     found = find(source)
     if path.is_dir():
@@ -75,7 +76,13 @@ def _sections(found: Found, command: str | None, detail: bool) -> list[Section]:
     top = [record for record in found.records if record.where in ("", "adapter")]  # a fit writes into the latter
     for index, record in enumerate(found.records, start=1):
         own = command if len(top) == 1 and record is top[0] else None
-        out.append(_builder(record.kind)(record, f"s{index}", own, detail))
+        try:
+            out.append(_builder(record.kind)(record, f"s{index}", own, detail))
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # no schema says what belongs together
+            raise DataError(
+                f"{record.path} cannot be shown, as its values do not belong together ({type(error).__name__}: "
+                f"{one_line(error)}): make it again, or move it away"
+            ) from error
     return out
 
 

@@ -39,7 +39,7 @@ def singular_values(folder: Path) -> dict[str, np.ndarray] | None:
         return None
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise DataError(f"{config_path} is damaged, no JSON: write the adapter again, or move it away") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA" or config.get("use_dora"):
         return None

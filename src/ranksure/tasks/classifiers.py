@@ -6,18 +6,23 @@ The head of an image or audio classifier is as new or as trained as a text class
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from ranksure.data.samples import Samples, matched, value_of
 from ranksure.errors import ModelError, SettingError, one_line
-from ranksure.network.checkpoints import check_checkpoint, device_named, load_weights, quiet
+from ranksure.network.checkpoints import (
+    base_children,
+    check_checkpoint,
+    device_named,
+    load_weights,
+    loading_as,
+    quiet,
+)
 from ranksure.tasks.options import Loading
 
 
@@ -32,6 +37,7 @@ class Classifier:
         notes: sentences for the user.
         name: folder or Hub id.
         processor: what prepares its inputs.
+        below: those of them that the head reads through, which stay as they were drawn.
     """
 
     model: PreTrainedModel
@@ -40,15 +46,21 @@ class Classifier:
     notes: list[str] = field(default_factory=list)
     name: str = ""
     processor: Any = None
+    below: list[str] = field(default_factory=list)
 
     @property
     def head_is_new(self) -> bool:
         """Whether the head must be fitted first."""
         return any(self.head == name or self.head.startswith(name + ".") for name in self.new_modules)
 
-    def task_fields(self, rows: Samples, n_outputs: int, loading: Loading, own_order: bool = True) -> dict[str, Any]:
+    def task_fields(self, rows: Samples, n_outputs: int, loading: Loading, own_head: bool = True) -> dict[str, Any]:
         """What a :class:`~ranksure.tasks.task.Task` of this classifier holds, its own order of the classes included."""
-        known = own_order and not self.head_is_new
+        known = own_head and not self.head_is_new
+        if own_head and self.below:
+            self.notes.append(
+                f"The weights of {self.name} lack {' and '.join(self.below)}, which the head reads through: drawn at "
+                f"random (`seed` {loading.seed}), and saved with the adapter."
+            )
         return {
             "model": self.model,
             "adapted": self.model,
@@ -126,39 +138,24 @@ def load_processor(auto_class: Any, noun: str, remedy: str, **options: Any) -> C
     return load
 
 
-@contextmanager
-def loading_as(noun: str, name: str) -> Iterator[None]:
-    """Quietly; whatever a checkpoint fails by becomes one :class:`~ranksure.errors.ModelError`."""
-    try:
-        with quiet():
-            yield
-    except ModelError:
-        raise
-    except Exception as error:  # a damaged folder fails in ways of many libraries: safetensors, pickle, json, ...
-        raise ModelError(
-            f"model {name} cannot be loaded as {noun}: {one_line(error)} (give a folder with config.json and "
-            "model.safetensors, or a Hub id while online)"
-        ) from None
-
-
 def load_classifier(auto_class: Any, noun: str, name: str, n_outputs: int, loading: Loading) -> Classifier:
     """Load a checkpoint as a classifier with ``n_outputs`` logits; a head of another size is made anew."""
     check_checkpoint(name, loading.dtype)
     common = {"revision": loading.revision, "trust_remote_code": loading.trust_remote_code}
     notes: list[str] = []
-    with loading_as(noun, name), torch.random.fork_rng():
-        torch.manual_seed(loading.seed)  # parameters that the checkpoint lacks are drawn at random
+    with loading_as(noun, name):
         config = AutoConfig.from_pretrained(name, num_labels=n_outputs, **common)
-        model, info = load_weights(
-            auto_class, name, notes, config=config, dtype=loading.dtype, ignore_mismatched_sizes=True, **common
-        )
-    mismatched = [entry[0] if isinstance(entry, (tuple, list)) else entry for entry in info["mismatched_keys"]]
-    if mismatched:
+    model, missing, reshaped = load_weights(
+        auto_class, noun, name, notes, head=True, seed=loading.seed, config=config, dtype=loading.dtype, **common
+    )
+    head = head_name(model, n_outputs)
+    if reshaped:
         notes.append(
             f"The head of {name} has another number of outputs than the data's {n_outputs}; a new one is fitted."
         )
-    new = sorted({_owner(model, key) for key in [*info["missing_keys"], *mismatched]})
-    return Classifier(model, head_name(model, n_outputs), new, notes, name)
+    new = sorted({_owner(model, key) for key in [*missing, *reshaped]})
+    below = sorted({key.rpartition(".")[0] for key in missing if not key.startswith(head + ".")})
+    return Classifier(model, head, new, notes, name, below=below)
 
 
 def head_name(model: PreTrainedModel, n_outputs: int) -> str:
@@ -199,4 +196,4 @@ def model_label_names(model: PreTrainedModel) -> list[str]:
 def _owner(model: PreTrainedModel, key: str) -> str:
     """The child of the model (outside its base) or the module of its base that holds a missing key."""
     first = key.split(".", 1)[0]
-    return key.rsplit(".", 1)[0] if first == model.base_model_prefix else first
+    return key.rsplit(".", 1)[0] if first in base_children(model) else first

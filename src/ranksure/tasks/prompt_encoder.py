@@ -149,7 +149,7 @@ def _from_string(given: str, example: str) -> Mapping[str, str] | list[str]:
     if given.lstrip()[:1] in ("{", "["):
         try:
             parsed = json.loads(given)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise SettingError(f"`verbalizers` {shown(given)} is not JSON ({error}): give '{example}'") from None
         return parsed
     parts = [part.strip() for part in given.split(",")]

@@ -19,9 +19,8 @@ from transformers import (
 )
 
 from ranksure.errors import ModelError
-from ranksure.network.checkpoints import load_weights
+from ranksure.network.checkpoints import load_weights, loading_as
 from ranksure.network.logits import device_of, frozen
-from ranksure.tasks.classifiers import loading_as
 from ranksure.tasks.collate import Collator
 from ranksure.tasks.options import Loading
 from ranksure.tasks.prompt_encoder import Architecture
@@ -161,11 +160,6 @@ def load_language_model(name: str, tokenizer: Any, loading: Loading) -> tuple[Pr
     with loading_as("a language model", name):
         config = AutoConfig.from_pretrained(name, **common)
         architecture = architecture_of(config, tokenizer, name)
-        auto: Any = AutoModelForMaskedLM if architecture == "masked" else AutoModelForCausalLM
-        loaded, info = load_weights(auto, name, notes, config=config, dtype=loading.dtype, **common)
-    if missing := sorted(info["missing_keys"]):
-        raise ModelError(
-            f"{name} does not hold all weights of {type(loaded).__name__} ({', '.join(missing[:3])}"
-            f"{', ...' * (len(missing) > 3)}): prompts need a checkpoint with its language-model head"
-        )
+    auto: Any = AutoModelForMaskedLM if architecture == "masked" else AutoModelForCausalLM
+    loaded, _, _ = load_weights(auto, "a language model", name, notes, config=config, dtype=loading.dtype, **common)
     return loaded, architecture, notes

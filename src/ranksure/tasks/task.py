@@ -100,7 +100,7 @@ class Task(ABC, Generic[S]):
     @property
     def saved_modules(self) -> list[str] | None:
         """Modules of ``adapted`` that an exported adapter has to bring along; None if there are none."""
-        return list(self.new_modules) if self.head_is_new and not self.prefix and self.new_modules else None
+        return list(self.new_modules) if self.new_modules and not self.prefix else None
 
     @abstractmethod
     def prepare(self, samples: S) -> Any:

@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 from ranksure.data.texts import Rows
 from ranksure.errors import SettingError
 from ranksure.losses import get_loss
-from ranksure.network.checkpoints import load_tokenizer, settle_padding, token_limit
+from ranksure.network.checkpoints import load_tokenizer, settle_padding, token_limit, with_embeddings
 from ranksure.tasks.classifiers import Modality
 from ranksure.tasks.options import Loading
 from ranksure.tasks.task import Task
@@ -74,7 +74,7 @@ class TextTask(Task[Rows]):
         return DataCollatorWithPadding(self.tokenizer)
 
     def prepare(self, samples: Rows) -> list[dict[str, Any]]:
-        return tokenised(self.tokenizer, samples, self.max_length)
+        return with_embeddings(self.adapted, tokenised(self.tokenizer, samples, self.max_length), self.tokenizer)
 
     def lengths(self, samples: Rows) -> list[int]:
         """In characters."""
@@ -147,7 +147,7 @@ def load_text_task(
         raise SettingError(f"unknown pooling {pooling!r}: use model or mean")
     settle_padding(found.model, found.processor, found.name)
     task = TextTask(
-        **found.task_fields(rows, n_outputs, options, own_order=pooling == "model"),
+        **found.task_fields(rows, n_outputs, options, own_head=pooling == "model"),
         peft_task_type="SEQ_CLS",
         max_length=token_limit(found.model, found.processor, max_length),
     )

@@ -90,5 +90,5 @@ def _read(path: Path, key: str) -> Made | None:
             return None
         tensors = load_file(path.with_suffix(".safetensors")) if record["tensors"] else {}
         return (record["result"], tensors) if sorted(tensors) == record["tensors"] else None
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError):
         return None

@@ -94,6 +94,6 @@ def write_record(folder: Path, found: RunCertificate) -> Path:
 def _is_ours(path: Path) -> bool:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and "verdict" in content and "schema" in content

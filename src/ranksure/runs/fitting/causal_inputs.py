@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ranksure.errors import ModelError, SettingError, one_line
+from ranksure.errors import SettingError
 from ranksure.losses import CrossEntropy
 from ranksure.network.checkpoints import (
     check_checkpoint,
@@ -94,10 +94,5 @@ def _read(
 def _load(name: str, settings: FitSettings, notes: list[str]) -> PreTrainedModel:
     check_checkpoint(name, settings.dtype)
     common: dict[str, Any] = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
-    try:
-        loaded, info = load_weights(AutoModelForCausalLM, name, notes, dtype=settings.dtype, **common)
-    except Exception as error:  # a damaged folder fails in ways of many libraries
-        raise ModelError(f"model {name} cannot be loaded as a causal language model: {one_line(error)}") from None
-    if lost := sorted(info["missing_keys"]):
-        raise ModelError(f"{name} does not hold {lost[0]}, so it is no trained causal language model")
-    return loaded
+    noun = "a causal language model"
+    return load_weights(AutoModelForCausalLM, noun, name, notes, dtype=settings.dtype, **common)[0]

@@ -20,6 +20,7 @@ from ranksure.adapters.loaded import Adapter, read_adapter
 from ranksure.adapters.matrices import is_factor
 from ranksure.errors import SettingError, settings_of
 from ranksure.factors import Factors, ranks_of
+from ranksure.files import writing
 from ranksure.network.checkpoints import quiet
 from ranksure.planner.solved import SOLVED
 from ranksure.progress import Clock, Reporter, Silent
@@ -31,7 +32,7 @@ from ranksure.runs.certificate.certify import certify_adapter
 from ranksure.runs.certificate.settings import CertifySettings
 from ranksure.runs.fitting.causal_inputs import causal_setup
 from ranksure.runs.fitting.export import evaluate, write_adapter
-from ranksure.runs.fitting.folder import Workspace
+from ranksure.runs.fitting.folder import Workspace, left_as_found
 from ranksure.runs.fitting.inputs import Setup, place_factors
 from ranksure.runs.fitting.plan_folder import PlanFolder, read_plan
 from ranksure.runs.fitting.result import FitResult, fit_record
@@ -81,8 +82,7 @@ def fit(
     options = settings_of(FitSettings, "fit", settings)
     clock = Clock(reporter or Silent())
     began = time.perf_counter()
-    work = Workspace(out)
-    with work.left_as_found(), preserved_randomness(), _quiet():
+    with writing(out), left_as_found(out) as work, preserved_randomness(), _quiet():
         folder = _plan_folder(work, model, data, plan, tokenizer, options, clock)
         if options.task == "CAUSAL_LM":
             if folder is not None:
@@ -184,11 +184,13 @@ class _Run:
             ranks = self.plan.pattern
         else:
             raise SettingError("say which rank to train at: `rank` R, or `plan` with a plan's folder")
-        for name in ranks:
+        for name, rank in ranks.items():
             if name not in self.setup.shapes:
                 raise SettingError(
                     f"the plan's module {name} is no target in {self.setup.name}: is it the plan's model?"
                 )
+            if not 1 <= rank <= min(shape := self.setup.shapes[name]):
+                raise SettingError(f"rank {rank} of {name} is none that a {shape[0]} x {shape[1]} matrix can have")
         return ranks
 
     def _lambda(self) -> float:

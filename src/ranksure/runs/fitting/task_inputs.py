@@ -58,10 +58,10 @@ def task_setup(
         notes.append("These are not the rows that the plan was made on, so its prediction is not compared.")
     _head(task, prepared.split.train, settings, plan, clock)
     heads = task.saved_modules or []
-    if settings.train_head and not heads:
-        if task.head is None:
-            raise SettingError(f"`train_head`: the task {task.kind} has no head to train; leave it out")
-        heads = [task.head]
+    if settings.train_head and task.head is None:
+        raise SettingError(f"`train_head`: the task {task.kind} has no head to train; leave it out")
+    if settings.train_head and not any(f"{task.head}.".startswith(f"{name}.") for name in heads):
+        heads = [*heads, task.head]
     held = prepared.split.report
     return Setup(
         base=task.model,
@@ -92,19 +92,18 @@ def _plan_settings(settings: FitSettings, plan: PlanFolder | None) -> PlanSettin
     """How a plan would read the same rows and model."""
     values: dict[str, Any] = {"samples": 4, "seed": settings.seed}
     defaults = FitSettings()
-    made = {} if plan is None else plan.record.settings
-    offsets = None
+    made = {} if plan is None else plan.asked()
+    offsets = None if plan is None else plan.offsets()
     if plan is not None:
         values |= {"pooling": plan.record.pooling, "loss": plan.record.loss, "seed": plan.record.seed}
         values["target_modules"] = plan.record.target_modules
-        offsets = plan.record.task.get("offsets")
     for name in SHARED:
-        if name in made and not isinstance(made[name], dict):  # not data that was in memory
+        if name in made:
             values[name] = made[name]
         if plan is None or getattr(settings, name) != getattr(defaults, name):
             values[name] = getattr(settings, name)
-    if plan is not None and offsets is not None:
-        values["calibrate"] = tuple(offsets)  # other rows would give others
+    if offsets is not None:
+        values["calibrate"] = offsets  # other rows would give others
     return PlanSettings(
         **values,
         weight_decay=1.0,  # any number: nothing is solved here
@@ -116,11 +115,11 @@ def _plan_settings(settings: FitSettings, plan: PlanFolder | None) -> PlanSettin
 
 
 def _head(task: Task[Any], rows: Samples, settings: FitSettings, plan: PlanFolder | None, clock: Clock) -> None:
-    """Install the plan's head, or fit one where the checkpoint has none; a trained one stays."""
-    if not task.head_is_new:
-        return
-    if plan is not None and plan.record.pooling == task.pooling:
+    """Install the plan's head and what it drew, or fit one where the checkpoint has none; a trained one stays."""
+    if plan is not None and plan.record.pooling == task.pooling and (task.head_is_new or task.new_modules):
         _load_head(task, plan)
+        return
+    if not task.head_is_new:
         return
     loss = get_loss(plan.record.loss if plan is not None else settings.loss)
     with clock.stage("head", "Fitting the new head") as advance:

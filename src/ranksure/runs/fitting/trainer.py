@@ -119,6 +119,6 @@ def _whole(path: Path, step: int) -> dict[str, Any] | None:
             with zipfile.ZipFile(path / name) as file:
                 if file.testzip() is not None:
                     return None
-    except (OSError, ValueError, SafetensorError, zipfile.BadZipFile):
+    except (OSError, ValueError, RecursionError, SafetensorError, zipfile.BadZipFile):
         return None
     return state if isinstance(state, dict) and state.get("global_step") == step else None

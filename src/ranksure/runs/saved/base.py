@@ -166,17 +166,11 @@ def load_base(
         more["num_labels"] = outputs
     config = base_config(name, common, **more)
     auto: Any = AutoModelForSequenceClassification if task == "SEQ_CLS" else AutoModelForCausalLM
-    arguments = {**common, "config": config, "dtype": dtype, "ignore_mismatched_sizes": task == "SEQ_CLS"}
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            loaded, info = load_weights(auto, name, notes, **arguments)
-    except Exception as error:  # a damaged folder fails in ways of many libraries
-        what = "a sequence classifier" if task == "SEQ_CLS" else "a causal language model"
-        raise ModelError(f"base model {name} cannot be loaded as {what}: {one_line(error)}") from None
-    lacking = [entry[0] if isinstance(entry, (tuple, list)) else entry for entry in info["mismatched_keys"]]
+    noun = "a sequence classifier" if task == "SEQ_CLS" else "a causal language model"
+    more = {"head": task == "SEQ_CLS", "elsewhere": set(files.head), "config": config, "dtype": dtype}
+    loaded, missing, reshaped = load_weights(auto, noun, name, notes, **more, **common)
     _fit_embeddings(loaded, files)
-    return loaded, {*info["missing_keys"], *lacking}
+    return loaded, {*missing, *reshaped}
 
 
 def _fit_embeddings(network: PreTrainedModel, files: AdapterFiles) -> None:
@@ -217,9 +211,6 @@ def tokenizer_of(network: PreTrainedModel, files: AdapterFiles, base: str, commo
     place = str(files.folder) if own else base
     tokenizer = load_tokenizer(place, None if own else common["revision"], common["trust_remote_code"])
     settle_padding(network, tokenizer, place)
-    embedding: Any = network.get_input_embeddings()
-    if len(tokenizer) > (rows := embedding.weight.shape[0]):
-        raise ModelError(f"the tokenizer of {place} has {len(tokenizer)} tokens, but {base} only {rows}")
     return tokenizer
 
 

@@ -14,7 +14,7 @@ from ranksure.data.samples import matched, value_of
 from ranksure.data.texts import Rows
 from ranksure.errors import DataError, SettingError
 from ranksure.losses import CrossEntropy, Kind, Loss, loss_meant
-from ranksure.network.checkpoints import token_limit
+from ranksure.network.checkpoints import token_limit, with_embeddings
 from ranksure.network.targets import base_network
 from ranksure.records.record import DataSource
 from ranksure.runs.options import ConversationOptions, DataSettings
@@ -142,7 +142,7 @@ def _causal(base: PreTrainedModel, model: nn.Module, tokenizer: Any, data: Any, 
     max_length = token_limit(base, tokenizer, settings.max_length, CAUSAL_LENGTH)
     encoded = encode(examples, tokenizer, max_length=max_length, loss_on=settings.loss_on)
     notes = [*examples.notes, *encoded.notes]
-    features: list[dict[str, Any]] = list(encoded.features)
+    features: list[dict[str, Any]] = with_embeddings(base, list(encoded.features), tokenizer)
     collator: Collator | PackedCollator = Collator(tokenizer.pad_token_id)
     if settings.packing:
         collator = PackedCollator(tokenizer.pad_token_id, base.dtype)
@@ -177,7 +177,7 @@ def _texts(base: PreTrainedModel, tokenizer: Any, data: Any, settings: DataSetti
         rows = rows.with_label_names(_class_names(base, rows, notes))
     total, rows = len(rows), settings.few(rows)
     max_length = token_limit(base, tokenizer, settings.max_length)
-    tokens = tokenised(tokenizer, rows, max_length)
+    tokens = with_embeddings(base, tokenised(tokenizer, rows, max_length), tokenizer)
     if cut := count_cut(tokenizer, rows, tokens, max_length):
         notes.append(f"{cut} of {len(rows)} texts were cut at {max_length} tokens.")
     targets = loss.targets(rows.labels)

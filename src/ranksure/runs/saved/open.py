@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ranksure.adapters.saved import AdapterFiles, read_files
-from ranksure.errors import AdapterError, SettingError, settings_of
+from ranksure.errors import AdapterError, SettingError, one_line, settings_of
+from ranksure.files import put_back
 from ranksure.losses import CrossEntropy
 from ranksure.network.checkpoints import check_checkpoint, device_named
 from ranksure.runs.saved.base import (
@@ -67,7 +68,7 @@ def open_run(
         SettingError: an option has no meaning here.
     """
     settings, where = settings or DataSettings(), settings_of(Places, "open_run", places)
-    files = read_files(Path(adapter_dir).expanduser(), where.adapter)
+    files = _read(adapter_dir, where)
     record = _record(files.folder)
     kind = _kind(files, record, where)
     if kind is not None:
@@ -100,8 +101,10 @@ def _record(folder: Path) -> dict[str, Any]:
             raise ValueError("it has another form")
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{path} cannot be read ({error}): restore it, or remove it and name the `task`") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(
+            f"{path} cannot be read ({one_line(error)}): restore it, or remove it and name the `task`"
+        ) from None
     return content
 
 
@@ -208,7 +211,13 @@ def load_run(adapter_dir: str | os.PathLike[str], *, trainable: bool = False, **
         SettingError: an option has no meaning here.
     """
     where = settings_of(Places, "load_run", places)
-    return _loaded(read_files(Path(adapter_dir).expanduser(), where.adapter), where, trainable)
+    return _loaded(_read(adapter_dir, where), where, trainable)
+
+
+def _read(adapter_dir: str | os.PathLike[str], where: Places) -> AdapterFiles:
+    folder = Path(adapter_dir).expanduser()
+    put_back(folder)
+    return read_files(folder, where.adapter)
 
 
 def _loaded(files: AdapterFiles, where: Places, trainable: bool = False) -> LoadedRun:
