@@ -68,6 +68,8 @@ def tiles(data: RunCertificate) -> list[Tile]:
     for value, text in ((data.training_gain_bound, "More training"), (data.rank_gain_bound, "More rank")):
         if value is not None and objective:
             note = f"of the objective at most: {value:.3g}"
+            if data.says_nothing(value):
+                note = "of the objective at most: this bound says nothing"
             out.append(Tile(f"{text} could gain", percent(value / objective), status, note))
     return out
 
@@ -84,7 +86,7 @@ def _gains(data: RunCertificate, i: str) -> Figure | None:
     training, rank = data.training_gain_bound, data.rank_gain_bound
     if objective is None or training is None or rank is None:
         return None
-    where = "any rank" if data.radius is None else "any rank, in the ball of this run's size"
+    where = "any rank" if data.radius is None else "any rank, in a ball of this size"
     rows = [Level("now", objective, None, "c0", "o", number(objective, ".5g"))]
     if zero is not None:
         rows.insert(0, Level("without the adapter, at least", zero, None, "muted", "s", number(zero, ".5g")))

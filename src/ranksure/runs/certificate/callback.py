@@ -81,6 +81,7 @@ class CertificateCallback(TrainerCallback):
         self.every, self.sample_every, self.sample_rows, self.stop = every, sample_every, sample_rows, frozenset(stop)
         self.certificates: list[tuple[int, RunCertificate]] = []
         self.stopped: Verdict | None = None
+        self._sampled: list[RunCertificate] = []
         self._settings = CertifySettings.of("CertificateCallback", settings)
         self._given = batches
         self._batches: Sequence[Batch] | None = batches if isinstance(batches, Sequence) else None
@@ -130,10 +131,12 @@ class CertificateCallback(TrainerCallback):
             read.untested.extend(_other_decay(trainer.optimizer, bool(self._settings.weight_decay)))
             if sample:
                 first = _first_rows(batches, self.sample_rows)
-                found = certify_adapter(model, read, first, self._settings, probe=False)
+                found = certify_adapter(model, read, first, self._settings, probe=False, before=self._sampled)
+                self._sampled = [found]
                 logs |= {f"ranksure/sample_{key}": value for key, value in _figures(found).items()}
             if full:
-                found = certify_adapter(model, read, batches, self._settings)
+                before = [found for _, found in self.certificates[-1:]]
+                found = certify_adapter(model, read, batches, self._settings, before=before)
                 self.certificates.append((step, found))
                 logs |= {f"ranksure/{key}": value for key, value in _figures(found).items()}
                 logs |= {f"ranksure/{name.replace('-', '_')}": float(name == found.verdict) for name in _VERDICTS}

@@ -180,9 +180,8 @@ def _threshold(certificate: RunCertificate, name: str) -> float:
     state = certificate.modules[name]
     if state.lam is not None:
         return state.lam / (1 - certificate.tolerance)
-    # The ball's gap is inner + radius max ||g||, and inner + radius sigma above tolerance * objective counts.
-    radius, bound = certificate.radius or 0.0, certificate.rank_gain_bound or 0.0
-    inner = bound - radius * max(state.gradient_norm for state in certificate.modules.values())
+    # The ball's gap is at most inner + radius max ||g||; inner + radius sigma above tolerance * objective counts.
+    radius, inner = certificate.radius or 0.0, certificate.inner or 0.0
     return max(certificate.tolerance * (certificate.objective or 0.0) - inner, 0.0) / radius if radius > 0 else 0.0
 
 
