@@ -59,7 +59,7 @@ def capture(
         batches: batches without labels, in sample order.
         targets: modules by name (see :func:`ranksure.network.targets.select_targets`).
         contrasts: ``(K, C)`` basis of the logits that the loss can see (``Loss.contrasts``).
-        dtype: storage of the factors: float32, bfloat16 (half the memory) or float64.
+        dtype: storage of the factors.
         memory_bytes: refuse before the work when the factors would take more than this.
         progress: called after each batch.
 
@@ -113,8 +113,8 @@ def check_memory(needed: float, budget: float, what: str) -> None:
     if needed > budget:
         raise MemoryBudgetError(
             f"{what} would take {_size(needed)} of a budget of {_size(budget)}: use fewer modules "
-            "(`target_modules`, `layers_to_transform` last), fewer samples (`samples`), bfloat16 storage "
-            "(`capture_dtype` bfloat16), a larger `memory`, or the matrix-free operator from Python"
+            "(`target_modules`, `layers_to_transform` last), fewer samples (`samples`), a larger "
+            "`memory`, or the matrix-free operator from Python"
         )
 
 
@@ -279,13 +279,13 @@ class _Packer:
 
 
 def estimate_bytes(
-    targets: Mapping[str, nn.Module], n_samples: int, tokens_per_sample: float, n_contrasts: int, itemsize: int = 4
+    targets: Mapping[str, nn.Module], n_samples: int, tokens_per_sample: float, n_contrasts: int
 ) -> int:
-    """Bytes of captured factors before any pass: every token kept, inputs shared where widths agree.
+    """Bytes of captured float32 factors before any pass: every token kept, inputs shared where widths agree.
 
     An upper estimate: zero tokens are dropped when they are seen. Convolutions count one token per
     output position of a 224-pixel image at stride 16; images are measured on the first batch instead.
     """
     shapes = [block_shape(module) for module in targets.values()]
     per_token = sum(m * n_contrasts + n for m, n in shapes)
-    return math.ceil(n_samples * tokens_per_sample * per_token * itemsize)
+    return math.ceil(n_samples * tokens_per_sample * per_token * 4)

@@ -186,9 +186,8 @@ def estimate(prepared: Prepared) -> Estimate:
     batches = [task.batches_by_length(r)[0] for r in rows]
     tokens = [sum(map(task.tokens, group)) for group in batches]
     contrasts = prepared.loss.effective_outputs(task.n_outputs)
-    itemsize = 2 if settings.capture_dtype == "bfloat16" else 4
     sizes = [
-        estimate_bytes(prepared.targets, len(r), count / len(r), contrasts, itemsize)
+        estimate_bytes(prepared.targets, len(r), count / len(r), contrasts)
         for r, count in zip(rows, tokens, strict=True)
     ]
     weights = sum(p.numel() * p.element_size() for p in task.model.parameters())
@@ -216,9 +215,8 @@ def estimate(prepared: Prepared) -> Estimate:
 def linearise(prepared: Prepared, clock: Clock) -> Linearised:
     """Fit the head where it is new, and capture training and held-out rows."""
     task, loss, split = prepared.task, prepared.loss, prepared.split
-    dtype = getattr(torch, prepared.settings.capture_dtype)
     held = (split.select, split.report)
-    found = linearise_task(task, prepared.targets, split.train, loss, held_out=held, dtype=dtype, clock=clock)
+    found = linearise_task(task, prepared.targets, split.train, loss, held_out=held, clock=clock)
     select, report = found.held_out
     pooling: dict[str, float | None] = {}
     # Poolings are compared where lambda is chosen: a user who follows the comparison has not used up the report rows.

@@ -130,15 +130,12 @@ def capture_rows(
 ) -> HeldOut:
     """Gradients and base logits of rows, in their order, with their labels; the task's head is in place.
 
-    Factors are captured in ``dtype``; those in bfloat16 are worked on in float32 afterwards.
-
     Raises:
         CaptureError: as :func:`ranksure.capture.capture`.
     """
     batches, back = task.batches_by_length(rows)
     found = capture(task.model, batches, targets, loss.contrasts(task.n_outputs), dtype=dtype, progress=progress)
-    operator = found.operator.to(torch.float32) if dtype == torch.bfloat16 else found.operator
-    return HeldOut(operator.select(back), found.base_logits[back], task.labels(rows), loss, rows)
+    return HeldOut(found.operator.select(back), found.base_logits[back], task.labels(rows), loss, rows)
 
 
 def accuracy_of_head(task: Task[Any], train: Samples, judge: HeldOut, progress: Progress | None = None) -> float | None:
