@@ -22,7 +22,7 @@ from ranksure.report.lora_source import pattern, source, written
 from ranksure.report.module_places import clean, places
 from ranksure.report.page import write_report
 from ranksure.report.records import find
-from ranksure.report.sections import plan, reproduction
+from ranksure.report.sections import claims, plan
 from ranksure.report.spectrum import singular_values
 from ranksure.report.svg import INKS, render
 from ranksure.report.wording import after, listed, number, percent, power, share
@@ -234,7 +234,7 @@ def test_the_answer_says_what_it_rests_on(tmp_path: Path, change: dict[str, Any]
 def test_distances_to_the_optimum(tmp_path: Path) -> None:
     data = records.reproduce()
     (record,) = find(records.write(tmp_path, "curves.json", data)).records
-    section = reproduction.build(record, "s1")
+    section = claims.build_reproduction(record, "s1")
     assert section.warnings == ["three: no such package"]
     rows = {(row[0], row[1]): row[2:] for row in section.blocks[2].table.rows}
     assert "more rows" not in {setting for setting, _ in rows}  # it has no reference

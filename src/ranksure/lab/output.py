@@ -1,13 +1,10 @@
-"""What the lab says and writes: hints, plain JSON, and files that are there whole or not at all."""
+"""What the lab says and writes: hints, and files that are there whole or not at all."""
 
 from __future__ import annotations
 
 import difflib
-import json
-import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from ranksure.errors import SettingError
 from ranksure.files import write_file
@@ -19,20 +16,6 @@ def near(name: str, known: Iterable[str], *also: str) -> str:
     if close:
         return f"did you mean {' or '.join(close)}?"
     return f"there are {', '.join(known)}" + "".join(f", or {other}" for other in also)
-
-
-def plain(value: Any) -> Any:
-    """A value as JSON has it: dictionaries, lists and numbers; infinities and NaN become None."""
-    if isinstance(value, dict):
-        return {str(key): plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def json_bytes(value: Any) -> bytes:
-    """A plain value as the content of a file."""
-    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
 
 
 def write_whole(path: Path, content: bytes) -> None:

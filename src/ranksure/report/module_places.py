@@ -24,16 +24,10 @@ def shortened(text: str, most: int) -> str:
 
 
 def places(names: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Layer and label of every module.
+    """Layer and label of every module; no two names share both.
 
-    The layer is the first component that is a number (``encoder.layer.3.attention.query`` is of layer 3); the label
-    is the shortest ending of the name that tells it from others of the layer (``query``).
-
-    Args:
-        names: qualified names.
-
-    Returns:
-        By name: the layer's number as text (:data:`NO_LAYER` without one), and the label; no two names share both.
+    The layer is the first component that is a number (``encoder.layer.3.attention.query`` is of layer 3), as text, or
+    :data:`NO_LAYER`; the label is the shortest ending of the name that tells it from others of the layer (``query``).
     """
     split: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {}
     for name in names:

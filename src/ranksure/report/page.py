@@ -80,7 +80,7 @@ def _sections(found: Found, command: str | None, detail: bool) -> list[Section]:
 
 
 def _builder(kind: str) -> Callable[[Record, str, str | None, bool], Section]:
-    from ranksure.report.sections import certify, change, fit, lab, plan, reproduction
+    from ranksure.report.sections import certify, change, claims, fit, plan
 
     plain: dict[str, Callable[..., Section]] = {
         "plan": plan.build,
@@ -91,7 +91,7 @@ def _builder(kind: str) -> Callable[[Record, str, str | None, bool], Section]:
     }
     if kind in plain:
         return lambda record, name, command, detail: plain[kind](record, name, command)
-    return {"lab": lab.build, "reproduce": reproduction.build}[kind]
+    return {"lab": claims.build_lab, "reproduce": claims.build_reproduction}[kind]
 
 
 def _rendered(source: Path, found: Found, sections: list[Section]) -> str:

@@ -23,13 +23,9 @@ _KEY = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])
 
 
 def singular_values(folder: Path) -> dict[str, np.ndarray] | None:
-    """Singular values of every module's update, in descending order, those that are rounding left out.
+    """Singular values of every module's update in an adapter's folder, descending, those that are rounding left out.
 
-    Args:
-        folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
-
-    Returns:
-        By module; None where there is no such adapter, or one that is not a plain LoRA.
+    None where there is no adapter, or one that is not a plain LoRA.
 
     Raises:
         DataError: the file is damaged.
@@ -92,11 +88,7 @@ def _scale(config: dict[str, Any], name: str, rank: int) -> float:
 def spectrum_figure(figure_id: str, folder: Path, status: Status, what: str) -> Figure | None:
     """The singular values of an adapter's updates, by layer; None where there is no adapter to read.
 
-    Args:
-        figure_id: unique on the page.
-        folder: of the adapter.
-        status: worth of the update.
-        what: what it is, such as ``the certified optimum``.
+    ``what`` says what the update is, such as ``the certified optimum``, ``status`` what it is worth.
     """
     found = singular_values(folder)
     total = sum(len(values) for values in found.values()) if found else 0

@@ -51,17 +51,11 @@ def certified(what: str, gaps: Sequence[float]) -> Check:
 
 @dataclass(frozen=True)
 class Splits:
-    """Disjoint rows: no input of ``select`` or ``report`` is one of ``train``, nor of one another.
+    """Disjoint rows: no input of ``select`` or ``report`` is one of ``train``, nor of one another."""
 
-    Attributes:
-        train: rows to train on.
-        select: rows to choose lambda on.
-        report: rows to report on.
-    """
-
-    train: Samples
-    select: Samples
-    report: Samples
+    train: Samples  # rows to train on
+    select: Samples  # rows to choose lambda on
+    report: Samples  # rows to report on
 
 
 def split(samples: Samples, n: int, heldout: int, seed: int) -> Splits:
@@ -92,13 +86,7 @@ def split(samples: Samples, n: int, heldout: int, seed: int) -> Splits:
 
 
 class Prepared:
-    """A setting with a seed, ready for experiments.
-
-    Args:
-        setting: what to run on.
-        seed: of the rows and of what the checkpoint leaves to chance.
-        parts: where finished parts lie.
-        reporter: receives stages.
+    """A setting ready for experiments, with a seed of its rows and of what the checkpoint leaves to chance.
 
     Raises:
         RanksureError: model or data is not installed or cannot be used.

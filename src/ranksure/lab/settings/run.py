@@ -19,15 +19,10 @@ _KEPT = 3  # settings in memory at once
 
 @dataclass(kw_only=True)
 class SettingRun(Run):
-    """How an experiment of the paper is run.
+    """How an experiment of the paper is run."""
 
-    Attributes:
-        parts: where finished parts are found and kept.
-        settings: what there is to run on.
-    """
-
-    parts: Parts
-    settings: Sequence[Setting] = SETTINGS
+    parts: Parts  # where finished parts are found and kept
+    settings: Sequence[Setting] = SETTINGS  # what there is to run on
     _prepared: dict[str, Prepared] = field(default_factory=dict)
 
     def prepared(self, setting: Setting, seed: int) -> Prepared:
