@@ -40,12 +40,10 @@ class Terms:
 
     @property
     def loss(self) -> Loss:
-        """Which loss."""
         return get_loss(self.kind)
 
     @property
     def mean(self) -> float:
-        """The mean loss."""
         return float((self.losses * self.weights).sum())
 
     @property

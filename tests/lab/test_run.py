@@ -19,6 +19,7 @@ from ranksure.lab.settings.parts import Parts
 from ranksure.lab.settings.run import SettingRun
 from ranksure.records import LabRecord, plain
 from tests.lab.tiny import tiny_setting
+from tests.refusals import refusal
 from tests.tiny_text import strict_json
 
 
@@ -52,8 +53,7 @@ def test_the_verdict_follows_the_checks(holds, missing, verdict):
 
 
 def test_a_finding_without_checks_has_no_verdict():
-    with pytest.raises(ValueError, match="at least one check"):
-        finding().verdict(THEORY.verdicts)
+    refusal(ValueError, "at least one check", finding().verdict, THEORY.verdicts)
 
 
 def test_the_shelves():
@@ -84,20 +84,14 @@ def test_a_list_needs_neither_torch_nor_matplotlib():
 
 
 def test_unknown_names_come_with_near_ones():
-    with pytest.raises(SettingError, match="no lab entry 'generalisation': did you mean generalization"):
-        THEORY.load("generalisation")
-    with pytest.raises(SettingError, match="there are "):
-        THEORY.load("zzz")
-    with pytest.raises(SettingError, match="no lab entry 'all'"):
-        THEORY.chosen(["all"])
+    refusal(SettingError, "no lab entry 'generalisation': did you mean generalization", THEORY.load, "generalisation")
+    refusal(SettingError, "there are ", THEORY.load, "zzz")
+    refusal(SettingError, "no lab entry 'all'", THEORY.chosen, ["all"])
     assert PAPER.chosen(["all"]) == PAPER.names()
     assert PAPER.chosen(["accuracy", "accuracy"]) == ["accuracy"]
-    with pytest.raises(SettingError, match="did you mean linearised-curves"):
-        PAPER.chosen(["linearized-curves"])
-    with pytest.raises(SettingError, match=r"there are accuracy, .*or all"):
-        PAPER.chosen(["all", "zzz"])
-    with pytest.raises(SettingError, match="did you mean rotten-tomatoes"):
-        setting_named("rotten-tomatos")
+    refusal(SettingError, "did you mean linearised-curves", PAPER.chosen, ["linearized-curves"])
+    refusal(SettingError, "there are accuracy, .*or all", PAPER.chosen, ["all", "zzz"])
+    refusal(SettingError, "did you mean rotten-tomatoes", setting_named, "rotten-tomatos")
     assert setting_named("prompts").kind == "prompt"
 
 
@@ -148,9 +142,7 @@ def test_record_and_files_of_an_experiment(tmp_path, monkeypatch):
 def test_a_record_that_cannot_be_written_leaves_nothing_half_written(tmp_path):
     record = LabRecord(name="x", title="t", claim="c", verdict="v", source="s", checks=[])
     (tmp_path / "file").write_text("")
-    with pytest.raises(SettingError, match="cannot be written"):
-        write(tmp_path / "file", finding(True), record)
+    refusal(SettingError, "cannot be written", write, tmp_path / "file", finding(True), record)
     (tmp_path / "out" / "x.json").mkdir(parents=True)
-    with pytest.raises(SettingError, match="cannot be written"):
-        write(tmp_path / "out", finding(True), record)
+    refusal(SettingError, "cannot be written", write, tmp_path / "out", finding(True), record)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["x.json"]

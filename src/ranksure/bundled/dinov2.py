@@ -101,7 +101,6 @@ def _renamed(name: str) -> str:
 
 
 def _write(source: Path, stage: Path) -> None:
-    """Write model and image processor, and check what was written."""
     from transformers import AutoModel, BitImageProcessorPil, Dinov2Config, Dinov2Model
 
     weights = backbone_weights(source)

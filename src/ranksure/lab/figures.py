@@ -126,7 +126,7 @@ def curve_panels(
     return figure
 
 
-def _curve(axis: Axes, curve: Curve, values: Sequence[float | None], place: int, markers: bool) -> Any:
+def _curve(axis: Axes, curve: Curve, values: Any, place: int, markers: bool) -> Any:
     """A line in the style of its place among the labels."""
     style: Any = {"color": COLOURS[place % len(COLOURS)], "linestyle": ("-", "--", ":")[place // len(COLOURS) % 3]}
     if markers:

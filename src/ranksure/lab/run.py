@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import ast
 import csv
+import difflib
 import io
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
@@ -18,10 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from ranksure.errors import SettingError
+from ranksure.files import write_or_refuse
 from ranksure.lab.claim import Claim, Finding, Run
-from ranksure.lab.output import near, write_whole
 from ranksure.records.claims import ClaimRecord, LabRecord, Reference, ReproductionRecord, Table
 from ranksure.records.record import encoded
+
+
+def near(name: str, known: Iterable[str], *also: str) -> str:
+    """A hint for a name that is not known: those like it, or all."""
+    close = difflib.get_close_matches(name, [*known, *also], n=2, cutoff=0.4)
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    return f"there are {', '.join(known)}" + "".join(f", or {other}" for other in also)
 
 
 @dataclass(frozen=True)
@@ -158,7 +167,7 @@ def write(out: Path, finding: Finding, record: ClaimRecord) -> list[Path]:
         if (out / file).is_dir():
             raise SettingError(f"`out` {out} cannot be written: {file} is a folder")
     for file, data in content.items():
-        write_whole(out / file, data)
+        write_or_refuse(out / file, data, SettingError, f"`out` {out}")
     return [out / file for file in reversed(content)]
 
 

@@ -19,20 +19,8 @@ class Status(Enum):
     ESTIMATED = ("estimated", "Estimated", "Measured or fitted on the rows at hand. No proof.")
     NOT_CHECKED = ("not-checked", "Not checked", "Nothing was established either way.")
 
-    @property
-    def key(self) -> str:
-        """Name in the style sheet."""
-        return self.value[0]
-
-    @property
-    def text(self) -> str:
-        """Name on the page."""
-        return self.value[1]
-
-    @property
-    def meaning(self) -> str:
-        """In a sentence."""
-        return self.value[2]
+    def __init__(self, key: str, text: str, meaning: str) -> None:
+        self.key, self.text, self.meaning = key, text, meaning  # in the style sheet, on the page, in a sentence
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 NO_LAYER = "–"
 
@@ -53,6 +53,18 @@ def layers(found: dict[str, tuple[str, str]]) -> list[str]:
 def labels(found: dict[str, tuple[str, str]]) -> list[str]:
     """Labels in order of appearance."""
     return list(dict.fromkeys(text for _, text in found.values()))
+
+
+def by_layer(
+    found: dict[str, tuple[str, str]], values: Mapping[str, Iterable[float]]
+) -> tuple[bool, list[str], dict[str, list[tuple[int, float]]]]:
+    """Whether there is one layer only, stops of an axis (layers; of one, its labels), and by label the points there."""
+    one = len(layers(found)) == 1
+    stops = labels(found) if one else layers(found)
+    points: dict[str, list[tuple[int, float]]] = {}
+    for name, place in found.items():
+        points.setdefault(place[1], []).extend((stops.index(place[one]), float(value)) for value in values[name])
+    return one, stops, points
 
 
 def _endings(rows: set[tuple[str, ...]]) -> dict[tuple[str, ...], str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ranksure.errors import SettingError
-from ranksure.files import write_file
+from ranksure.files import write_or_refuse
 from ranksure.report.blocks import Section, Status
 from ranksure.report.module_places import is_control
 from ranksure.report.records import Found, Record, find
@@ -53,7 +53,7 @@ def write_report(
     if path.exists() and not _is_ours(path):
         raise SettingError(f"{path} exists and is no report of ranksure: move it away, or name another file")
     text = _page(source, found, command)
-    _write(path, text)
+    write_or_refuse(path, text.encode(), SettingError)
     return path
 
 
@@ -146,10 +146,3 @@ def _is_ours(path: Path) -> bool:
             return _MARK in file.read(4096)
     except (OSError, ValueError):
         return False
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        write_file(path, text.encode())
-    except OSError as error:
-        raise SettingError(f"{path} cannot be written: {error.strerror or error}") from None

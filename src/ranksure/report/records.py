@@ -29,7 +29,6 @@ class Record:
 
     @property
     def folder(self) -> Path:
-        """The folder that it lies in."""
         return self.path.parent
 
 

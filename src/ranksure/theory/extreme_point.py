@@ -56,12 +56,10 @@ class Face:
 
     @property
     def rank(self) -> int:
-        """Rank of ``X``."""
         return len(self.values)
 
     @property
     def n_waiting(self) -> int:
-        """Columns that have not joined."""
         return len(self.waiting[1])
 
     @property

@@ -22,6 +22,7 @@ from ranksure.solvers.proximal import proximal_gradient
 from ranksure.theory.bounds import existence_rank
 from ranksure.theory.rank_reduction import reduce_rank
 from tests.helpers import objective
+from tests.refusals import refusal
 from tests.tiny_text import strict_json
 
 needs_bundled = pytest.mark.skipif(
@@ -142,5 +143,4 @@ def test_bundled_problem_is_in_the_order_of_the_rows():
     torch.testing.assert_close(few.operator.apply(delta), operator.apply(delta)[:5])
     assert next(iter(few.penalty.values())) == pytest.approx(0.2 * lambda_max(few), rel=1e-6)
     assert problem.subset(torch.arange(5)).penalty == problem.penalty
-    with pytest.raises(SettingError, match="samples"):
-        captured(1)
+    refusal(SettingError, "samples", captured, 1)

@@ -75,7 +75,7 @@ def spurious_instance(
     t = (c * s + n * lam / (2 * c) * (1 - 1 / rho)) * r / (c * rho)
     best = math.sqrt(t) * unit[:, r : r + 1]
     return Trap(
-        _squared_error({"w": torch.stack(gradients)}, labels, {"w": lam}),
+        squared_error_problem({"w": torch.stack(gradients)}, labels, {"w": lam}),
         {"w": r},
         {"w": (trap, trap.clone())},
         {"w": (best, best.clone())},
@@ -102,7 +102,7 @@ def two_block_instance(
     one = spurious_instance(1, lam=lam, c=c, s=s, rho=rho, extra=extra)
     unit = torch.eye(3, dtype=torch.float64)
     second = torch.stack([c * share * torch.outer(unit[i], unit[i]) for i in range(2)])
-    problem = _squared_error(
+    problem = squared_error_problem(
         {"first": one.problem.operator.jacobians()["w"][:, 0], "second": second},
         one.problem.labels,
         {"first": lam, "second": lam},
@@ -131,11 +131,12 @@ def gaussian_problem(n: int, shape: tuple[int, int], *, share: float = 0.1, seed
     generator = torch.Generator().manual_seed(seed)
     gradients = torch.randn(n, *shape, generator=generator, dtype=torch.float64)
     labels = torch.randn(n, 1, generator=generator, dtype=torch.float64)
-    problem = _squared_error({"w": gradients}, labels, {"w": 1.0})
+    problem = squared_error_problem({"w": gradients}, labels, {"w": 1.0})
     return problem.with_penalty(share * lambda_max(problem))
 
 
-def _squared_error(gradients: dict[str, Tensor], labels: Tensor, penalty: dict[str, float]) -> Problem:
+def squared_error_problem(gradients: dict[str, Tensor], labels: Tensor, penalty: dict[str, float]) -> Problem:
+    """Gradients ``(N, m, n)`` by block, labels ``(N, 1)``, base logits zero."""
     operator = DenseOperator({name: g[:, None] for name, g in gradients.items()})
     return Problem(operator, torch.zeros_like(labels), labels, get_loss("squared-error"), penalty)
 

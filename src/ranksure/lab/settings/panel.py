@@ -25,7 +25,6 @@ class Panel:
 
     @property
     def full(self) -> Trained:
-        """Full fine-tuning."""
         return next(run for run in self.runs if run.rank is None)
 
     @property

@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from ranksure.errors import SettingError
 from ranksure.factors import Factors
-from ranksure.lab.output import write_whole
+from ranksure.files import write_or_refuse
 from ranksure.records.record import encoded, plain
 
 Made = tuple[dict[str, Any], dict[str, Tensor]]
@@ -50,11 +51,12 @@ class Parts:
             return there
         result, tensors = make()
         tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        where = f"`out` {self.folder}"
         if tensors:
-            write_whole(path.with_suffix(".safetensors"), save(tensors))
+            write_or_refuse(path.with_suffix(".safetensors"), save(tensors), SettingError, where)
         record = {"key": full, "tensors": sorted(tensors), "result": plain(result)}
         # Last: where the JSON is, the part is whole.
-        write_whole(path, encoded(record))
+        write_or_refuse(path, encoded(record), SettingError, where)
         self.made.append((kind, key))
         return record["result"], tensors
 

@@ -128,7 +128,6 @@ class _Dense:
         self.eyes = {name: torch.eye(n) for name, (_, n) in shapes.items()}
 
     def loss(self, delta: Delta) -> float:
-        """Mean cross-entropy at an update."""
         logits = self.network.logits(self._factors(delta))
         return float(CrossEntropy().value(logits, self.network.labels).mean())
 

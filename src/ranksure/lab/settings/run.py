@@ -72,9 +72,7 @@ class SettingRun(Run):
         return [setting for setting in others if setting.kind == "image" and setting.classes is None]
 
     def to_json(self) -> dict[str, Any]:
-        """Size and settings."""
         return super().to_json() | {"on": [setting.to_json() for setting in self.settings]}
 
     def parts_count(self) -> dict[str, int]:
-        """How many parts were made and found on disk."""
         return {"made": len(self.parts.made), "found": len(self.parts.found)}

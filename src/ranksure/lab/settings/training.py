@@ -101,7 +101,6 @@ class Course:
         return lowest[-1 - rule.window] - lowest[-1] < rule.tolerance * gained
 
     def ended(self, why: str, reached: int | None = None) -> Training:
-        """The finished run."""
         step = self.last[0]
         curve = self.curve if self.curve[-1][0] == step else [*self.curve, self.last]
         return Training(self.best, self.lowest[-1], curve, step, time.perf_counter() - self.began, why, reached)
@@ -165,7 +164,6 @@ class _Steps:
         return {name: (self.x[2 * i].detach(), self.x[2 * i + 1].detach()) for i, name in enumerate(self.names)}
 
     def copy(self) -> Factors:
-        """The factors as they are now."""
         return {name: (u.clone(), v.clone()) for name, (u, v) in self.factors().items()}
 
     def step(self, value: float, gradient: Factors, best: Factors) -> None:
