@@ -11,6 +11,7 @@ import pytest
 from ranksure.errors import DataError, SettingError
 from ranksure.report.page import write_report
 from tests.commands import call
+from tests.refusals import refusal
 from tests.report import records
 from tests.tiny_text import save_bert, save_csv
 
@@ -105,8 +106,7 @@ def test_a_failure_while_writing_leaves_the_earlier_page(tmp_path: Path, monkeyp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(SettingError, match="cannot be written: No space left"):
-        write_report(tmp_path)
+    refusal(SettingError, "cannot be written: No space left", write_report, tmp_path)
     assert (tmp_path / "report.html").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", "report.html"]
 

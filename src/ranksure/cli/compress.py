@@ -1,11 +1,10 @@
 """``ranksure compress``."""
 
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from ranksure.cli.commands import command
-from ranksure.cli.runs import NewAdapter, RunCommand, check_out, load, provenance
+from ranksure.cli.runs import NewAdapter, RunCommand, check_out, load, write_changed
 from ranksure.errors import SettingError
 from ranksure.options import COMMON, DATA, Option, whole
 from ranksure.runs.options import PlaceOptions
@@ -51,8 +50,7 @@ class CompressCommand(RunCommand):
 def compress(asked: CompressCommand) -> None:
     """Lower the ranks of a trained adapter, with the true loss before and after."""
     check_out(asked.out)
-    from ranksure.cli.report import report_beside
-    from ranksure.cli.terminal import RichReporter, command_line, show_notes, window
+    from ranksure.cli.terminal import RichReporter
     from ranksure.quantities import parse_memory
     from ranksure.runs.resizing.compress import check_settings, compress
 
@@ -76,15 +74,8 @@ def compress(asked: CompressCommand) -> None:
             source=run.folder,
             seed=asked.seed,
         )
-    with reporter.stage("Writing and checking the adapter"):
-        written = found.save(out_dir=asked.out, **run.rewritten, extra=provenance(run, rows))
-    console = window(asked.json)
-    show(found, console)
-    show_notes([*run.notes, *([] if rows is None else rows.notes), *found.notes, *found.uneven], console)
-    console.print(f"written to {written.folder}", highlight=False)
-    report_beside(asked.out, console, command_line())
-    if asked.json:
-        sys.stdout.write((asked.out / "compress.json").read_text(encoding="utf-8"))
+    notes = [*found.notes, *found.uneven]
+    write_changed(asked, asked.out, found, run, rows, reporter, show, notes=notes)
 
 
 def _load(asked: CompressCommand, reporter: "Reporter") -> "tuple[LoadedRun, RunData | None]":

@@ -1,7 +1,6 @@
 """``ranksure plan`` and ``ranksure demo``."""
 
 import sys
-import tempfile
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -129,6 +128,7 @@ def _plan(model: str, data: Any, asked: _Planned, *, brief: bool = False) -> Non
 def _check_writable(out: Path) -> None:
     """Refuse before the work what could not be written after it."""
     from ranksure.errors import SettingError
+    from ranksure.files import try_to_write
     from ranksure.planner.result import check_replaceable
 
     if not out.is_file():
@@ -137,9 +137,6 @@ def _check_writable(out: Path) -> None:
         check_replaceable(out)
         if out.is_mount():
             raise SettingError(f"--out {out} is a mount point, which cannot be replaced; name a folder below it")
-        # The result is written beside its place and moved there, so the folder around it is what matters.
-        parent = next((folder for folder in out.resolve().parents if folder.exists()), out.resolve())
-        with tempfile.TemporaryDirectory(prefix=".ranksure-", dir=parent):
-            pass
+        try_to_write(out.resolve().parent)  # beside its place the result is written, and then moved there
     except OSError as error:
         raise SettingError(f"--out {out} cannot be written: {error.strerror or error}") from None

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ranksure.errors import DataError, SettingError, one_line
-from ranksure.files import put_back, write_file
+from ranksure.files import put_back, write_or_refuse
 from ranksure.report.blocks import Section, Status
 from ranksure.report.module_places import is_control
 from ranksure.report.records import Found, Record, find
@@ -54,7 +54,7 @@ def write_report(
     if path.exists() and not _is_ours(path):
         raise SettingError(f"{path} exists and is no report of ranksure: move it away, or name another file")
     text = _page(source, found, command)
-    _write(path, text)
+    write_or_refuse(path, text.encode(), SettingError)
     return path
 
 
@@ -87,7 +87,7 @@ def _sections(found: Found, command: str | None, detail: bool) -> list[Section]:
 
 
 def _builder(kind: str) -> Callable[[Record, str, str | None, bool], Section]:
-    from ranksure.report.sections import certify, change, fit, lab, plan, reproduction
+    from ranksure.report.sections import certify, change, claims, fit, plan
 
     plain: dict[str, Callable[..., Section]] = {
         "plan": plan.build,
@@ -98,7 +98,7 @@ def _builder(kind: str) -> Callable[[Record, str, str | None, bool], Section]:
     }
     if kind in plain:
         return lambda record, name, command, detail: plain[kind](record, name, command)
-    return {"lab": lab.build, "reproduce": reproduction.build}[kind]
+    return {"lab": claims.build_lab, "reproduce": claims.build_reproduction}[kind]
 
 
 def _rendered(source: Path, found: Found, sections: list[Section]) -> str:
@@ -153,10 +153,3 @@ def _is_ours(path: Path) -> bool:
             return _MARK in file.read(4096)
     except (OSError, ValueError):
         return False
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        write_file(path, text.encode())
-    except OSError as error:
-        raise SettingError(f"{path} cannot be written: {error.strerror or error}") from None

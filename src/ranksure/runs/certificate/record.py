@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ranksure.errors import SettingError
-from ranksure.files import write_file
+from ranksure.files import try_to_write, write_or_refuse
 from ranksure.network.targets import base_network, block_shape
 from ranksure.records.certificate import RunCertificate
 from ranksure.records.record import encoded
@@ -67,10 +66,8 @@ def check_place(folder: Path, *, create: bool) -> None:
             return  # loading says that there is no such adapter
     if path.exists() and not _is_ours(path):
         raise SettingError(f"{path} exists and is no certificate: move it away, or name another folder with `out`")
-    parent = next(place for place in [folder.resolve(), *folder.resolve().parents] if place.exists())
     try:
-        with tempfile.TemporaryDirectory(prefix=".ranksure-", dir=parent):
-            pass
+        try_to_write(folder.resolve())
     except OSError as error:
         raise SettingError(
             f"{folder} cannot be written ({error.strerror or error}): name a folder with `out`"
@@ -84,10 +81,7 @@ def write_record(folder: Path, found: RunCertificate) -> Path:
         SettingError: it cannot be written; an earlier one is then left as it was.
     """
     path = folder / NAME
-    try:
-        write_file(path, encoded(found.to_json()))
-    except OSError as error:
-        raise SettingError(f"{path} cannot be written: {error.strerror or error}") from None
+    write_or_refuse(path, encoded(found.to_json()), SettingError)
     return path
 
 
