@@ -141,11 +141,15 @@ def test_record_and_files_of_an_experiment(tmp_path, monkeypatch):
         assert list(csv.reader(file)) == [["a", "b"], ["1", ""], ["0.25", "x"]]
 
 
+def valued(seed: int) -> LabRecord:
+    return LabRecord(name="x", title="t", claim="c", verdict="v", source="s", checks=[], seed=seed)
+
+
 @pytest.mark.parametrize("kill", range(1, 9))
 def test_the_files_of_a_claim_are_of_one_measurement_wherever_it_stops(tmp_path, monkeypatch, kill):
     """Renames are what makes files be there: after each of them nothing more happens."""
     table = Table(["a"], [[1]])
-    older = write(tmp_path / "out", finding(True, table=table), {"name": "x", "value": 1})
+    older = write(tmp_path / "out", finding(True, table=table), valued(1))
     before = {path: path.read_bytes() for path in older}
     done = []
 
@@ -161,12 +165,12 @@ def test_the_files_of_a_claim_are_of_one_measurement_wherever_it_stops(tmp_path,
         patch.setattr("os.replace", stops(os.replace))
         patch.setattr("os.rename", stops(os.rename))
         try:
-            write(tmp_path / "out", finding(False, table=Table(["b"], [[2]])), {"name": "x", "value": 2})
+            write(tmp_path / "out", finding(False, table=Table(["b"], [[2]])), valued(2))
         except KeyboardInterrupt:
             assert not older[0].exists() or {path: path.read_bytes() for path in older} == before
     put_back(tmp_path / "out")
     after = {path: path.read_bytes() for path in older}
-    whole = json.loads(after[older[0]])["value"]
+    whole = json.loads(after[older[0]])["seed"]
     assert (after == before) if whole == 1 else b"b" in after[tmp_path / "out" / "x.csv"]
     assert whole == (1 if kill <= 5 else 2)
     assert sorted((tmp_path / "out").iterdir()) == sorted(older)
