@@ -171,6 +171,22 @@ def batch_terms(kind: Kind, logits: Tensor, labels: Tensor, shifted: bool = True
     return BatchTerms(torch.cat(found), index[0].cpu(), gradient)
 
 
+@dataclass(frozen=True)
+class MeanLoss:
+    """What :func:`mean_loss_function` gives: a loss that says which it is."""
+
+    kind: Kind
+    weighting: Weighting
+
+    def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """The mean loss of a batch; over ``num_items_in_batch`` terms where given."""
+        logits = _logits(outputs)
+        labels = labels.to(logits.device)
+        total = _total_loss(get_loss(self.kind), self.weighting, logits, labels)
+        count = count_terms(self.kind, self.weighting, labels) if num_items_in_batch is None else num_items_in_batch
+        return total / count
+
+
 def mean_loss_function(kind: Kind, weighting: Weighting = "token") -> LossFunction:
     """A ``compute_loss_func`` for ``Trainer``: a mean over all terms of an optimizer step, however it is accumulated.
 
@@ -189,16 +205,7 @@ def mean_loss_function(kind: Kind, weighting: Weighting = "token") -> LossFuncti
     Raises:
         SettingError: an unknown loss.
     """
-    loss = get_loss(kind)
-
-    def compute(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        logits = _logits(outputs)
-        labels = labels.to(logits.device)
-        total = _total_loss(loss, weighting, logits, labels)
-        count = count_terms(kind, weighting, labels) if num_items_in_batch is None else num_items_in_batch
-        return total / count
-
-    return compute
+    return MeanLoss(get_loss(kind).name, weighting)
 
 
 def count_terms(kind: Kind, weighting: Weighting, labels: Tensor) -> int:

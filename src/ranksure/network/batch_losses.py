@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -24,6 +25,38 @@ from ranksure.network.targets import base_layer, base_network
 
 _TEXT_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
 _WORDS = 8  # tokens of a text on which the model's own loss is looked at
+_LABELS = 16  # classes on which it is looked at
+_ROUTER_LOSS = re.compile(r"(aux|router|moe|z).*loss.*(coef|weight|alpha)")
+
+
+class OtherLossError(SettingError):
+    """The model computes another loss than the one that was found for it."""
+
+
+def check_own_loss(model: nn.Module, batch: Batch, kind: Kind | None = None, counted: bool = False) -> None:
+    """The loss that a model computes itself is the mean of its terms.
+
+    Args:
+        model: the network, in evaluation mode.
+        batch: rows with ``labels``, of which a few are looked at.
+        kind: which loss; by the model's own rules by default.
+        counted: it must divide by ``num_items_in_batch``, too: a Trainer that accumulates adds such losses up.
+
+    Raises:
+        OtherLossError: it is another.
+    """
+    forward = Forward(model, kind)
+    inputs, labels = forward.split(batch)
+    few = forward.check_loss(inputs, labels)
+    if counted and few is not None:
+        with torch.no_grad():
+            one, two = (float(model(**few, num_items_in_batch=torch.tensor(n)).loss) for n in (1, 2))
+        if math.isclose(one, two, rel_tol=1e-3):
+            raise OtherLossError(
+                "the model's loss does not divide by the number of rows of a step, so the Trainer adds up those of "
+                "the accumulated batches, which changes what the penalty weighs; pass "
+                "compute_loss_func=ranksure.mean_loss_function(...)"
+            )
 
 
 class Forward:
@@ -79,7 +112,7 @@ class Forward:
         Raises:
             DataError: no labels, labels that do not fit, or logits that are not finite.
         """
-        inputs, labels = self._split(batch)
+        inputs, labels = self.split(batch)
         with torch.no_grad():
             output, streamed = self._run(inputs, labels, lambda: None)
             self._add_terms(output, labels, streamed, gradient=False)
@@ -94,10 +127,10 @@ class Forward:
             DataError: as :meth:`losses_only`.
             SettingError: the model computes another loss than the one that was found for it.
         """
-        inputs, labels = self._split(batch)
+        inputs, labels = self.split(batch)
         if self._check:
             self._check = False
-            self._check_loss(inputs, labels)
+            self.check_loss(inputs, labels)
             restart()
         with torch.enable_grad():
             output, streamed = self._run(inputs, labels, restart)
@@ -212,7 +245,8 @@ class Forward:
         self.total += float((weights * losses).sum())
         return per_row
 
-    def _split(self, batch: Batch) -> tuple[dict[str, Any], Tensor]:
+    def split(self, batch: Batch) -> tuple[dict[str, Any], Tensor]:
+        """A batch's inputs on the model's device, and its labels."""
         if not isinstance(batch, Mapping):
             raise DataError(f"a batch is a mapping of tensors with 'labels', not a {type(batch).__name__}")
         found = [key for key in ("labels", "label") if isinstance(batch.get(key), Tensor)]
@@ -220,13 +254,17 @@ class Forward:
             raise DataError("a batch has no 'labels' tensor: the certificate needs the loss that was trained")
         return to_device(unlabelled(batch), device_of(self.model)), batch[found[0]]
 
-    def _check_loss(self, inputs: dict[str, Any], labels: Tensor) -> None:
-        """Compare with the loss that the model computes itself, on at most two rows."""
+    def check_loss(self, inputs: dict[str, Any], labels: Tensor) -> dict[str, Any] | None:
+        """Compare with the loss that the model computes itself, on a few rows, which are returned if it does.
+
+        Raises:
+            OtherLossError: it is another.
+        """
         if "labels" not in inspect.signature(self.base.forward).parameters:
-            return
+            return None
+        chosen, own_labels = (part.to(device_of(self.model)) for part in _few_rows(labels, _classes(self.base)))
         rows = labels.shape[0]
-        few = {k: v[:2] if isinstance(v, Tensor) and v.dim() and len(v) == rows else v for k, v in inputs.items()}
-        own_labels = labels[:2].to(device_of(self.model))
+        few = {k: v[chosen] if isinstance(v, Tensor) and v.dim() and len(v) == rows else v for k, v in inputs.items()}
         ids = few.get("input_ids")
         a_text = getattr(self.base, "loss_type", None) != "ForTokenClassification" and few.keys() <= _TEXT_INPUTS
         flat = all(isinstance(value, Tensor) and value.dim() == 2 for value in few.values())  # packed rows are not
@@ -238,19 +276,67 @@ class Forward:
         config = getattr(self.base, "config", None)
         stated = getattr(config, "problem_type", None)
         with torch.no_grad():
-            own = getattr(self.model(**few, labels=own_labels), "loss", None)
+            output = self.model(**few, labels=own_labels)
+        own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if hasattr(config, "problem_type"):
             config.problem_type = stated  # transformers writes there what it finds  # pyright: ignore
+        if router_loss(self.base) or (isinstance(own, Tensor) and _has_router_loss(self.base, output)):
+            raise OtherLossError(
+                "the model adds an auxiliary loss of its router to its own: say which part of it to certify (loss=)"
+            )
         if not isinstance(own, Tensor) or own.numel() != 1 or not bool(torch.isfinite(own)):
-            return
-        ours = Forward(self.model, None, "token")
+            return None
+        ours = Forward(self.model, self.kind, "token")
         ours.losses_only({**few, "labels": own_labels})
         exact = next(self.base.parameters()).dtype in (torch.float32, torch.float64)
-        if not math.isclose(float(own), ours.mean, rel_tol=1e-3 if exact else 0.05, abs_tol=1e-5 if exact else 0.05):
-            raise SettingError(
+        if not math.isclose(float(own), ours.mean, rel_tol=1e-4 if exact else 0.05, abs_tol=1e-5 if exact else 0.05):
+            raise OtherLossError(
                 f"the model's own loss is {float(own):.5g} on the first rows, but their mean {ours.kind} loss is "
                 f"{ours.mean:.5g}: it trains with another loss; say which part of it to certify (loss=)"
             )
+        return {**few, "labels": own_labels}
+
+
+def router_loss(base: nn.Module) -> bool:
+    """Whether a mixture's configuration has the model add an auxiliary loss of its router, by any coefficient."""
+    config: Any = getattr(base, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if not (getattr(config, "output_router_logits", False) or getattr(text, "output_router_logits", False)):
+        return False
+    return _coefficient(text) != 0
+
+
+def _coefficient(config: Any) -> float:
+    """The largest coefficient of a router's loss in a configuration; 1 where it names none."""
+    named = {name: value for name, value in vars(config).items() if _ROUTER_LOSS.search(name)}
+    found = [abs(float(value)) for value in named.values() if isinstance(value, (int, float))]
+    return max(found, default=1.0)
+
+
+def _has_router_loss(base: nn.Module, output: Any) -> bool:
+    """Whether an output says that its loss holds one."""
+    config: Any = getattr(base, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return isinstance(getattr(output, "aux_loss", None), Tensor) and (text is None or _coefficient(text) != 0)
+
+
+def _few_rows(labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """Rows on which a loss shows what it is, and labels: two rows, or one for every class, whatever rows there are.
+
+    Class weights do not show where all rows are of one class.
+    """
+    if labels.dim() != 1 or labels.is_floating_point() or classes < 2:
+        return torch.arange(min(2, len(labels))), labels[:2]
+    each = torch.arange(min(classes, _LABELS))
+    return each % len(labels), each.to(labels.dtype)
+
+
+def _classes(base: nn.Module) -> int:
+    """How many classes a transformers classifier has; 0 where it does not say."""
+    config: Any = getattr(base, "config", None)
+    stated = getattr(config, "num_labels", 0)
+    choices = type(base).__name__.endswith("MultipleChoice")  # as many as a row has
+    return stated if isinstance(stated, int) and not choices else 0
 
 
 def _logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
