@@ -16,6 +16,7 @@ from ranksure.errors import AdapterError
 from ranksure.planner import result as results
 from ranksure.planner import run
 from ranksure.planner.solved import read_solved
+from ranksure.runs.fitting.plan_folder import read_plan
 from tests.commands import call
 from tests.data.test_conversations import byte_tokenizer
 from tests.planner.test_plan import QUICK
@@ -51,6 +52,9 @@ def test_a_solved_plan_outlives_its_export(inputs, tmp_path, monkeypatch, capsys
     assert not (out / "adapter").exists()
     plan = json.loads((out / "plan.json").read_text())
     solved = load_file(out / "solved.safetensors")
+
+    with pytest.raises(AdapterError, match="is solved, but its update is not written"):
+        read_plan(out).factors()
 
     with monkeypatch.context() as patch:
         patch.setattr(run, "run_plan", fail)  # nothing is solved again

@@ -115,12 +115,13 @@ ADDED = {
     "plain": ({"target_modules": ["q_proj"]}, False),
 }
 LOST = {
+    "saved without embeddings": ({"target_modules": ["q_proj"]}, None),
     "LoRA on embeddings alone": ({"target_modules": ["q_proj", "embed_tokens"]}, "lm_head"),
     "LoRA on the head alone": ({"target_modules": ["q_proj", "lm_head"]}, "model.embed_tokens"),
 }
 
 
-def with_added_token(folder: Path, settings: dict[str, Any], tied: bool) -> tuple[PeftModel, int]:
+def with_added_token(folder: Path, settings: dict[str, Any], tied: bool, **saving: Any) -> tuple[PeftModel, int]:
     """A run that added a token; its model and the token's id."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -136,7 +137,7 @@ def with_added_token(folder: Path, settings: dict[str, Any], tied: bool) -> tupl
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.2 * torch.randn(parameter.shape))
-    model.eval().save_pretrained(folder / "run")
+    model.eval().save_pretrained(folder / "run", **saving)
     tokenizer.save_pretrained(folder / "run")
     return model, len(tokenizer) - 1
 
@@ -152,7 +153,11 @@ def test_added_tokens_load_where_peft_loads_them(tmp_path, name):
 @pytest.mark.parametrize("name", LOST)
 def test_added_tokens_that_peft_loses_are_refused_for_that(tmp_path, name):
     settings, lost = LOST[name]
-    _, new = with_added_token(tmp_path, settings, False)
+    _, new = with_added_token(tmp_path, settings, False, save_embedding_layers="auto" if lost else False)
+    if lost is None:
+        with pytest.raises(AdapterError, match=r"PEFT saved none of their rows, .* embeddings in modules_to_save"):
+            load_run(tmp_path / "run")
+        return
     with pytest.raises(AdapterError, match=rf"did not save the rows of {lost} .*{lost} in modules_to_save") as raised:
         load_run(tmp_path / "run")
     assert f"has {new + 1} tokens and the base {new}" in str(raised.value)

@@ -21,6 +21,7 @@ from ranksure.factors import Factors
 from ranksure.files import put_back
 from ranksure.network.targets import base_network
 from ranksure.planner.settings import PlanSettings
+from ranksure.planner.solved import SOLVED
 from ranksure.records.fit import Prediction
 from ranksure.records.plan import Plan
 from ranksure.records.record import read
@@ -82,6 +83,8 @@ class PlanFolder:
         path = self.folder / "adapter" / "adapter_model.safetensors"
         if (self.folder / "merged").is_dir():
             raise AdapterError(f"the plan in {self.folder} holds a merged checkpoint: plan again without `merged`")
+        if (self.folder / SOLVED).is_file():
+            raise AdapterError(f"the plan in {self.folder} is solved, but its update is not written: ask it again")
         return _read(path)
 
     def factors(self) -> Factors:

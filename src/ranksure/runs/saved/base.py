@@ -205,12 +205,21 @@ def tokenizer_of(network: PreTrainedModel, files: AdapterFiles, base: str, commo
     """The adapter folder's own tokenizer, else the base model's; both know a padding token afterwards.
 
     Raises:
-        ModelError: it cannot be read, or has more tokens than the model.
+        ModelError: it cannot be read.
+        AdapterError: it has tokens that were added in training, and their rows were not saved.
     """
     own = any((files.folder / file).is_file() for file in _TOKENIZER_FILES)
     place = str(files.folder) if own else base
     tokenizer = load_tokenizer(place, None if own else common["revision"], common["trust_remote_code"])
     settle_padding(network, tokenizer, place)
+    embedding: Any = network.get_input_embeddings()
+    if own and len(tokenizer) > (rows := embedding.weight.shape[0]):
+        before = len(load_tokenizer(base, common["revision"], common["trust_remote_code"]))
+        if len(tokenizer) > before:  # what the base's own tokenizer lacks rows for, the run did without, too
+            raise AdapterError(
+                f"{files.folder}: the run added tokens ({len(tokenizer)}, the base {before}; embeddings {rows}), but "
+                "PEFT saved none of their rows, so they were lost; train again with the embeddings in modules_to_save"
+            )
     return tokenizer
 
 
