@@ -220,10 +220,12 @@ def test_weights_of_more_than_the_network_has_are_refused_where_they_belong_to_i
         return False
 
     assert refuses("bert.encoder.layer.1.crossattention.self.query.weight")
-    assert refuses("bert.embeddings.LayerNorm.extra")
+    assert refuses("bert.encoder.layer.1.attention.self.query.lora_A.weight")
     assert refuses("bert.encoder.layer.7.output.dense.bias")
     assert not refuses("cls.predictions.bias")
     assert not refuses("bert.embeddings.position_ids")
+    assert not refuses("bert.embeddings.word_embeddings._weight")
+    assert not refuses("bert.encoder.layer.0.attention.bias")
     assert not refuses("bert.pooler_of_another.dense.bias")
 
 
@@ -234,6 +236,12 @@ def test_what_older_versions_wrote_beside_the_weights_is_no_reason(tmp_path):
     assert loads("text", name)[1] == ["score.weight"]
     edited(tmp_path, lambda t: t.update({"h.0.attn.c_attn.weight": t["h.0.attn.c_attn.weight"].T.contiguous()}))
     refused("text", name, "transformer.h.0.attn.c_attn.weight", "(48, 16)", "(16, 48)")
+
+
+def test_a_bias_that_the_network_does_not_add_is_refused(tmp_path):
+    saved(tmp_path, "llama")
+    name = edited(tmp_path, lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(16)}))
+    refused("causal", name, "model.layers.0.self_attn.q_proj.bias", "has no place for")
 
 
 def test_roberta_holds_a_pooler_that_its_classifier_does_not_use(tmp_path):

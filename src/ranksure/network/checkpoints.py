@@ -170,18 +170,21 @@ def _may_be_new(model: PreTrainedModel, key: str) -> bool:
 def _has_place(model: PreTrainedModel, key: str) -> bool:
     """Whether a tensor that the model does not take belongs to its layers, blocks and matrices.
 
-    A head of another task, a tower for another kind of input and a pooler that is not used do not.
+    A head of another task, a tower for another kind of input and a pooler that is not used do not, nor do buffers that
+    earlier versions kept (masks, angles) and what a quantised matrix has beside its weight.
     """
     modules, buffers = dict(model.named_modules()), {name for name, _ in model.named_buffers()}
-    roots, prefix = base_children(model), model.base_model_prefix + "."
+    roots, prefix, last = base_children(model), model.base_model_prefix + ".", key.rpartition(".")[2]
     for name in (key, prefix + key, key.removeprefix(prefix)):  # a base that was saved by itself has no prefix
-        owner = name.rpartition(".")[0]
+        owner = parent = name.rpartition(".")[0]
         while owner not in modules:
             owner = owner.rpartition(".")[0]
         if owner.split(".")[0] in roots and owner not in roots:
-            inside = any(True for _ in modules[owner].children())
-            quantised = getattr(model.config, "quantization_config", None) is not None and not inside
-            return name not in buffers and name.rpartition(".")[2] != "masked_bias" and not quantised
+            leaf = not any(True for _ in modules[owner].children())
+            if owner != parent:  # of a module that is not there
+                quantised = leaf and getattr(model.config, "quantization_config", None) is not None
+                return last != "inv_freq" and not quantised
+            return leaf and last in ("weight", "bias") and name not in buffers
     return False
 
 
