@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from importlib import import_module
@@ -14,7 +13,7 @@ from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from ranksure.errors import SettingError
-from ranksure.options import GROUPS, OUTPUT, Option, Stated, options_of, plain
+from ranksure.options import GROUPS, OUTPUT, Option, Stated, options_of, plain, spoken
 
 CONTEXT = {"max_content_width": 120}
 _COLUMN = 30
@@ -25,15 +24,6 @@ Json = Annotated[bool, Option("The result as JSON on standard output, all else o
 def command(settings: type, *examples: str) -> Callable[[Callable[[Any], None]], SettingsCommand]:
     """A decorator: the command of a function that takes the settings; its docstring is the help."""
     return lambda work: SettingsCommand(work.__name__, settings, work, examples)
-
-
-def spoken(text: str) -> str:
-    """A message of the library for a terminal: the argument `` `max_length` `` as the option ``--max-length``."""
-
-    def flag(found: re.Match[str]) -> str:
-        return "--lambda" if found[1] == "lam" else "--" + found[1].replace("_", "-")
-
-    return re.sub(r"`([a-z][a-z_]*)`", flag, text)
 
 
 class SettingsCommand(click.Command):

@@ -13,6 +13,7 @@ from typing import Any
 
 from ranksure.errors import SettingError
 from ranksure.files import write_file
+from ranksure.options import spoken
 from ranksure.report.blocks import Section, Status
 from ranksure.report.module_places import is_control
 from ranksure.report.records import Found, Record, find
@@ -75,7 +76,11 @@ def _sections(found: Found, command: str | None, detail: bool) -> list[Section]:
     top = [record for record in found.records if record.where in ("", "adapter")]  # a fit writes into the latter
     for index, record in enumerate(found.records, start=1):
         own = command if len(top) == 1 and record is top[0] else None
-        out.append(_builder(record.kind)(record, f"s{index}", own, detail))
+        section = _builder(record.kind)(record, f"s{index}", own, detail)
+        if own or getattr(record.data, "command", None):  # whose reader knows options, not arguments
+            section.sentences = list(map(spoken, section.sentences))
+            section.warnings = list(map(spoken, section.warnings))
+        out.append(section)
     return out
 
 

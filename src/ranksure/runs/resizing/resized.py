@@ -11,7 +11,9 @@ from torch import nn
 
 from ranksure.adapters.rewrite import Rewritten, rewrite_adapter
 from ranksure.factors import Factors
+from ranksure.losses import Kind
 from ranksure.records.record import encoded
+from ranksure.records.task import carry_loss
 
 
 class Resized:
@@ -21,6 +23,8 @@ class Resized:
     """Name of the file beside the adapter."""
 
     factors: Factors
+    loss: Kind | None
+    """The loss that was asked for; None where it is the model's own."""
 
     def to_json(self, **more: Any) -> dict[str, Any]:
         """What the record holds, with further fields."""
@@ -54,6 +58,7 @@ class Resized:
 
         def write(stage: Path) -> None:
             (stage / self.record).write_bytes(encoded(self.to_json(**(extra or {}))))
+            carry_loss(stage, self.loss)
 
         return rewrite_adapter(
             model,
