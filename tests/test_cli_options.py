@@ -15,10 +15,10 @@ import yaml
 from click.testing import CliRunner
 
 from ranksure.cli.app import app
-from ranksure.cli.commands import SettingsCommand, command, spoken
+from ranksure.cli.commands import SettingsCommand, command
 from ranksure.cli.fit import FitCommand
 from ranksure.errors import SettingError
-from ranksure.options import COMMON, GROUPS, Option, Settings, options_of
+from ranksure.options import COMMON, GROUPS, Option, Settings, options_of, spoken
 from ranksure.planner.settings import PlanSettings
 from ranksure.runs.fitting.settings import FitSettings
 from ranksure.tasks.load import KINDS

@@ -30,6 +30,15 @@ def test_every_kind_is_found_once(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(("command", "said"), [("ranksure plan", "give --weight-decay"), (None, "give `weight_decay`")])
+def test_the_page_of_a_command_names_options(tmp_path: Path, command: str | None, said: str) -> None:
+    text = "a weaker decay may be better; give `weight_decay` a smaller number to see."
+    plan = {**records.plan(), "command": command, "warnings": [text]}
+    records.write(tmp_path, "plan.json", plan)
+    page = write_report(tmp_path).read_text()
+    assert said in page and (text in page) == (command is None)
+
+
 def test_files_of_others_are_not_looked_into(tmp_path: Path) -> None:
     records.write(tmp_path, "certificate.json", records.certificate())
     (tmp_path / "tokenizer.json").write_text("{ not json")

@@ -81,6 +81,9 @@ def labels_of(model: nn.Module, num_labels: int | None, id2label: Mapping[int, s
     if len(named) == count and any(name != f"LABEL_{key}" for key, name in named.items()):
         settings["id2label"] = named
         settings["label2id"] = {name: key for key, name in named.items()}
+    # The base's own configuration may name another loss, which transformers refuses for one output.
+    if (stated := getattr(config, "problem_type", None)) not in (None, "single_label_classification"):
+        settings["problem_type"] = stated
     return settings
 
 

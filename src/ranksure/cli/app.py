@@ -10,9 +10,10 @@ from collections.abc import Callable
 import click
 from click.shell_completion import get_completion_class
 
-from ranksure.cli.commands import CONTEXT, LazyCommands, spoken, usage_mistake
+from ranksure.cli.commands import CONTEXT, LazyCommands, usage_mistake
 from ranksure.errors import RanksureError, exhausted, one_line
 from ranksure.openmp import wait_briefly
+from ranksure.options import spoken
 
 # In the order of --help.
 _COMMANDS = ("plan", "demo", "certify", "fit", "grow", "compress", "lab", "reproduce", "report")

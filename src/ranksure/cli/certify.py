@@ -34,7 +34,7 @@ class CertifyCommand(RunCommand):
 )
 def certify(asked: CertifyCommand) -> None:
     """Is this LoRA run done, is its rank the limit, and what comes next? One gradient pass over its data."""
-    from ranksure.runs.certificate.record import check_place, full_record, sampled, write_record
+    from ranksure.runs.certificate.record import check_place, full_record, refuse_other_loss, sampled, write_record
 
     place = asked.adapter_dir if asked.out is None else asked.out
     check_place(place, create=asked.out is not None)
@@ -50,15 +50,14 @@ def certify(asked: CertifyCommand) -> None:
     console, reporter = window(asked.json), RichReporter()
     run, rows = load(asked, asked.data, reporter)
     is_sample = asked.samples is not None and asked.samples < rows.total_rows
-    known = asked.packing or rows.kind_is_known
+    refuse_other_loss(place, rows.kind)
     with reporter.stage("Passes over the data") as advance:
         found = certify(
             run.model,
             Watched(rows.batches, advance),
             weight_decay=asked.weight_decay,
             lam=asked.lam,
-            loss=rows.kind if known else None,  # by default the model's own, which is checked
-            weighting=asked.weighting,
+            **rows.objective,
             tolerance=asked.tolerance,
             memory_bytes=memory_bytes,
             probe=not is_sample,

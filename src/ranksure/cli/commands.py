@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from importlib import import_module
@@ -15,7 +14,7 @@ from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from ranksure.errors import SettingError
-from ranksure.options import GROUPS, OUTPUT, Option, Stated, options_of, plain
+from ranksure.options import GROUPS, OUTPUT, Option, Stated, options_of, plain, spoken
 
 CONTEXT = {"max_content_width": 120}
 _COLUMN = 30
@@ -37,15 +36,6 @@ def hold(out: Path) -> None:
     from ranksure.files import writing
 
     click.get_current_context().with_resource(writing(out))
-
-
-def spoken(text: str) -> str:
-    """A message of the library for a terminal: the argument `` `max_length` `` as the option ``--max-length``."""
-
-    def flag(found: re.Match[str]) -> str:
-        return "--lambda" if found[1] == "lam" else "--" + found[1].replace("_", "-")
-
-    return re.sub(r"`([a-z][a-z_]*)`", flag, text)
 
 
 class SettingsCommand(click.Command):

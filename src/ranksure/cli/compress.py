@@ -69,7 +69,7 @@ def compress(asked: CompressCommand) -> None:
             max_loss_increase=asked.max_loss_increase,
             weight_decay=asked.weight_decay,
             lam=asked.lam,
-            weighting=asked.weighting,
+            **({"loss": asked.loss} if rows is None else rows.objective),
             memory_bytes=memory_bytes,
             source=run.folder,
             seed=asked.seed,
@@ -82,6 +82,7 @@ def _load(asked: CompressCommand, reporter: "Reporter") -> "tuple[LoadedRun, Run
     """The run and its data, if any was named."""
     if asked.data is not None:
         return load(asked, asked.data, reporter)
+    from ranksure.runs.saved.data import as_trained
     from ranksure.runs.saved.open import load_run, task_of
 
     if (kind := task_of(asked.adapter_dir)) is not None:
@@ -89,7 +90,9 @@ def _load(asked: CompressCommand, reporter: "Reporter") -> "tuple[LoadedRun, Run
             f"the adapter in {asked.adapter_dir} is for the task {kind}, which is opened with data: give `data`"
         )
     with reporter.stage("Loading the run"):
-        return load_run(asked.adapter_dir, **values_of(asked, PlaceOptions)), None
+        run = load_run(asked.adapter_dir, **values_of(asked, PlaceOptions))
+    as_trained(run.trained, asked)
+    return run, None
 
 
 def show(found: "Compression", console: "Console") -> None:

@@ -50,7 +50,7 @@ def grow(asked: GrowCommand) -> None:
             rows.batches,
             weight_decay=asked.weight_decay,
             lam=asked.lam,
-            weighting=asked.weighting,
+            **rows.objective,
             tolerance=asked.tolerance,
             memory_bytes=memory_bytes,
             most_new=asked.most_new,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from ranksure.progress import Clock
 from ranksure.tasks.head import HeadFit
 from ranksure.tasks.linearise import HeldOut, accuracy_of_head
 from ranksure.tasks.linearise import linearise as linearise_task
-from ranksure.tasks.load import load_samples, load_task
+from ranksure.tasks.load import load_samples, load_task, loss_for
 from ranksure.tasks.options import ModelOptions, RowOptions, values_of
 from ranksure.tasks.task import Task
 
@@ -85,10 +85,12 @@ def prepare(model: Any, data: Any, settings: PlanSettings, tokenizer: Any, clock
         RanksureError: whatever in the input cannot be used, in one line.
     """
     with clock.stage("load", "Reading data and model"):
-        rows = read_samples(data, settings, settings.split)
-        evaluation = (
-            None if settings.eval_data is None else read_samples(settings.eval_data, settings, settings.eval_split)
-        )
+        said: list[str] = []
+        name = loss_for(settings.task, model, settings, said)
+        settings, loss = replace(settings, loss=name), get_loss(name)
+        rows, evaluation = read_samples(data, settings, settings.split), None
+        if settings.eval_data is not None:
+            evaluation = read_samples(settings.eval_data, settings, settings.eval_split)
         if settings.samples > len(rows):
             raise SettingError(
                 f"`samples` {settings.samples} is more than the {len(rows)} rows of {rows.source}; ask for fewer"
@@ -108,9 +110,9 @@ def prepare(model: Any, data: Any, settings: PlanSettings, tokenizer: Any, clock
         if not settings.merged:
             check_exportable(task.adapted, list(targets), head=task.saved_modules, task_type=task.peft_task_type)
         split = _split(shuffled, train, evaluation, settings)
-        notes = [*rows.notes, *(evaluation.notes if evaluation else []), *task.notes]
+        notes = [*rows.notes, *(evaluation.notes if evaluation else []), *said, *task.notes]
         notes += [*_overlap(split), *task.remarks(train), *_absent_classes(train)]
-    return Prepared(settings, task, get_loss(settings.loss), split, targets, notes)
+    return Prepared(settings, task, loss, split, targets, notes)
 
 
 def _absent_classes(train: Samples) -> list[str]:
@@ -129,11 +131,12 @@ def _absent_classes(train: Samples) -> list[str]:
 
 
 def read_samples(data: Any, settings: PlanSettings, split: str | None) -> Samples:
-    """Labelled inputs of the settings' task.
+    """Labelled inputs of the settings' task; its loss, which must be settled, says what labels are.
 
     Raises:
         RanksureError: whatever in them cannot be used, in one line.
     """
+    assert settings.loss is not None
     options = {**values_of(settings, RowOptions), "split": split}
     return load_samples(settings.task, data, regression=not get_loss(settings.loss).of_classes, **options)
 

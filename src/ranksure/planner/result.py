@@ -17,9 +17,11 @@ from ranksure.adapters.export_merged import export_merged
 from ranksure.errors import AdapterError, SettingError, one_line
 from ranksure.factors import Factors
 from ranksure.files import is_left, staged_folder
+from ranksure.options import spoken
 from ranksure.planner.solved import SOLVED, write_solved
 from ranksure.records.plan import Generalization, Plan
 from ranksure.records.record import encoded, plain
+from ranksure.records.task import task_record, write_task
 from ranksure.tasks.text import MeanPooled
 from ranksure.theory.generalization import GeneralizationBound
 
@@ -231,7 +233,10 @@ class PlanResult:
 
     def to_json(self) -> str:
         """``plan.json`` as text; infinite values become null."""
-        record = replace(self.record, sentences=self.sentences(), warnings=self.warnings)
+        warnings, notes = self.warnings, self.record.notes
+        if self.record.command is not None:  # whose reader knows options, not arguments
+            warnings, notes = list(map(spoken, warnings)), list(map(spoken, notes))
+        record = replace(self.record, sentences=self.sentences(), warnings=warnings, notes=notes)
         return encoded(record, indent=2).decode()
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
@@ -285,6 +290,9 @@ class PlanResult:
             lines.append("Made for its own fitted head, frozen: ranksure.install_planned_head(peft_model, PLAN).")
         if task.label_names:
             lines.append(f"Labels by id: {dict(enumerate(task.label_names))}; num_labels={task.n_outputs}.")
+        loss = self._prepared.loss
+        if loss.term == "output":
+            lines.append(f"Loss: {loss.name}; in transformers problem_type={loss.problem_type!r}, labels as floats.")
         return "".join(f"# {line}\n" for line in lines)
 
     def _axolotl(self) -> str:
@@ -330,18 +338,17 @@ class PlanResult:
         if isinstance(task.model, MeanPooled):
             head = task.model.head
             export_mean_pooled(task.adapted, self.factors, head.weight, head.bias, stage / "adapter", **common)
-            task.write_record(stage / "adapter")
-            return
-        export_adapter(
-            task.adapted,
-            self.factors,
-            stage / "adapter",
-            head=task.saved_modules,
-            num_labels=task.n_outputs if task.head else None,
-            task_type=task.peft_task_type,
-            **common,
-        )
-        task.write_record(stage / "adapter")
+        else:
+            export_adapter(
+                task.adapted,
+                self.factors,
+                stage / "adapter",
+                head=task.saved_modules,
+                num_labels=task.n_outputs if task.head else None,
+                task_type=task.peft_task_type,
+                **common,
+            )
+        write_task(stage / "adapter", task_record(task, self._prepared.loss.name))
 
 
 def _every(n: int) -> str:

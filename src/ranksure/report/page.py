@@ -13,6 +13,7 @@ from typing import Any
 
 from ranksure.errors import DataError, SettingError, one_line
 from ranksure.files import put_back, write_or_refuse
+from ranksure.options import spoken
 from ranksure.report.blocks import Section, Status
 from ranksure.report.module_places import is_control
 from ranksure.report.records import Found, Record, find
@@ -77,12 +78,16 @@ def _sections(found: Found, command: str | None, detail: bool) -> list[Section]:
     for index, record in enumerate(found.records, start=1):
         own = command if len(top) == 1 and record is top[0] else None
         try:
-            out.append(_builder(record.kind)(record, f"s{index}", own, detail))
+            section = _builder(record.kind)(record, f"s{index}", own, detail)
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # no schema says what belongs together
             raise DataError(
                 f"{record.path} cannot be shown, as its values do not belong together ({type(error).__name__}: "
                 f"{one_line(error)}): make it again, or move it away"
             ) from error
+        if own or getattr(record.data, "command", None):  # whose reader knows options, not arguments
+            section.sentences = list(map(spoken, section.sentences))
+            section.warnings = list(map(spoken, section.warnings))
+        out.append(section)
     return out
 
 

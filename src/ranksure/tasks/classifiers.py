@@ -15,6 +15,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from ranksure.data.samples import Samples, matched, value_of
 from ranksure.errors import ModelError, SettingError, one_line
+from ranksure.losses import CrossEntropy, Loss
 from ranksure.network.checkpoints import (
     base_children,
     check_checkpoint,
@@ -95,7 +96,9 @@ class Modality:
     argument: str
     load_processor: Callable[[str, str | None, bool], Any]
 
-    def open(self, model: Any, processor: Any, n_outputs: int, loading: Loading) -> Classifier:
+    def open(
+        self, model: Any, processor: Any, n_outputs: int, loading: Loading, loss: type[Loss] = CrossEntropy
+    ) -> Classifier:
         """A classifier in memory, or one of a folder or Hub id, with its processor, on its device.
 
         Raises:
@@ -106,7 +109,7 @@ class Modality:
             name = name_in_memory(model, processor, self.processor, self.argument)
             found = Classifier(model, head_name(model, n_outputs), name=name, processor=processor)
         else:
-            found = load_classifier(self.auto_class, self.noun, os.fspath(model), n_outputs, loading)
+            found = load_classifier(self.auto_class, self.noun, os.fspath(model), n_outputs, loading, loss)
             given = (found.name, loading.revision, loading.trust_remote_code)
             found.processor = processor or self.load_processor(*given)
         found.model.to(device_named(loading.device))  # pyright: ignore[reportArgumentType]
@@ -118,6 +121,20 @@ def name_in_memory(model: PreTrainedModel, processor: Any, noun: str, argument: 
     if processor is None:
         raise SettingError(f"a model in memory needs its {noun}: pass {argument}=")
     return str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+
+
+def config_of(model: Any, loading: Loading) -> Any:
+    """The configuration of a model in memory, or of a folder or Hub id.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    if not isinstance(model, (str, os.PathLike)):
+        return getattr(model, "config", None)
+    name = os.fspath(model)
+    check_checkpoint(name, loading.dtype)
+    with loading_as("a model of transformers", name):
+        return AutoConfig.from_pretrained(name, revision=loading.revision, trust_remote_code=loading.trust_remote_code)
 
 
 def load_processor(auto_class: Any, noun: str, remedy: str, **options: Any) -> Callable[[str, str | None, bool], Any]:
@@ -138,13 +155,19 @@ def load_processor(auto_class: Any, noun: str, remedy: str, **options: Any) -> C
     return load
 
 
-def load_classifier(auto_class: Any, noun: str, name: str, n_outputs: int, loading: Loading) -> Classifier:
-    """Load a checkpoint as a classifier with ``n_outputs`` logits; a head of another size is made anew."""
+def load_classifier(
+    auto_class: Any, noun: str, name: str, n_outputs: int, loading: Loading, loss: type[Loss] = CrossEntropy
+) -> Classifier:
+    """Load a checkpoint as a classifier with ``n_outputs`` logits; a head of another size is made anew.
+
+    Its configuration then names the loss, whatever another one it was trained with before.
+    """
     check_checkpoint(name, loading.dtype)
     common = {"revision": loading.revision, "trust_remote_code": loading.trust_remote_code}
     notes: list[str] = []
     with loading_as(noun, name):
-        config = AutoConfig.from_pretrained(name, num_labels=n_outputs, **common)
+        stated = {"num_labels": n_outputs, "problem_type": loss.problem_type}
+        config = AutoConfig.from_pretrained(name, **stated, **common)
     model, missing, reshaped = load_weights(
         auto_class, noun, name, notes, head=True, seed=loading.seed, config=config, dtype=loading.dtype, **common
     )

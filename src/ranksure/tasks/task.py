@@ -6,11 +6,9 @@ each have a subclass in a file of their own, and ``tasks/load.py`` makes one fro
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 from weakref import ReferenceType, ref
 
@@ -23,7 +21,6 @@ from ranksure.network.checkpoints import peft_targets
 from ranksure.network.targets import select_targets
 from ranksure.tasks.collate import Batches
 
-TASK_FILE = "task.json"
 S = TypeVar("S", bound=Samples)
 
 
@@ -197,11 +194,9 @@ class Task(ABC, Generic[S]):
     def usage(self) -> str:
         """How inputs reach the model, Markdown for an adapter's README."""
 
-    def write_record(self, folder: Path) -> None:
-        """Write ``task.json``: :meth:`record` with the class names, so that an adapter's folder says how to use it."""
-        content = {"schema": 1, "labels": self.label_names, **self.record()}
-        (folder / TASK_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
     @abstractmethod
     def record(self) -> dict[str, Any]:
-        """What makes the same task again from its model's name and its data; plain JSON, with ``kind``."""
+        """What makes the same task again from its model's name and its data: fields of ``task.json``, with ``kind``.
+
+        See :class:`ranksure.records.task.TaskRecord`.
+        """

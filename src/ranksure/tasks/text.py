@@ -142,7 +142,7 @@ def load_text_task(
     """
     options = Loading(**loading)
     n_outputs = get_loss(loss).outputs_for(None if rows.label_names is None else len(rows.label_names))
-    found = _MODALITY.open(model, tokenizer, n_outputs, options)
+    found = _MODALITY.open(model, tokenizer, n_outputs, options, type(get_loss(loss)))
     if pooling not in ("model", "mean"):
         raise SettingError(f"unknown pooling {pooling!r}: use model or mean")
     settle_padding(found.model, found.processor, found.name)

@@ -44,6 +44,7 @@ def build(record: Record, section_id: str, command: str | None = None) -> Sectio
         ("base model", base),
         *of_data(data.data),
         ("rows", f"{data.n_samples:,}"),
+        ("loss", data.loss_kind),
         ("weight decay", data.weight_decay),
         ("λ", data.lam),
         ("dtype", data.run.dtype if data.run else None),

@@ -22,6 +22,9 @@ from ranksure.errors import SettingError, settings_of
 from ranksure.factors import Factors, ranks_of
 from ranksure.files import writing
 from ranksure.network.checkpoints import quiet
+from ranksure.planner.prepare import Prepared, prepare
+from ranksure.planner.run import run_plan
+from ranksure.planner.settings import PlanSettings
 from ranksure.planner.solved import SOLVED
 from ranksure.progress import Clock, Reporter, Silent
 from ranksure.quantities import parse_memory
@@ -83,13 +86,14 @@ def fit(
     clock = Clock(reporter or Silent())
     began = time.perf_counter()
     with writing(out), left_as_found(out) as work, preserved_randomness(), _quiet():
-        folder = _plan_folder(work, model, data, plan, tokenizer, options, clock)
+        folder, prepared = _plan_folder(work, model, data, plan, tokenizer, options, clock)
         if options.task == "CAUSAL_LM":
             if folder is not None:
                 raise SettingError("a plan is for classification, not for CAUSAL_LM: leave `plan` or `task` out")
             setup = causal_setup(model, data, options, tokenizer, clock)
         else:
-            setup = task_setup(model, data, options, folder, tokenizer, clock)
+            setup = task_setup(model, data, options, folder, tokenizer, clock, prepared)
+        options = dataclasses.replace(options, loss=setup.kind)
         run = _Run(setup, options, folder, work, clock, list(callbacks), command)
         resumed = work.open(run.asked(), restart)
         if work.finished:
@@ -275,16 +279,14 @@ class _Run:
 
 def _plan_folder(
     work: Workspace, model: Any, data: Any, plan: Any, tokenizer: Any, options: FitSettings, clock: Clock
-) -> PlanFolder | None:
-    """The plan given; made in the folder where the linear optimum is asked for without one."""
+) -> tuple[PlanFolder | None, Prepared | None]:
+    """The plan given; made in the folder where the linear optimum is asked for without one, and what it was made of."""
     if plan is not None:
-        return read_plan(plan)
+        return read_plan(plan), None
     if not options.linear:
-        return None
-    own = work.out / "plan"
+        return None, None
+    own, prepared = work.out / "plan", None
     if not (own / "plan.json").is_file() or (own / SOLVED).is_file():  # solved, but not written as an adapter
-        from ranksure.planner.run import plan as make_plan
-
         if model is None or data is None:
             raise SettingError("give `plan`, or `model` and `data` to plan on")
         if options.samples is None:
@@ -292,8 +294,9 @@ def _plan_folder(
         lam = options.lam if options.lam is not None else options.weight_decay
         shared = {name: getattr(options, name) for name in (*SHARED, "samples", "seed", "memory", "device")}
         shared["weight_decay"] = "auto" if lam is None else lam
-        make_plan(model, data, tokenizer=tokenizer, reporter=clock.reporter, **shared).save(own)
-    return read_plan(own)
+        prepared = prepare(model, data, PlanSettings(**shared), tokenizer, clock)
+        run_plan(prepared, clock).save(own)
+    return read_plan(own), prepared
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from ranksure.adapters.matrices import adapted_layers, matrices, to_matrices
 from ranksure.errors import AdapterError
 from ranksure.factors import Factors
 from ranksure.losses import Kind
+from ranksure.records.task import TaskRecord
 from ranksure.tasks.collate import in_batches
 from ranksure.tasks.task import Task
 
@@ -34,6 +35,7 @@ class Setup:
         shapes: of every target, by its name in ``adapted``.
         pooling: ``model`` or ``mean``; None for a causal language model, as are ``task`` and ``n_outputs``.
         same_data: whether the rows are those of the plan.
+        record: what is written beside the adapter.
         notes: what the user should be told, in sentences.
     """
 
@@ -57,6 +59,7 @@ class Setup:
     sha256: str
     same_data: bool
     task: Task[Any] | None = None
+    record: TaskRecord = field(default_factory=TaskRecord)
     notes: list[str] = field(default_factory=list)
 
     def batches(self, features: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

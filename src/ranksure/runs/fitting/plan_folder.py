@@ -41,13 +41,15 @@ class PlanFolder:
         Raises:
             SettingError: the plan's optimum is no update at all.
         """
-        ranks = self.record.recommended.rank_pattern
-        if not ranks:
+        self._refuse_zero()
+        return self.record.recommended.rank_pattern
+
+    def _refuse_zero(self) -> None:
+        if self.record.optimum.is_zero or not self.record.recommended.rank_pattern:
             raise SettingError(
                 f"the plan in {self.folder} needs no adapter: at its weight decay the optimum is no update at all, "
                 "so there is nothing to train"
             )
-        return ranks
 
     def asked(self) -> dict[str, Any]:
         """The options of the plan but for data that was in memory.
@@ -79,7 +81,9 @@ class PlanFolder:
 
         Raises:
             AdapterError: there is none, or it cannot be read.
+            SettingError: the plan's optimum is no update at all.
         """
+        self._refuse_zero()
         path = self.folder / "adapter" / "adapter_model.safetensors"
         if (self.folder / "merged").is_dir():
             raise AdapterError(f"the plan in {self.folder} holds a merged checkpoint: plan again without `merged`")

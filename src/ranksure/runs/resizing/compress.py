@@ -214,6 +214,7 @@ def _measured(run: _Run, level: Level, factors: Factors, facts: dict[str, Any]) 
         parameters_before=sum(ranks[name] * width for name, width in widths.items()),
         parameters_after=sum(after[name] * width for name, width in widths.items()),
         dtype=run.dtype,
+        loss=run.settings.loss,
         update_change=_update_change(read.factors, factors),
         passes=run.passes,
         notes=notes,

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from ranksure.factors import Factors
+from ranksure.losses import Kind
 from ranksure.records.change import CompressRecord, Measured
 from ranksure.records.record import plain
 from ranksure.runs.resizing.resized import Resized
@@ -51,6 +52,7 @@ class Compression(Resized):
     parameters_before: int
     parameters_after: int
     dtype: torch.dtype
+    loss: Kind | None = None
     before: Measured | None = None
     after: Measured | None = None
     at_zero: Measured | None = None

@@ -11,7 +11,7 @@ docs/grow-and-compress.md.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +21,7 @@ from ranksure.adapters.loaded import Adapter, read_adapter
 from ranksure.adapters.merging import merged
 from ranksure.errors import AdapterError, SettingError
 from ranksure.factors import Factors, ranks_of, thin_svd
+from ranksure.losses import Kind
 from ranksure.network.gradient import Progress, gradient_pass
 from ranksure.network.logits import Batch
 from ranksure.records.certificate import RunCertificate
@@ -60,6 +61,7 @@ class Growth(Resized):
     slopes: dict[str, list[float]]
     sizes: dict[str, list[float]]
     forced: bool
+    loss: Kind | None = None
 
     @property
     def penalty_added(self) -> float:
@@ -153,7 +155,7 @@ def grow(
         around=merged,
     )
     threshold = {name: 0.0 if force else _threshold(certificate, name) for name in names}
-    return _grown(read, pairs, certificate, threshold)
+    return replace(_grown(read, pairs, certificate, threshold), loss=chosen.loss)
 
 
 def _check_verdict(certificate: RunCertificate, force: bool) -> None:

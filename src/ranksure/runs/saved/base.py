@@ -22,9 +22,11 @@ from transformers import (
 from ranksure.adapters.fields import leaves_base
 from ranksure.adapters.matrices import is_factor
 from ranksure.adapters.saved import AdapterFiles, check_fit
+from ranksure.bundled.names import named_model
 from ranksure.errors import AdapterError, ModelError, one_line, shown
 from ranksure.network.checkpoints import load_tokenizer, load_weights, looks_local, quiet, settle_padding
 from ranksure.records.record import RunSource
+from ranksure.records.task import TaskRecord
 
 TaskType = Literal["SEQ_CLS", "CAUSAL_LM"]
 _HEADS = ("score", "classifier", "classifier.out_proj", "classification_head.out_proj")
@@ -74,6 +76,7 @@ class LoadedRun:
         notes: sentences for the user.
         adapted: the ``PeftModel`` itself, where ``model`` is a network around it; None where ``model`` is it.
         prefix: what a module's name in ``adapted`` needs in front to be its name in ``model``.
+        trained: the adapter's own record of what it was trained for, ``task.json``.
     """
 
     model: nn.Module
@@ -85,6 +88,7 @@ class LoadedRun:
     notes: list[str] = field(default_factory=list)
     adapted: PeftModel | None = None
     prefix: str = ""
+    trained: TaskRecord = field(default_factory=TaskRecord)
 
     @property
     def rewritten(self) -> dict[str, Any]:
@@ -120,7 +124,7 @@ def base_name(files: AdapterFiles, base: str | os.PathLike[str] | None) -> str:
         ModelError: the recorded folder is not there.
     """
     if base is not None:
-        return os.fspath(base)
+        return os.fspath(named_model(base))
     recorded = files.config.base_model_name_or_path
     if not recorded:
         raise AdapterError(f"{files.folder} does not record its base model: name it with `base`")
@@ -158,11 +162,20 @@ def base_config(name: str, common: dict[str, Any], **more: Any) -> Any:
 
 
 def load_base(
-    name: str, task: TaskType, files: AdapterFiles, dtype: str, common: dict[str, Any], notes: list[str]
+    name: str,
+    task: TaskType,
+    files: AdapterFiles,
+    dtype: str,
+    common: dict[str, Any],
+    notes: list[str],
+    head: Mapping[str, Any],
 ) -> tuple[PreTrainedModel, set[str]]:
-    """The base model, and the names of parameters that its checkpoint does not hold."""
-    more: dict[str, Any] = {}
-    if task == "SEQ_CLS" and (outputs := saved_outputs(files)) is not None:
+    """The base model, and the names of parameters that its checkpoint does not hold.
+
+    ``head`` is what a classifier's configuration is told of its head, where the adapter's record says it.
+    """
+    more: dict[str, Any] = dict(head) if task == "SEQ_CLS" else {}
+    if task == "SEQ_CLS" and "num_labels" not in more and (outputs := saved_outputs(files)) is not None:
         more["num_labels"] = outputs
     config = base_config(name, common, **more)
     auto: Any = AutoModelForSequenceClassification if task == "SEQ_CLS" else AutoModelForCausalLM

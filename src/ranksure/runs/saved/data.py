@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
+from ranksure.choices import Weighting
 from ranksure.data.conversations import encode, load_examples
 from ranksure.data.samples import matched, value_of
 from ranksure.data.texts import Rows
 from ranksure.errors import DataError, SettingError
-from ranksure.losses import CrossEntropy, Kind, Loss, loss_meant
+from ranksure.losses import CrossEntropy, Kind, Logistic, Loss, SquaredError, get_loss, loss_meant
 from ranksure.network.checkpoints import token_limit, with_embeddings
 from ranksure.network.targets import base_network
 from ranksure.records.record import DataSource
+from ranksure.records.task import TaskRecord
 from ranksure.runs.options import ConversationOptions, DataSettings
 from ranksure.tasks.classifiers import model_label_names, own_label_order
 from ranksure.tasks.collate import Collator, PackedCollator, check_packing, in_batches, packed
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 CAUSAL_LENGTH = 1024
 """Tokens per row of a causal language model, unless the model's limit or the user says less."""
 
+ASSUMED = "The adapter does not record its loss, which is taken to be {loss}."
+
 
 @dataclass(frozen=True)
 class RunData:
@@ -43,6 +47,7 @@ class RunData:
             sequence), in the data's order: a Trainer's ``train_dataset``.
         collator: pads such rows to a batch: a Trainer's ``data_collator``.
         kind: which loss the model has on them; ``kind_is_known``: whatever loss it would compute itself.
+        weighting: of a causal language model's tokens.
         form: ``labelled texts`` (images, ...), ``prompt and completion`` or ``messages``.
         sha256: of the file, or of the rows.
         notes: sentences for the user.
@@ -63,6 +68,12 @@ class RunData:
     max_length: int | None
     label_names: list[str] | None = None
     kind_is_known: bool = False
+    weighting: Weighting = "token"
+
+    @property
+    def objective(self) -> dict[str, Any]:
+        """What a certificate, a growth and a compression are told of the loss; a guessed one they check themselves."""
+        return {"loss": self.kind if self.kind_is_known else None, "weighting": self.weighting}
 
     @property
     def described(self) -> DataSource:
@@ -104,13 +115,40 @@ def read_data(run: LoadedRun | tuple[nn.Module, Any], data: Any, settings: DataS
         DataError: data that cannot be used, or labels that are not the model's.
         SettingError: a setting without meaning here, or packing that the model does not keep apart.
     """
-    settings = settings or DataSettings()
-    model, tokenizer = run if isinstance(run, tuple) else (run.model, run.tokenizer)
+    if isinstance(run, tuple):
+        (model, tokenizer), trained, assumed = run, TaskRecord(), ""
+    else:
+        model, tokenizer, trained, assumed = run.model, run.tokenizer, run.trained, ASSUMED
+    settings = as_trained(trained, settings or DataSettings())
     base: Any = base_network(model)
     if is_causal(base):
-        return _causal(base, model, tokenizer, data, settings)
+        return _causal(base, model, tokenizer, data, settings, assumed if trained.kind is None else "")
     settings.refuse_packing("this one classifies texts")
-    return _texts(base, tokenizer, data, settings)
+    return _texts(base, tokenizer, data, settings, trained, assumed)
+
+
+def as_trained(trained: TaskRecord, settings: DataSettings) -> DataSettings:
+    """The settings, filled in from the adapter's own record.
+
+    Raises:
+        SettingError: they contradict it.
+    """
+    filled: dict[str, Any] = {}
+    for name in ("loss", "weighting", "loss_on"):
+        stored, asked = getattr(trained, name), getattr(settings, name)
+        if stored is not None and asked not in (None, stored):
+            raise SettingError(f"the adapter was trained with `{name}` {stored}, not {asked}: leave `{name}` out")
+        filled[name] = stored or asked
+    if settings.max_length is None:
+        filled["max_length"] = trained.max_length
+    return replace(settings, **filled)
+
+
+def loss_by_head(labels: list[str] | None, outputs: int) -> str:
+    """The loss of a fit on texts whose record says its labels and not its loss, as those of schema 1."""
+    if labels is None:
+        return SquaredError.name
+    return Logistic.name if outputs == 1 else CrossEntropy.name
 
 
 def is_causal(model: nn.Module) -> bool:
@@ -131,7 +169,12 @@ def is_causal(model: nn.Module) -> bool:
 # causal language models
 
 
-def _causal(base: PreTrainedModel, model: nn.Module, tokenizer: Any, data: Any, settings: DataSettings) -> RunData:
+def _causal(
+    base: PreTrainedModel, model: nn.Module, tokenizer: Any, data: Any, settings: DataSettings, assumed: str
+) -> RunData:
+    if settings.loss not in (None, CrossEntropy.name):
+        raise SettingError(f"a causal language model has the cross-entropy, not the {settings.loss} loss")
+    loss_on, weighting = settings.loss_on or "completion", settings.weighting or "token"
     examples = load_examples(
         data, **values_of(settings, ConversationOptions, "loss_on", "packing"), split=settings.split
     )
@@ -140,7 +183,7 @@ def _causal(base: PreTrainedModel, model: nn.Module, tokenizer: Any, data: Any, 
         chosen = torch.randperm(total, generator=torch.Generator().manual_seed(settings.seed))[: settings.samples]
         examples = examples.subset(sorted(chosen.tolist()))
     max_length = token_limit(base, tokenizer, settings.max_length, CAUSAL_LENGTH)
-    encoded = encode(examples, tokenizer, max_length=max_length, loss_on=settings.loss_on)
+    encoded = encode(examples, tokenizer, max_length=max_length, loss_on=loss_on)
     notes = [*examples.notes, *encoded.notes]
     features: list[dict[str, Any]] = with_embeddings(base, list(encoded.features), tokenizer)
     collator: Collator | PackedCollator = Collator(tokenizer.pad_token_id)
@@ -149,6 +192,8 @@ def _causal(base: PreTrainedModel, model: nn.Module, tokenizer: Any, data: Any, 
         check_packing(model, features, collator)
         features = list(packed(features, max_length))
         notes.append(f"{len(encoded.features)} rows are packed into {len(features)} sequences that are kept apart.")
+    if assumed and settings.loss is None:
+        notes.append(assumed.format(loss=f"cross-entropy (`loss_on` {loss_on}, `weighting` {weighting})"))
     return run_data(
         examples,
         features,
@@ -161,6 +206,8 @@ def _causal(base: PreTrainedModel, model: nn.Module, tokenizer: Any, data: Any, 
         n_rows=len(encoded.features),
         total_rows=total,
         max_length=max_length,
+        kind_is_known=settings.packing or settings.loss is not None,
+        weighting=weighting,
     )
 
 
@@ -168,13 +215,28 @@ def _causal(base: PreTrainedModel, model: nn.Module, tokenizer: Any, data: Any, 
 # sequence classification and regression
 
 
-def _texts(base: PreTrainedModel, tokenizer: Any, data: Any, settings: DataSettings) -> RunData:
-    loss = _loss(base)
+def _texts(
+    base: PreTrainedModel, tokenizer: Any, data: Any, settings: DataSettings, trained: TaskRecord, assumed: str
+) -> RunData:
+    stated = settings.loss
+    if stated is None and trained.kind is not None:
+        stated = loss_by_head(trained.labels, _outputs(base))
+    loss = _loss(base) if stated is None else get_loss(stated)
     options = values_of(settings, RowOptions)
     rows = cast(Rows, load_samples("text", data, regression=not loss.of_classes, **options))
     notes = list(rows.notes)
     if loss.of_classes:
-        rows = rows.with_label_names(_class_names(base, rows, notes))
+        recorded = trained.labels or []
+        named = set(rows.label_names or []) <= set(recorded)
+        rows = rows.with_label_names(recorded if named else _class_names(base, rows, notes))
+    if (needed := loss.outputs_for(None if rows.label_names is None else len(rows.label_names))) != _outputs(base):
+        what = "numbers" if rows.label_names is None else f"{len(rows.label_names)} classes"
+        raise SettingError(
+            f"the {loss.name} loss of {what} needs a model of {needed} output{'s' * (needed > 1)}, but this one has "
+            f"{_outputs(base)}: say with `loss` what it was trained with, or pass your own batches"
+        )
+    if stated is None and assumed:
+        notes.append(assumed.format(loss=f"{loss.name}, as transformers trains such a model"))
     total, rows = len(rows), settings.few(rows)
     max_length = token_limit(base, tokenizer, settings.max_length)
     tokens = with_embeddings(base, tokenised(tokenizer, rows, max_length), tokenizer)
@@ -196,15 +258,19 @@ def _texts(base: PreTrainedModel, tokenizer: Any, data: Any, settings: DataSetti
         total_rows=total,
         max_length=max_length,
         label_names=rows.label_names,
+        kind_is_known=stated is not None,
     )
 
 
 def _loss(base: PreTrainedModel) -> Loss:
     """The loss of a sequence classifier, by transformers' rules."""
-    outputs = _outputs(base)
-    loss = loss_meant(getattr(base.config, "problem_type", None), outputs)
+    outputs, stated = _outputs(base), getattr(base.config, "problem_type", None)
+    loss = loss_meant(stated, outputs)
     if loss.term == "output" and outputs > 1:
-        raise SettingError(f"{outputs} labels or targets per text ({loss.name}) are not read: pass your own batches")
+        raise SettingError(
+            f"the base model has {outputs} labels or targets per text (problem_type {stated}, {loss.name}), which are "
+            "not read: pass your own batches, or say with `loss` what else the adapter was trained with"
+        )
     return loss
 
 
