@@ -243,12 +243,11 @@ class TestOtherLosses:
 
     @pytest.mark.parametrize("sampler", [WeightedRandomSampler([1.0, 2.0] * 12, 24), SubsetRandomSampler(range(6))])
     def test_weights_of_rows(self, tmp_path, sampler):
-        class Own(Trainer):
-            def get_train_dataloader(self) -> Any:
-                loader = DataLoader(rows(), batch_size=4, sampler=sampler)  # pyright: ignore
-                return self.accelerator.prepare(loader)
+        def own_loader(self: Trainer) -> Any:
+            return self.accelerator.prepare(DataLoader(rows(), batch_size=4, sampler=sampler))  # pyright: ignore
 
-        refused(trainer_of(tmp_path, kind=Own), f"rows are drawn by {type(sampler).__name__}")
+        own = type("Own", (Trainer,), {"get_train_dataloader": own_loader})
+        refused(trainer_of(tmp_path, kind=own), f"rows are drawn by {type(sampler).__name__}")
 
     def test_the_weights_are_those_of_a_run_without_it(self, tmp_path):
         plain = trainer_of(tmp_path, llama(), text_rows(), label_smoothing_factor=0.1, max_steps=3)
