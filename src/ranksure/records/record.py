@@ -140,6 +140,8 @@ def _with_nan(content: Any, kind: inspect.Type) -> Any:
         case inspect.UnionType() if content is not None:
             for part in kind.types:
                 content = _with_nan(content, part)
+        case _:
+            pass
     return content
 
 
