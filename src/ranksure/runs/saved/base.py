@@ -192,9 +192,8 @@ def _fit_embeddings(network: PreTrainedModel, files: AdapterFiles) -> None:
     Raises:
         AdapterError: the rows of one that is not tied to the other were not saved.
     """
-    pair: list[Any] = [
-        each for each in (network.get_input_embeddings(), network.get_output_embeddings()) if each is not None
-    ]
+    embeddings: list[Any] = [network.get_input_embeddings(), network.get_output_embeddings()]
+    pair = [each for each in embeddings if each is not None]
     saved = {name: _saved_rows(name, files) for name, module in network.named_modules() if module in pair}
     rows, before = next(filter(None, saved.values()), None), pair[0].weight.shape[0]
     if rows is None or rows == before:
