@@ -56,11 +56,17 @@ def one_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
-_EXHAUSTED = {
-    "memory": r"can't allocate memory|cannot allocate memory|not enough memory|out of memory|failed to map segment|"
-    r"can't start new thread|os error 12\b|bad_alloc",
-    "disk": r"no space left|disk quota|file too large|os error (28|27|122)\b|PytorchStreamWriter failed|"
-    r"enforce fail at inline_container",
+_EXHAUSTED = {  # compiled here: later there may be no memory for it
+    "memory": re.compile(
+        r"can't allocate memory|cannot allocate memory|not enough memory|out of memory|failed to map segment|"
+        r"can't start new thread|os error 12\b|bad_alloc",
+        re.IGNORECASE,
+    ),
+    "disk": re.compile(
+        r"no space left|disk quota|file too large|os error (28|27|122)\b|PytorchStreamWriter failed|"
+        r"enforce fail at inline_container",
+        re.IGNORECASE,
+    ),
 }
 
 
@@ -70,7 +76,7 @@ def exhausted(error: BaseException) -> str | None:
         return "memory"
     if not isinstance(error, Exception):
         return None
-    return next((what for what, words in _EXHAUSTED.items() if re.search(words, str(error), re.IGNORECASE)), None)
+    return next((what for what, words in _EXHAUSTED.items() if words.search(str(error))), None)
 
 
 def settings_of(kind: Callable[..., T], what: str, given: Mapping[str, Any]) -> T:
