@@ -9,6 +9,7 @@ from typing import Any
 
 import peft
 import torch
+import transformers
 from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedModel
@@ -173,6 +174,7 @@ def adapter_readme(
     facts = [
         f"- Base model: {f'`{base}`' if base else 'not recorded'}, revision "
         + (f"`{revision}`" if revision else "not recorded: pin the one that you used"),
+        f"- Names of modules: those of transformers {transformers.__version__}. Other versions may have other names.",
         *([_NEW_HEAD.format(heads=", ".join(f"`{head}`" for head in heads))] if heads else []),
         *([f"- Zero-padded to one rank, {config.r}, for consumers without patterns."] if uniform else []),
         *(f"- {note}" for note in notes),

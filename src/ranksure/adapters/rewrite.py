@@ -32,6 +32,7 @@ from ranksure.adapters.config import exact_pattern, exact_targets
 from ranksure.adapters.fields import leaves_base
 from ranksure.adapters.matrices import PREFIX, zero_column
 from ranksure.adapters.readme import auto_class, base_settings, labels_of, loading_snippet, moved_readme, uneven
+from ranksure.adapters.saved import HEADER, SAFE
 from ranksure.errors import AdapterError
 from ranksure.factors import Factors, ranks_of
 from ranksure.files import staged_folder
@@ -39,7 +40,6 @@ from ranksure.network.side_path import check_factors
 from ranksure.network.targets import base_layer, base_network
 
 PathLike = str | os.PathLike[str]
-_WEIGHTS = "adapter_model.safetensors"
 _MARK = "<!-- ranksure: ranks changed -->"
 _OWN_TAGS = "tags: [lora, ranksure]"
 
@@ -121,7 +121,7 @@ def rewrite_adapter(
     with staged_folder(out, "adapter_config.json") as stage:
         _copy_others(source, stage)
         new.save_pretrained(str(stage))
-        save_file(tensors | others, stage / _WEIGHTS, metadata={"format": "pt"})
+        save_file(tensors | others, stage / SAFE, metadata=HEADER)
         (stage / "README.md").write_text(readme, encoding="utf-8")
         write_more(stage)
         _verify(model, adapter, stage, tensors | others, scales)
@@ -167,7 +167,7 @@ def stored_dtype(model: nn.Module, adapter: str = "default", source: PathLike | 
     Raises:
         AdapterError: the file cannot be read, or the model has no such adapter.
     """
-    path = None if source is None else Path(source) / _WEIGHTS
+    path = None if source is None else Path(source) / SAFE
     if path is not None and path.is_file():
         return next(value.dtype for key, value in _read(path).items() if matrices.is_factor(key))
     return matrices.matrices(next(iter(_layers(model, adapter)[1].values())), adapter)[0].dtype
@@ -245,7 +245,7 @@ def _product_norm(u: Tensor, v: Tensor) -> float:
 
 def _other_tensors(model: nn.Module, adapter: str, source: PathLike | None, dropped: set[str]) -> dict[str, Tensor]:
     """What an adapter file holds beside the factors: trained heads, biases, resized embeddings."""
-    path = None if source is None else Path(source) / _WEIGHTS
+    path = None if source is None else Path(source) / SAFE
     if path is not None and path.is_file():
         found = _read(path)
     else:

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from peft import LoraConfig
+from safetensors import safe_open
 from torch import Tensor
 
 from ranksure.adapters.fields import leave_unread, ranks_of_module, read_config
@@ -22,17 +24,23 @@ from ranksure.files import file_sha256
 
 _QUANTISED = "The following `bitsandbytes` quantization config was used during training:"  # of PEFT's model cards
 CONFIG, SAFE, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+HEADER = {"format": "pt", "transformers": transformers.__version__}
+"""Of the weights that are written: the version says whose names of modules they go by."""
 
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """An adapter as saved: its weights by PEFT's names, on the CPU, and the sha256 of their file."""
+    """An adapter as saved: its weights by PEFT's names, on the CPU, and the sha256 of their file.
+
+    ``transformers`` is the version whose names of modules they go by, where the file says so.
+    """
 
     folder: Path
     config: LoraConfig
     tensors: dict[str, Tensor]
     sha256: str
     notes: list[str]
+    transformers: str | None = None
 
     @property
     def head(self) -> dict[str, Tensor]:
@@ -63,7 +71,15 @@ def read_files(folder: Path, adapter: str | None = None) -> AdapterFiles:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise AdapterError(f"{path}: {name} holds a value that is not finite (NaN or infinity)")
     _check_ranks(folder, config, tensors)
-    return AdapterFiles(folder, config, tensors, file_sha256(path), notes)
+    return AdapterFiles(folder, config, tensors, file_sha256(path), notes, _written_by(path))
+
+
+def _written_by(path: Path) -> str | None:
+    """The version of transformers in a file's header."""
+    if path.name != SAFE:
+        return None
+    with safe_open(path, "pt") as file:
+        return (file.metadata() or {}).get("transformers")
 
 
 def _folder(folder: Path, adapter: str | None) -> Path:

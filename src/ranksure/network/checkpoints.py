@@ -218,8 +218,9 @@ def settle_padding(model: PreTrainedModel, tokenizer: Any, name: str) -> None:
         raise ModelError(f"the tokenizer of {name} has neither a padding token nor an end token: set pad_token in it")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if getattr(model.config, "pad_token_id", None) is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    for config in (model.config, model.config.get_text_config()):
+        if getattr(config, "pad_token_id", None) is None:
+            config.pad_token_id = tokenizer.pad_token_id
 
 
 def with_embeddings(model: PreTrainedModel, rows: list[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:

@@ -97,8 +97,9 @@ class Streamed(Hooks):
         for name, count in self._waiting.items():
             if count > 0:
                 raise CaptureError(
-                    f"target module {name} got no gradient in {count} of its uses: a reentrant checkpoint cuts it off "
-                    "(call model.enable_input_require_grads(), or turn checkpointing off)"
+                    f"target module {name} got no gradient in {count} of its uses: the network itself takes none there "
+                    "(torch.no_grad), or a reentrant checkpoint cuts it off (call model.enable_input_require_grads(), "
+                    "or turn checkpointing off)"
                 )
 
     def seen(self, name: str, x: Tensor) -> Callable[[Tensor], None] | None:
@@ -172,8 +173,9 @@ class Recorder(Hooks):
         count = len(uses)
         if not all(use.pending for use in uses) or len(replayed) != n_backward * count:
             raise CaptureError(
-                f"target module {name} was run {count} times forward but {len(replayed)} times again for "
-                f"{n_backward} backward passes; turn gradient checkpointing off (or use_reentrant=False)"
+                f"target module {name} was run {count} times forward, not each with gradients, and {len(replayed)} "
+                f"times again for {n_backward} backward passes: the network itself takes no gradients there "
+                "(torch.no_grad; leave it out), or a reentrant checkpoint cuts it off (use_reentrant=False)"
             )
         for index, use in enumerate(replayed[count:]):
             replayed[index % count].grads.extend(use.grads)

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from ranksure.errors import CaptureError
 
@@ -83,19 +84,31 @@ def device_of(model: nn.Module) -> torch.device:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode with no parameter requiring gradients; restores both."""
+    """Evaluation mode with no parameter requiring gradients and no cache for generation; restores all.
+
+    A recurrent network writes its cache in place, which no gradient can be taken through (RWKV in evaluation mode).
+    """
     training = [(module, module.training) for module in model.modules()]
     requires = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    configs = {id(config): config for module in model.modules() if _caches(config := getattr(module, "config", None))}
     try:
         model.eval()
+        for config in configs.values():
+            config.use_cache = False
         for parameter, _ in requires:
             parameter.requires_grad_(False)
         yield
     finally:
+        for config in configs.values():
+            config.use_cache = True
         for module, mode in training:
             module.training = mode
         for parameter, flag in requires:
             parameter.requires_grad_(flag)
+
+
+def _caches(config: Any) -> bool:
+    return isinstance(config, PreTrainedConfig) and getattr(config, "use_cache", None) is True
 
 
 def predict(model: nn.Module, batches: Sequence[Batch]) -> Tensor:

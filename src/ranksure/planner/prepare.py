@@ -13,7 +13,7 @@ from ranksure.adapters.export import check_exportable
 from ranksure.capture import estimate_bytes
 from ranksure.certificate import lambda_max
 from ranksure.data.samples import Samples
-from ranksure.errors import DataError, SettingError, TargetError
+from ranksure.errors import DataError, SettingError, TargetError, one_line
 from ranksure.losses import Loss, accuracy, get_loss
 from ranksure.network.logits import device_of, frozen, logits_of, to_device
 from ranksure.network.targets import block_shape
@@ -221,12 +221,21 @@ def linearise(prepared: Prepared, clock: Clock) -> Linearised:
     held = (split.select, split.report)
     found = linearise_task(task, prepared.targets, split.train, loss, held_out=held, clock=clock)
     select, report = found.held_out
-    pooling: dict[str, float | None] = {}
     # Poolings are compared where lambda is chosen: a user who follows the comparison has not used up the report rows.
     judge = select or report
-    if found.head is not None and judge is not None and loss.of_classes:
-        with clock.stage("head", "Comparing poolings") as advance:
-            pooling[task.pooling] = accuracy(judge.base_logits, judge.labels, loss)
-            if (other := task.alternative()) is not None:
-                pooling[other.pooling] = accuracy_of_head(other, split.train, judge, advance)
+    compared = found.head is not None and judge is not None and loss.of_classes
+    pooling = _poolings(prepared, judge, clock) if compared and judge is not None else {}
     return Linearised(prepared, found.problem, select, report, found.head, pooling, lambda_max(found.problem))
+
+
+def _poolings(prepared: Prepared, judge: HeldOut, clock: Clock) -> dict[str, float | None]:
+    """Accuracy before any adapter by pooling; one that this network cannot have is named in the plan's notes."""
+    task = prepared.task
+    out = {task.pooling: accuracy(judge.base_logits, judge.labels, judge.loss)}
+    with clock.stage("head", "Comparing poolings") as advance:
+        try:
+            if (other := task.alternative()) is not None:
+                out[other.pooling] = accuracy_of_head(other, prepared.split.train, judge, advance)
+        except Exception as error:  # of any library: the plan needs none of this
+            prepared.notes.append(f"The other pooling was not compared: {one_line(error)}")
+    return out

@@ -119,7 +119,9 @@ def check_same_as_full(model: nn.Module, features: Sequence[Mapping[str, Any]], 
     if not bool(torch.isfinite(expected).all()):
         raise ModelError(f"{type(model.lm).__name__}: the verbalisers' logits are not finite (NaN or infinity)")
     dtype = next(parameter.dtype for parameter in model.lm.parameters())
-    allowed = (256 if torch.finfo(dtype).bits >= 32 else 8) * torch.finfo(dtype).eps * (1 + float(expected.abs().max()))
+    single = torch.finfo(torch.float32).eps  # of norms and rotary angles, whatever the weights are in
+    eps = max(256 * single, 8 * torch.finfo(dtype).eps * (torch.finfo(dtype).bits < 32))
+    allowed = eps * (1 + float(expected.abs().max()))
     if (difference := float((z - expected).abs().max())) > allowed:
         raise ModelError(
             f"{type(model.lm).__name__} gives other logits for padded prompts, read at one position, than for each "
@@ -140,8 +142,9 @@ def architecture_of(config: Any, tokenizer: Any, name: str, own: str | None = No
             return "masked"
         if each.endswith(("ForCausalLM", "LMHeadModel")):
             return "causal"
-    masked, causal = (type(config) in known for known in (MODEL_FOR_MASKED_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING))
-    if own or not (masked or causal):
+    known = (MODEL_FOR_MASKED_LM_MAPPING.get(type(config), None), MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None))
+    masked, causal = (each is not None and own in (None, getattr(each, "__name__", None)) for each in known)
+    if not (masked or causal):
         raise ModelError(
             f"{name} ({own or getattr(config, 'model_type', type(config).__name__)}) is no masked or causal language "
             "model: load it with AutoModelForMaskedLM or AutoModelForCausalLM"

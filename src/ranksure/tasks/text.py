@@ -10,13 +10,15 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedModel
 
 from ranksure.data.texts import Rows
-from ranksure.errors import SettingError
+from ranksure.errors import ModelError, SettingError, one_line
 from ranksure.losses import get_loss
 from ranksure.network.checkpoints import load_tokenizer, settle_padding, token_limit, with_embeddings
+from ranksure.network.logits import frozen
 from ranksure.tasks.classifiers import Modality
 from ranksure.tasks.options import Loading
 from ranksure.tasks.task import Task
@@ -41,12 +43,11 @@ def count_cut(tokenizer: Any, rows: Rows, tokens: list[dict[str, Any]], max_leng
 
 
 class MeanPooled(nn.Module):
-    """An encoder whose last hidden states are averaged over real tokens and read by a linear head."""
+    """An encoder whose last hidden states, of a width, are averaged over real tokens and read by a linear head."""
 
-    def __init__(self, encoder: PreTrainedModel, n_outputs: int) -> None:
+    def __init__(self, encoder: PreTrainedModel, n_outputs: int, width: int) -> None:
         super().__init__()
         self.encoder = encoder
-        width = int(encoder.config.hidden_size)
         self.head = nn.Linear(width, n_outputs, device=encoder.device, dtype=encoder.dtype)
 
     def forward(self, **batch: Any) -> Tensor:
@@ -154,8 +155,26 @@ def load_text_task(
     return task.with_mean_pooling() if pooling == "mean" else task
 
 
+def _hidden_width(encoder: PreTrainedModel, tokenizer: Any) -> int:
+    """The width of an encoder's last hidden states; a ``ModelError`` where they are not one for each token."""
+    name = type(encoder).__name__
+    if "attention_mask" not in tokenizer.model_input_names:
+        raise ModelError(f"mean pooling needs an attention mask, which the tokenizer of {name} does not give")
+    ids = torch.zeros(1, 8, dtype=torch.long, device=encoder.device)
+    try:
+        with frozen(encoder), torch.no_grad():
+            hidden = encoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+    except Exception as error:  # an encoder-decoder, say, which asks for the decoder's tokens too
+        raise ModelError(f"{name} cannot be run for mean pooling: {one_line(error)}") from None
+    if hidden.shape[:2] != ids.shape:
+        raise ModelError(
+            f"mean pooling needs a hidden state per token, but {name} gives {hidden.shape[1]} for {ids.shape[1]} tokens"
+        )
+    return hidden.shape[-1]
+
+
 def _mean_pooled(task: TextTask, encoder: PreTrainedModel) -> TextTask:
-    wrapped = MeanPooled(encoder, task.n_outputs)
+    wrapped = MeanPooled(encoder, task.n_outputs, _hidden_width(encoder, task.tokenizer))
     return replace(
         task,
         model=wrapped,

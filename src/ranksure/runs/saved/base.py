@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import peft
 import torch
+import transformers
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import (
@@ -21,15 +23,16 @@ from transformers import (
 
 from ranksure.adapters.fields import leaves_base
 from ranksure.adapters.matrices import is_factor
-from ranksure.adapters.saved import AdapterFiles, check_fit
+from ranksure.adapters.renamed import names_of_versions
+from ranksure.adapters.saved import CONFIG, AdapterFiles, check_fit
 from ranksure.bundled.names import named_model
 from ranksure.errors import AdapterError, ModelError, one_line, shown
 from ranksure.network.checkpoints import load_tokenizer, load_weights, looks_local, quiet, settle_padding
 from ranksure.records.record import RunSource
 from ranksure.records.task import TaskRecord
+from ranksure.tasks.classifiers import head_name
 
 TaskType = Literal["SEQ_CLS", "CAUSAL_LM"]
-_HEADS = ("score", "classifier", "classifier.out_proj", "classification_head.out_proj")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "tokenizer.model", "vocab.json")
 
 
@@ -135,13 +138,19 @@ def base_name(files: AdapterFiles, base: str | os.PathLike[str] | None) -> str:
     return recorded
 
 
-def saved_outputs(files: AdapterFiles) -> int | None:
-    """Number of outputs of the head that was saved with the adapter, if any."""
-    for name, tensor in files.head.items():
-        module, _, key = name.rpartition(".")
-        if key == "weight" and tensor.dim() == 2 and module in _HEADS:
-            return int(tensor.shape[0])
-    return None
+def saved_outputs(files: AdapterFiles, base: str, common: dict[str, Any]) -> int | None:
+    """Number of outputs of the classifier's head that was saved with the adapter, if any; whatever it is called."""
+    if not files.head:
+        return None
+    config = base_config(base, common)
+    try:
+        with quiet(), torch.device("meta"):
+            code = common["trust_remote_code"]
+            network = AutoModelForSequenceClassification.from_config(config, trust_remote_code=code)
+        head = files.head.get(f"{head_name(network, network.config.num_labels)}.weight")
+    except Exception:  # no classifier of this base, or none with a linear head: nothing that was saved is one
+        return None
+    return None if head is None else int(head.shape[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,7 +184,7 @@ def load_base(
     ``head`` is what a classifier's configuration is told of its head, where the adapter's record says it.
     """
     more: dict[str, Any] = dict(head) if task == "SEQ_CLS" else {}
-    if task == "SEQ_CLS" and "num_labels" not in more and (outputs := saved_outputs(files)) is not None:
+    if task == "SEQ_CLS" and "num_labels" not in more and (outputs := saved_outputs(files, name, common)) is not None:
         more["num_labels"] = outputs
     config = base_config(name, common, **more)
     auto: Any = AutoModelForSequenceClassification if task == "SEQ_CLS" else AutoModelForCausalLM
@@ -254,11 +263,17 @@ def refuse_lost(untrained: Iterable[str], files: AdapterFiles, base: str) -> Non
 def with_adapter(network: PreTrainedModel, files: AdapterFiles, base: str, trainable: bool) -> PeftModel:
     """The base model under the adapter: what ``PeftModel.from_pretrained`` does, with nothing left as initialised."""
     files.config.inference_mode = not trainable
-    with warnings.catch_warnings():
+    with names_of_versions(network, files), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # each thing that PEFT would warn of here is checked below
         try:
             model = get_peft_model(network, files.config)
         except Exception as error:  # target modules that are not there, ranks that are not numbers, ...
+            if isinstance(error, AttributeError) and files.config.task_type == "SEQ_2_SEQ_LM":
+                raise AdapterError(
+                    f"peft {peft.__version__} cannot place an adapter of task_type SEQ_2_SEQ_LM with transformers "
+                    f"{transformers.__version__} ({one_line(error)}): remove task_type from {files.folder / CONFIG}; "
+                    "the weights mean the same without it"
+                ) from None
             targets = shown(files.config.target_modules, 80)
             what = f"the adapter {files.folder} (target_modules {targets}) does not fit {base}"
             if not leaves_base(files.config):
@@ -288,4 +303,7 @@ def _saved_twice(key: str, tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _saved_by_peft(model: PeftModel, embeddings: bool) -> Mapping[str, Tensor]:
-    return get_peft_model_state_dict(model, save_embedding_layers=embeddings)
+    try:
+        return get_peft_model_state_dict(model, save_embedding_layers=embeddings)
+    except NotImplementedError:  # a network that knows no input embeddings (SegFormer): there are none to save
+        return get_peft_model_state_dict(model, save_embedding_layers=False)

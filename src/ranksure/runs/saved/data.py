@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ranksure.choices import Weighting
 from ranksure.data.conversations import encode, load_examples
@@ -160,7 +161,8 @@ def is_causal(model: nn.Module) -> bool:
     name = type(model).__name__
     if name.endswith("ForSequenceClassification"):
         return False
-    if name.endswith(("ForCausalLM", "LMHeadModel")):
+    own = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(getattr(model, "config", None)), None)
+    if name.endswith(("ForCausalLM", "LMHeadModel")) or type(model) is own:
         return True
     raise SettingError(f"{name} is neither a sequence classifier nor a causal language model: pass your own batches")
 

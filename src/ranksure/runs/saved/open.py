@@ -289,11 +289,12 @@ def _task(files: AdapterFiles, asked: str | None, trained: TaskRecord, base: str
     if recorded in ("SEQ_CLS", "CAUSAL_LM"):
         return cast(TaskType, recorded)
     if recorded is not None:
+        both = "; load that without task_type, with which PEFT fails on many" * (recorded == "SEQ_2_SEQ_LM")
         raise AdapterError(
             f"the adapter's task is {recorded}; only SEQ_CLS and CAUSAL_LM are loaded (in Python, pass any "
-            "PEFT model and its batches to ranksure.certify)"
+            f"PEFT model and its batches to ranksure.certify{both})"
         )
-    if saved_outputs(files) is not None:
+    if saved_outputs(files, base, common) is not None:
         return "SEQ_CLS"
     architectures = getattr(base_config(base, common), "architectures", None) or [""]
     if architectures[0].endswith("ForSequenceClassification"):
