@@ -16,7 +16,7 @@ from ranksure.data.texts import Rows, load_rows
 from ranksure.losses import get_loss
 from ranksure.network.logits import predict
 from ranksure.tasks import classifiers
-from ranksure.tasks.linearise import HeldOut, capture_rows, fit_new_head, linearise
+from ranksure.tasks.linearise import HeldOut, fit_new_head, linearise
 from ranksure.tasks.text import load_text_task
 from tests.tasks.prompt_parts import SENTENCES, byte_bpe, rows_of, tiny_llama
 from tests.tasks.test_image import processor, random_rows, vit_config

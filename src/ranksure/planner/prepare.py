@@ -102,6 +102,7 @@ def prepare(model: Any, data: Any, settings: PlanSettings, tokenizer: Any, clock
             train = shuffled.subset(range(settings.samples))
         if evaluation is not None and rows.label_names is not None:
             evaluation = evaluation.with_label_names(rows.label_names)
+        task.settle_padding(train)
         targets = task.targets(settings.target_modules, settings.layers_to_transform)
         _check_ranks(targets, settings)
         split = _split(shuffled, train, evaluation, settings)
@@ -214,6 +215,7 @@ def linearise(prepared: Prepared, clock: Clock) -> Linearised:
     task, loss, split = prepared.task, prepared.loss, prepared.split
     held = (split.select, split.report)
     found = linearise_task(task, prepared.targets, split.train, loss, held_out=held, clock=clock)
+    prepared.notes += found.notes
     select, report = found.held_out
     pooling: dict[str, float | None] = {}
     # Poolings are compared where lambda is chosen: a user who follows the comparison has not used up the report rows.

@@ -10,14 +10,16 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, cast
 
+import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from ranksure.data.texts import Rows
 from ranksure.errors import SettingError
 from ranksure.losses import get_loss
 from ranksure.network.checkpoints import load_tokenizer, settle_padding, token_limit
 from ranksure.tasks.classifiers import Modality
+from ranksure.tasks.collate import Collator
 from ranksure.tasks.options import Loading
 from ranksure.tasks.task import Task
 
@@ -70,8 +72,10 @@ class TextTask(Task[Rows]):
     model_task: TextTask | None = None
 
     @property
-    def collator(self) -> DataCollatorWithPadding:
-        return DataCollatorWithPadding(self.tokenizer)
+    def collator(self) -> Collator:
+        if self.padding is not None:
+            return self.padding.collate
+        return Collator.of(self.tokenizer, torch.float32 if self.n_outputs == 1 else torch.long)
 
     def prepare(self, samples: Rows) -> list[dict[str, Any]]:
         return tokenised(self.tokenizer, samples, self.max_length)

@@ -16,6 +16,7 @@ from ranksure.adapters.loaded import Adapter, read_adapter
 from ranksure.adapters.merging import merged
 from ranksure.network.gradient import Progress, gradient_pass
 from ranksure.network.logits import Batch
+from ranksure.network.row_losses import RowsInteract
 from ranksure.records.certificate import RunCertificate
 from ranksure.relinearised import Examiner, ModuleState, ball_gaps, penalised_gaps
 from ranksure.runs.certificate.settings import TOLERANCE, CertifySettings
@@ -77,17 +78,20 @@ def certify_adapter(
         reason = "the adapter's update is zero (untrained?), and without a penalty its ball is a point: train first"
         return RunCertificate.not_checked(read.name, read.outside, [reason], settings.tolerance)
     batches = list(batches) if iter(batches) is batches else batches
-    found = gradient_pass(
-        model,
-        batches,
-        read.modules,
-        kind=settings.loss,
-        weighting=settings.weighting,
-        memory_bytes=settings.memory_bytes,
-        consume=examine,
-        progress=progress,
-        around=merged,
-    )
+    try:
+        found = gradient_pass(
+            model,
+            batches,
+            read.modules,
+            kind=settings.loss,
+            weighting=settings.weighting,
+            memory_bytes=settings.memory_bytes,
+            consume=examine,
+            progress=progress,
+            around=merged,
+        )
+    except RowsInteract as error:  # no loss of the data's rows
+        return RunCertificate.not_checked(read.name, read.outside, [str(error)], settings.tolerance)
     states, terms = examine.states, found.terms
     gaps = penalised_gaps(states, terms, penalty) if penalty is not None else ball_gaps(states)
     point = Point(read, states, penalty, terms.mean, gaps, settings.tolerance)

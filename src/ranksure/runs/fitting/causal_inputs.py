@@ -80,6 +80,7 @@ def causal_setup(model: Any, data: Any, settings: FitSettings, tokenizer: Any, c
         source=rows.source,
         sha256=rows.sha256,
         same_data=False,
+        own_length=rows.own_length,
         notes=[*notes, *rows.notes, *(held.notes if held else [])],
     )
 

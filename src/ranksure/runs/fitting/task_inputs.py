@@ -62,7 +62,7 @@ def task_setup(
         if task.head is None:
             raise SettingError(f"`train_head`: the task {task.kind} has no head to train; leave it out")
         heads = [task.head]
-    held = prepared.split.report
+    held, padding = prepared.split.report, task.settle_padding(prepared.split.train)
     return Setup(
         base=task.model,
         adapted=task.adapted,
@@ -72,7 +72,7 @@ def task_setup(
         kind=options.loss,
         features=task.features(prepared.split.train),
         held=None if held is None else task.features(held),
-        collator=task.collator,
+        collator=padding.collate,
         shapes={name: block_shape(module) for name, module in prepared.targets.items()},
         name=task.name,
         revision=task.revision,
@@ -84,6 +84,7 @@ def task_setup(
         source=prepared.split.train.source,
         sha256=prepared.split.train.sha256,
         same_data=same,
+        own_length=padding.own_length,
         notes=notes,
     )
 

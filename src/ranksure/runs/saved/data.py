@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ranksure.data.conversations import encode, load_examples
 from ranksure.data.texts import Rows
 from ranksure.errors import DataError, SettingError
 from ranksure.losses import CrossEntropy, Kind, Loss, loss_meant
+from ranksure.network.batch_losses import Forward
+from ranksure.network.batches import Batches
 from ranksure.network.checkpoints import token_limit
 from ranksure.network.targets import base_network
 from ranksure.records.record import DataSource
 from ranksure.runs.options import ConversationOptions, DataSettings
 from ranksure.tasks.classifiers import own_label_order
-from ranksure.tasks.collate import Collator, PackedCollator, check_packing, in_batches, packed
+from ranksure.tasks.collate import Collator, PackedCollator, check_packing, harmless_padding, packed
 from ranksure.tasks.load import load_samples
 from ranksure.tasks.options import RowOptions, values_of
 from ranksure.tasks.text import count_cut, tokenised
@@ -37,7 +39,7 @@ class RunData:
     """Data of a run, ready for a certificate or a Trainer.
 
     Attributes:
-        batches: evaluation batches with ``labels``, tensors on the CPU.
+        batches: evaluation batches with ``labels``, tensors on the CPU, made when asked for.
         features: ``input_ids``, ``attention_mask`` (``position_ids`` where packed) and ``labels`` by row (or packed
             sequence), in the data's order: a Trainer's ``train_dataset``.
         collator: pads such rows to a batch: a Trainer's ``data_collator``.
@@ -47,9 +49,10 @@ class RunData:
         notes: sentences for the user.
         n_rows: rows that are used, of the ``total_rows`` that the source has.
         max_length: tokens per row, at most; None where rows are no texts.
+        own_length: padding is felt, so a batch holds rows of one length only.
     """
 
-    batches: list[dict[str, Any]]
+    batches: Sequence[dict[str, Any]]
     features: list[dict[str, Any]]
     collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]]
     kind: Kind
@@ -62,6 +65,7 @@ class RunData:
     max_length: int | None
     label_names: list[str] | None = None
     kind_is_known: bool = False
+    own_length: bool = False
 
     @property
     def described(self) -> DataSource:
@@ -78,16 +82,24 @@ class RunData:
 
 
 def run_data(
+    model: nn.Module,
     rows: Any,
     features: list[dict[str, Any]],
     collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]],
     settings: DataSettings,
     batch_size: int,
+    *,
+    notes: list[str],
+    inputs_of: nn.Module | None = None,
+    measure: Callable[[Mapping[str, Any]], Tensor] | None = None,
     **more: Any,
 ) -> RunData:
-    """A run's data from its source and its tokenised rows, in batches."""
-    batches = [dict(collator(part)) for part in in_batches(features, batch_size, settings.by_length)]
-    return RunData(batches, features, collator, source=rows.source, sha256=rows.sha256, **more)
+    """A run's data from its source and its tokenised rows, in batches whose padding the model does not feel."""
+    found = harmless_padding(model, features, collator, inputs_of or base_network(model), measure)
+    own, by_length = found.own_length, settings.by_length or found.own_length
+    batches = Batches(features, batch_size, found.collate, own_length=own, by_length=by_length)
+    common = {"source": rows.source, "sha256": rows.sha256, "own_length": own, "notes": [*notes, *found.notes]}
+    return RunData(batches, features, found.collate, **common, **more)
 
 
 def read_data(run: LoadedRun | tuple[nn.Module, Any], data: Any, settings: DataSettings | None = None) -> RunData:
@@ -109,7 +121,7 @@ def read_data(run: LoadedRun | tuple[nn.Module, Any], data: Any, settings: DataS
     if is_causal(base):
         return _causal(base, model, tokenizer, data, settings)
     settings.refuse_packing("this one classifies texts")
-    return _texts(base, tokenizer, data, settings)
+    return _texts(base, model, tokenizer, data, settings)
 
 
 def is_causal(model: nn.Module) -> bool:
@@ -148,7 +160,14 @@ def _causal(base: PreTrainedModel, model: nn.Module, tokenizer: Any, data: Any, 
         check_packing(model, features, collator)
         features = list(packed(features, max_length))
         notes.append(f"{len(encoded.features)} rows are packed into {len(features)} sequences that are kept apart.")
+
+    def losses(batch: Mapping[str, Any]) -> Tensor:  # the logits would be large
+        forward = Forward(model, CrossEntropy.name)
+        forward.losses_only(batch)
+        return forward.losses
+
     return run_data(
+        model,
         examples,
         features,
         collator,
@@ -157,6 +176,7 @@ def _causal(base: PreTrainedModel, model: nn.Module, tokenizer: Any, data: Any, 
         kind=CrossEntropy.name,
         form=examples.form,
         notes=notes,
+        measure=losses,
         n_rows=len(encoded.features),
         total_rows=total,
         max_length=max_length,
@@ -167,7 +187,7 @@ def _causal(base: PreTrainedModel, model: nn.Module, tokenizer: Any, data: Any, 
 # sequence classification and regression
 
 
-def _texts(base: PreTrainedModel, tokenizer: Any, data: Any, settings: DataSettings) -> RunData:
+def _texts(base: PreTrainedModel, model: nn.Module, tokenizer: Any, data: Any, settings: DataSettings) -> RunData:
     loss = _loss(base)
     options = values_of(settings, RowOptions)
     rows = cast(Rows, load_samples("text", data, regression=not loss.of_classes, **options))
@@ -181,8 +201,9 @@ def _texts(base: PreTrainedModel, tokenizer: Any, data: Any, settings: DataSetti
         notes.append(f"{cut} of {len(rows)} texts were cut at {max_length} tokens.")
     targets = loss.targets(rows.labels)
     features = [{**row, "labels": label} for row, label in zip(tokens, targets.tolist(), strict=True)]
-    collator = Collator(tokenizer.pad_token_id, torch.float32 if targets.is_floating_point() else torch.long)
+    collator = Collator.of(tokenizer, torch.float32 if targets.is_floating_point() else torch.long)
     return run_data(
+        model,
         rows,
         features,
         collator,
