@@ -20,7 +20,7 @@ from ranksure.choices import Weighting
 from ranksure.errors import CaptureError, DataError, SettingError
 from ranksure.loss_terms import CHUNK_VALUES, Terms, batch_terms, is_shifted, kind_of, token_places
 from ranksure.losses import CrossEntropy, Kind, get_loss
-from ranksure.network.logits import Batch, device_of, logits_in, to_device, unlabelled
+from ranksure.network.logits import Batch, device_of, logits_in, not_finite, to_device, unlabelled
 from ranksure.network.targets import base_layer, base_network
 
 _TEXT_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
@@ -71,6 +71,7 @@ class Forward:
 
     Attributes:
         weight: total weight of the terms seen; ``total`` is the weighted sum of their losses, ``n_samples`` their rows.
+        last: of the last batch, the row of each term and its loss.
 
     Raises:
         SettingError: unknown weighting.
@@ -94,6 +95,7 @@ class Forward:
         self.n_samples = 0
         self._check = check and kind is None
         self._head = _output_embeddings(self.base, set(targets))
+        self.last: tuple[Tensor, Tensor] = torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.float64)
         self._losses: list[Tensor] = []
         self._weights: list[Tensor] = []
 
@@ -102,9 +104,14 @@ class Forward:
         """Mean loss so far."""
         return self.total / self.weight
 
+    @property
+    def losses(self) -> Tensor:
+        """Every term's loss so far, float64 ``(T,)``, on the CPU; the first rows' first."""
+        return torch.cat([torch.zeros(0, dtype=torch.float64), *self._losses])
+
     def terms(self) -> Terms:
         """All terms, with weights that sum to one."""
-        return Terms(self.kind or CrossEntropy.name, torch.cat(self._losses), torch.cat(self._weights) / self.weight)
+        return Terms(self.kind or CrossEntropy.name, self.losses, torch.cat(self._weights) / self.weight)
 
     def losses_only(self, batch: Batch) -> None:
         """Add a batch's terms, without gradients.
@@ -115,7 +122,7 @@ class Forward:
         inputs, labels = self.split(batch)
         with torch.no_grad():
             output, streamed = self._run(inputs, labels, lambda: None)
-            self._add_terms(output, labels, streamed, gradient=False)
+            self._add_terms(output, inputs, labels, streamed, gradient=False)
 
     def gradients(self, batch: Batch, restart: Callable[[], None], backward: Callable[[], None]) -> None:
         """Add a batch's terms, and propagate the gradient of their weighted sum back.
@@ -134,7 +141,7 @@ class Forward:
             restart()
         with torch.enable_grad():
             output, streamed = self._run(inputs, labels, restart)
-        found = self._add_terms(output, labels, streamed, gradient=True)
+        found = self._add_terms(output, inputs, labels, streamed, gradient=True)
         if found is None:
             return
         root, seed = found
@@ -177,13 +184,16 @@ class Forward:
         return _logits(self.model, inputs), False
 
     def _add_terms(
-        self, output: Tensor, labels: Tensor, streamed: bool, gradient: bool
+        self, output: Tensor, inputs: Batch, labels: Tensor, streamed: bool, gradient: bool
     ) -> tuple[Tensor, Tensor] | None:
         """Add a batch's terms; for gradients the tensor to start from, and what comes in there."""
         labels = labels.to(output.device)
         self.n_samples += len(output)
+        self.last = self.last[0][:0], self.last[1][:0]
         if streamed:
             return self._add_streamed(output, labels, gradient)
+        if output.dim() == 2 and not bool(torch.isfinite(output).all()):
+            raise DataError(not_finite("on this data", inputs))
         kind = self.kind = self.kind or kind_of(getattr(self.base, "config", None), labels, output)
         found = batch_terms(kind, output, labels, is_shifted(self.base) if output.dim() == 3 else False)
         per_row = self._add(found.rows, len(output), found.losses)
@@ -238,7 +248,8 @@ class Forward:
 
     def _add(self, rows: Tensor, n: int, losses: Tensor) -> Tensor:
         per_row = self._row_weights(rows, n)
-        weights, losses = per_row[rows.cpu()], losses.cpu()
+        rows, losses = rows.cpu(), losses.cpu()
+        weights, self.last = per_row[rows], (rows, losses)
         self._losses.append(losses)
         self._weights.append(weights)
         self.weight += float(weights.sum())

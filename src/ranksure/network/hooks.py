@@ -8,7 +8,7 @@ and gradient checkpointing of either kind.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -164,10 +164,8 @@ class Recorder(Hooks):
         }
 
     def _of(self, name: str, n_backward: int) -> list[_Use]:
-        """A module's uses; of what a reentrant checkpoint ran again, the first replay with all replays' gradients."""
+        """A module's uses, if any; of what a checkpoint ran again, the first replay with all replays' gradients."""
         uses, replayed = self._uses[name], self._replayed[name]
-        if not uses:
-            raise CaptureError(f"target module {name} was never used in the forward pass; leave it out")
         if not any(use.pending for use in uses):
             return uses
         count = len(uses)
@@ -212,6 +210,13 @@ def input_tokens(module: nn.Module, x: Tensor) -> Tensor:
         columns = F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)
         return columns.transpose(1, 2).reshape(-1, columns.shape[1])
     return x.reshape(-1, x.shape[-1])
+
+
+def leading_shape(module: nn.Module, grad: Tensor) -> Sequence[int]:
+    """The shape whose product is the number of rows of :func:`output_tokens`."""
+    if isinstance(base_layer(module), nn.Conv2d):
+        return grad.shape[0], grad[0, 0].numel()
+    return grad.shape[:-1]
 
 
 def output_tokens(module: nn.Module, grad: Tensor) -> Tensor:

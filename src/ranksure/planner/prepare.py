@@ -105,6 +105,7 @@ def prepare(model: Any, data: Any, settings: PlanSettings, tokenizer: Any, clock
             train = shuffled.subset(range(settings.samples))
         if evaluation is not None and rows.label_names is not None:
             evaluation = evaluation.with_label_names(rows.label_names)
+        task.settle_padding(train)
         targets = task.targets(settings.target_modules, settings.layers_to_transform)
         _check_ranks(targets, settings)
         if not settings.merged:
@@ -220,6 +221,7 @@ def linearise(prepared: Prepared, clock: Clock) -> Linearised:
     task, loss, split = prepared.task, prepared.loss, prepared.split
     held = (split.select, split.report)
     found = linearise_task(task, prepared.targets, split.train, loss, held_out=held, clock=clock)
+    prepared.notes += found.notes
     select, report = found.held_out
     # Poolings are compared where lambda is chosen: a user who follows the comparison has not used up the report rows.
     judge = select or report

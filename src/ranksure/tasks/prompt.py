@@ -76,7 +76,7 @@ class PromptTask(Task[Rows]):
 
     @property
     def collator(self) -> Collator:
-        return Collator(int(self.tokenizer.pad_token_id))
+        return Collator.of(self.tokenizer) if self.padding is None else self.padding.collate
 
     def prepare(self, samples: Rows) -> Encoded:
         """Prompts and their tokens."""

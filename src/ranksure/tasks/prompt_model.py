@@ -100,7 +100,7 @@ class Verbalized(nn.Module):
 
 
 def check_same_as_full(model: nn.Module, features: Sequence[Mapping[str, Any]], collator: Collator) -> None:
-    """The logits of padded rows are those of the whole language model on each row alone.
+    """The logits of rows, read at one position, are those of the whole language model.
 
     Raises:
         ModelError: they differ, so this model cannot be read that way.
@@ -108,14 +108,14 @@ def check_same_as_full(model: nn.Module, features: Sequence[Mapping[str, Any]], 
     assert isinstance(model, Verbalized)
     device = device_of(model)
     with frozen(model), torch.no_grad():
-        z = model(**{key: value.to(device) for key, value in collator(features).items()})
-        whole = []
+        read, whole = [], []
         for row in features:
+            read.append(model(**{key: value.to(device) for key, value in collator([row]).items()})[0])
             ids = row["input_ids"]
             at = len(ids) - 1 if model.mask_id is None else ids.index(model.mask_id)
             logits = model.lm(**{key: torch.tensor([value], device=device) for key, value in row.items()}).logits
-            whole.append(logits[0, at, model.tokens].to(z.dtype) + model.offset.to(z.dtype))
-    expected = torch.stack(whole)
+            whole.append(logits[0, at, model.tokens].to(read[0].dtype) + model.offset.to(read[0].dtype))
+    z, expected = torch.stack(read), torch.stack(whole)
     if not bool(torch.isfinite(expected).all()):
         raise ModelError(f"{type(model.lm).__name__}: the verbalisers' logits are not finite (NaN or infinity)")
     dtype = next(parameter.dtype for parameter in model.lm.parameters())
@@ -124,8 +124,8 @@ def check_same_as_full(model: nn.Module, features: Sequence[Mapping[str, Any]], 
     allowed = eps * (1 + float(expected.abs().max()))
     if (difference := float((z - expected).abs().max())) > allowed:
         raise ModelError(
-            f"{type(model.lm).__name__} gives other logits for padded prompts, read at one position, than for each "
-            f"prompt alone (they differ by {difference:.2g}), so its verbalisers cannot be used"
+            f"{type(model.lm).__name__} gives other logits for prompts read at one position than for whole ones "
+            f"(they differ by {difference:.2g}), so its verbalisers cannot be used"
         )
 
 

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ranksure.data.samples import Samples
+from ranksure.network.batches import Batches, row_length
 from ranksure.network.checkpoints import peft_targets
 from ranksure.network.targets import select_targets
-from ranksure.tasks.collate import Batches
+from ranksure.tasks.collate import Padding, harmless_padding
 
 S = TypeVar("S", bound=Samples)
 
@@ -68,6 +69,7 @@ class Task(ABC, Generic[S]):
         peft_task_type: PEFT's task type of an exported adapter, or None.
         notes: sentences for the user.
         kept: what was prepared, by the samples that live; shared by tasks that read the same inputs alike.
+        padding: how rows of several lengths share batches, once rows of two lengths were seen.
     """
 
     kind: ClassVar[str]
@@ -88,6 +90,7 @@ class Task(ABC, Generic[S]):
     peft_task_type: str | None = None
     notes: list[str] = field(default_factory=list)
     kept: Kept = field(default_factory=Kept, repr=False)
+    padding: Padding | None = field(default=None, init=False, repr=False)
 
     @property
     def tokenizer(self) -> Any:
@@ -117,7 +120,24 @@ class Task(ABC, Generic[S]):
 
     def batches(self, samples: S) -> Sequence[dict[str, Tensor]]:
         """Batches in the order of the rows, ready for ``model``, each made when it is asked for."""
-        return Batches(self.rows(samples), self.batch_size, self.collator)
+        return self._batches(samples, self.rows(samples))
+
+    def settle_padding(self, samples: S) -> Padding:
+        """Find how these rows share batches without feeling it; ``notes`` say what is out of the ordinary.
+
+        Raises:
+            CaptureError: as :func:`~ranksure.tasks.collate.harmless_padding`.
+        """
+        if self.padding is None and self.lengths(samples) is not None:
+            rows = self.rows(samples)
+            if len({row_length(row) for row in rows}) > 1:
+                self.padding = harmless_padding(self.model, rows, self.collator, self.adapted)
+                self.notes.extend(self.padding.notes)
+        return self.padding or Padding(self.collator)
+
+    def _batches(self, samples: S, rows: Sequence[dict[str, Any]]) -> Batches:
+        padding = self.settle_padding(samples)
+        return Batches(rows, self.batch_size, padding.collate, own_length=padding.own_length)
 
     def batches_by_length(self, samples: S) -> tuple[Sequence[dict[str, Tensor]], Tensor]:
         """Batches of rows of like length, which pad least, and the way back.
@@ -127,8 +147,11 @@ class Task(ABC, Generic[S]):
         """
         if (lengths := self.lengths(samples)) is None:
             return self.batches(samples), torch.arange(len(samples))
-        rows, order = self.rows(samples), torch.argsort(torch.tensor(lengths), stable=True)
-        return Batches([rows[i] for i in order.tolist()], self.batch_size, self.collator), torch.argsort(order)
+        rows = self.rows(samples)
+        if self.settle_padding(samples).own_length:
+            lengths = [row_length(row) for row in rows]
+        order = torch.argsort(torch.tensor(lengths), stable=True)
+        return self._batches(samples, [rows[i] for i in order.tolist()]), torch.argsort(order)
 
     def features(self, samples: S) -> list[dict[str, Any]]:
         """The rows with ``labels``: a Trainer's ``train_dataset``."""

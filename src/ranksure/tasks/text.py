@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from ranksure.data.texts import Rows
 from ranksure.errors import ModelError, SettingError, one_line
@@ -20,6 +20,7 @@ from ranksure.losses import get_loss
 from ranksure.network.checkpoints import load_tokenizer, settle_padding, token_limit, with_embeddings
 from ranksure.network.logits import frozen
 from ranksure.tasks.classifiers import Modality
+from ranksure.tasks.collate import Collator
 from ranksure.tasks.options import Loading
 from ranksure.tasks.task import Task
 
@@ -71,8 +72,10 @@ class TextTask(Task[Rows]):
     model_task: TextTask | None = None
 
     @property
-    def collator(self) -> DataCollatorWithPadding:
-        return DataCollatorWithPadding(self.tokenizer)
+    def collator(self) -> Collator:
+        if self.padding is not None:
+            return self.padding.collate
+        return Collator.of(self.tokenizer, torch.float32 if self.n_outputs == 1 else torch.long)
 
     def prepare(self, samples: Rows) -> list[dict[str, Any]]:
         return with_embeddings(self.adapted, tokenised(self.tokenizer, samples, self.max_length), self.tokenizer)

@@ -16,6 +16,7 @@ from ranksure.adapters.loaded import Adapter, read_adapter
 from ranksure.adapters.merging import merged
 from ranksure.network.gradient import GradientPass, Progress, gradient_pass
 from ranksure.network.logits import Batch
+from ranksure.network.row_losses import RowsInteract
 from ranksure.records.certificate import RunCertificate
 from ranksure.relinearised import Examiner, ModuleState, ball_gaps, penalised_gaps
 from ranksure.runs.certificate.settings import TOLERANCE, CertifySettings
@@ -84,7 +85,10 @@ def certify_adapter(
     if penalty is None and not examine.examiner.threshold:
         return RunCertificate.not_checked(read.name, read.outside, [_POINT], settings.tolerance)
     batches = list(batches) if iter(batches) is batches else batches
-    found = _gradients(model, read, batches, settings, examine, progress)
+    try:
+        found = _gradients(model, read, batches, settings, examine, progress)
+    except RowsInteract as error:  # no loss of the data's rows
+        return RunCertificate.not_checked(read.name, read.outside, [str(error)], settings.tolerance, read.notes)
     states, terms = examine.states, found.terms
     known = [earlier.first for earlier in before if earlier.first is not None]
     first = first_slope(model, read, batches, settings, known) if penalty is None else None

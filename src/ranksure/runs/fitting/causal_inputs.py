@@ -86,6 +86,7 @@ def causal_setup(model: Any, data: Any, settings: FitSettings, tokenizer: Any, c
         sha256=rows.sha256,
         same_data=False,
         record=_record(settings, rows),
+        own_length=rows.own_length,
         notes=[*notes, *rows.notes, *(held.notes if held else [])],
     )
 

@@ -60,7 +60,7 @@ def task_setup(
         raise SettingError(f"`train_head`: the task {task.kind} has no head to train; leave it out")
     if settings.train_head and not any(f"{task.head}.".startswith(f"{name}.") for name in heads):
         heads = [*heads, task.head]
-    held = prepared.split.report
+    held, padding = prepared.split.report, task.settle_padding(prepared.split.train)
     return Setup(
         base=task.model,
         adapted=task.adapted,
@@ -71,7 +71,7 @@ def task_setup(
         record=task_record(task, loss.name),
         features=task.features(prepared.split.train),
         held=None if held is None else task.features(held),
-        collator=task.collator,
+        collator=padding.collate,
         shapes={name: block_shape(module) for name, module in prepared.targets.items()},
         name=task.name,
         revision=task.revision,
@@ -83,6 +83,7 @@ def task_setup(
         source=prepared.split.train.source,
         sha256=prepared.split.train.sha256,
         same_data=same,
+        own_length=padding.own_length,
         notes=notes,
     )
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ranksure.choices import Weighting
@@ -16,13 +16,15 @@ from ranksure.data.samples import matched, value_of
 from ranksure.data.texts import Rows
 from ranksure.errors import DataError, SettingError
 from ranksure.losses import CrossEntropy, Kind, Logistic, Loss, SquaredError, get_loss, loss_meant
+from ranksure.network.batch_losses import Forward
+from ranksure.network.batches import Batches
 from ranksure.network.checkpoints import token_limit, with_embeddings
 from ranksure.network.targets import base_network
 from ranksure.records.record import DataSource
 from ranksure.records.task import TaskRecord
 from ranksure.runs.options import ConversationOptions, DataSettings
 from ranksure.tasks.classifiers import model_label_names, own_label_order
-from ranksure.tasks.collate import Collator, PackedCollator, check_packing, in_batches, packed
+from ranksure.tasks.collate import Collator, PackedCollator, check_packing, harmless_padding, packed
 from ranksure.tasks.load import load_samples
 from ranksure.tasks.options import RowOptions, values_of
 from ranksure.tasks.text import count_cut, tokenised
@@ -43,7 +45,7 @@ class RunData:
     """Data of a run, ready for a certificate or a Trainer.
 
     Attributes:
-        batches: evaluation batches with ``labels``, tensors on the CPU.
+        batches: evaluation batches with ``labels``, tensors on the CPU, made when asked for.
         features: ``input_ids``, ``attention_mask`` (``position_ids`` where packed) and ``labels`` by row (or packed
             sequence), in the data's order: a Trainer's ``train_dataset``.
         collator: pads such rows to a batch: a Trainer's ``data_collator``.
@@ -54,9 +56,10 @@ class RunData:
         notes: sentences for the user.
         n_rows: rows that are used, of the ``total_rows`` that the source has.
         max_length: tokens per row, at most; None where rows are no texts.
+        own_length: padding is felt, so a batch holds rows of one length only.
     """
 
-    batches: list[dict[str, Any]]
+    batches: Sequence[dict[str, Any]]
     features: list[dict[str, Any]]
     collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]]
     kind: Kind
@@ -70,6 +73,7 @@ class RunData:
     label_names: list[str] | None = None
     kind_is_known: bool = False
     weighting: Weighting = "token"
+    own_length: bool = False
 
     @property
     def objective(self) -> dict[str, Any]:
@@ -91,16 +95,24 @@ class RunData:
 
 
 def run_data(
+    model: nn.Module,
     rows: Any,
     features: list[dict[str, Any]],
     collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]],
     settings: DataSettings,
     batch_size: int,
+    *,
+    notes: list[str],
+    inputs_of: nn.Module | None = None,
+    measure: Callable[[Mapping[str, Any]], Tensor] | None = None,
     **more: Any,
 ) -> RunData:
-    """A run's data from its source and its tokenised rows, in batches."""
-    batches = [dict(collator(part)) for part in in_batches(features, batch_size, settings.by_length)]
-    return RunData(batches, features, collator, source=rows.source, sha256=rows.sha256, **more)
+    """A run's data from its source and its tokenised rows, in batches whose padding the model does not feel."""
+    found = harmless_padding(model, features, collator, inputs_of or base_network(model), measure)
+    own, by_length = found.own_length, settings.by_length or found.own_length
+    batches = Batches(features, batch_size, found.collate, own_length=own, by_length=by_length)
+    common = {"source": rows.source, "sha256": rows.sha256, "own_length": own, "notes": [*notes, *found.notes]}
+    return RunData(batches, features, found.collate, **common, **more)
 
 
 def read_data(run: LoadedRun | tuple[nn.Module, Any], data: Any, settings: DataSettings | None = None) -> RunData:
@@ -125,7 +137,7 @@ def read_data(run: LoadedRun | tuple[nn.Module, Any], data: Any, settings: DataS
     if is_causal(base):
         return _causal(base, model, tokenizer, data, settings, assumed if trained.kind is None else "")
     settings.refuse_packing("this one classifies texts")
-    return _texts(base, tokenizer, data, settings, trained, assumed)
+    return _texts(base, model, tokenizer, data, settings, trained, assumed)
 
 
 def as_trained(trained: TaskRecord, settings: DataSettings) -> DataSettings:
@@ -196,7 +208,14 @@ def _causal(
         notes.append(f"{len(encoded.features)} rows are packed into {len(features)} sequences that are kept apart.")
     if assumed and settings.loss is None:
         notes.append(assumed.format(loss=f"cross-entropy (`loss_on` {loss_on}, `weighting` {weighting})"))
+
+    def losses(batch: Mapping[str, Any]) -> Tensor:  # the logits would be large
+        forward = Forward(model, CrossEntropy.name)
+        forward.losses_only(batch)
+        return forward.losses
+
     return run_data(
+        model,
         examples,
         features,
         collator,
@@ -205,6 +224,7 @@ def _causal(
         kind=CrossEntropy.name,
         form=examples.form,
         notes=notes,
+        measure=losses,
         n_rows=len(encoded.features),
         total_rows=total,
         max_length=max_length,
@@ -218,7 +238,13 @@ def _causal(
 
 
 def _texts(
-    base: PreTrainedModel, tokenizer: Any, data: Any, settings: DataSettings, trained: TaskRecord, assumed: str
+    base: PreTrainedModel,
+    model: nn.Module,
+    tokenizer: Any,
+    data: Any,
+    settings: DataSettings,
+    trained: TaskRecord,
+    assumed: str,
 ) -> RunData:
     stated = settings.loss
     if stated is None and trained.kind is not None:
@@ -246,8 +272,9 @@ def _texts(
         notes.append(f"{cut} of {len(rows)} texts were cut at {max_length} tokens.")
     targets = loss.targets(rows.labels)
     features = [{**row, "labels": label} for row, label in zip(tokens, targets.tolist(), strict=True)]
-    collator = Collator(tokenizer.pad_token_id, torch.float32 if targets.is_floating_point() else torch.long)
+    collator = Collator.of(tokenizer, torch.float32 if targets.is_floating_point() else torch.long)
     return run_data(
+        model,
         rows,
         features,
         collator,

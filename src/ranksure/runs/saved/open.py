@@ -156,11 +156,13 @@ def _made(
     made = load_task(kind, name, samples, batch_size=size, **options, **own)
     run = _run_of(made, kind, files, name, trained)
     return run, run_data(
+        made.model,
         samples,
         made.features(samples),
         made.collator,
         settings,
         made.batch_size,
+        inputs_of=made.adapted,
         kind=loss.name,
         form=f"labelled {samples.noun}s",
         notes=[*notes, *made.notes, *made.remarks(samples)],
