@@ -1,6 +1,7 @@
 """``ranksure certify``."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -78,7 +79,7 @@ def certify(asked: CertifyCommand) -> None:
 class Watched:
     """Batches that tell how far each pass over them is."""
 
-    def __init__(self, batches: list[Any], advance: Any) -> None:
+    def __init__(self, batches: Sequence[Any], advance: Any) -> None:
         self.batches, self.advance = batches, advance
 
     def __iter__(self) -> Any:

@@ -90,7 +90,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
     """
     training = [(module, module.training) for module in model.modules()]
     requires = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    configs = {id(config): config for module in model.modules() if _caches(config := getattr(module, "config", None))}
+    configs: dict[int, Any] = {id(config): config for module in model.modules() if _caches(config := getattr(module, "config", None))}
     try:
         model.eval()
         for config in configs.values():

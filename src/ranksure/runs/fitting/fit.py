@@ -133,7 +133,7 @@ class _Run:
             tolerance=options.tolerance,
             memory_bytes=parse_memory(options.memory),
         )
-        self.batches: list[dict[str, Any]] = []
+        self.batches: Sequence[dict[str, Any]] = []
         self.history: list[dict[str, Any]] = []
 
     def asked(self) -> dict[str, Any]:

@@ -173,7 +173,8 @@ def is_causal(model: nn.Module) -> bool:
     name = type(model).__name__
     if name.endswith("ForSequenceClassification"):
         return False
-    own = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(getattr(model, "config", None)), None)
+    known: Mapping[Any, Any] = MODEL_FOR_CAUSAL_LM_MAPPING
+    own = known.get(type(getattr(model, "config", None)))
     if name.endswith(("ForCausalLM", "LMHeadModel")) or type(model) is own:
         return True
     raise SettingError(f"{name} is neither a sequence classifier nor a causal language model: pass your own batches")
