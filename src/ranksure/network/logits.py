@@ -90,7 +90,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
     """
     training = [(module, module.training) for module in model.modules()]
     requires = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    configs: dict[int, Any] = {id(config): config for module in model.modules() if _caches(config := getattr(module, "config", None))}
+    every: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in every if _caches(config)}
     try:
         model.eval()
         for config in configs.values():
