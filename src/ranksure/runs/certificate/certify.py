@@ -78,18 +78,10 @@ def certify_adapter(
         reason = "the adapter's update is zero (untrained?), and without a penalty its ball is a point: train first"
         return RunCertificate.not_checked(read.name, read.outside, [reason], settings.tolerance)
     batches = list(batches) if iter(batches) is batches else batches
+    asked: dict[str, Any] = {"kind": settings.loss, "weighting": settings.weighting, "around": merged}
+    asked["memory_bytes"] = settings.memory_bytes
     try:
-        found = gradient_pass(
-            model,
-            batches,
-            read.modules,
-            kind=settings.loss,
-            weighting=settings.weighting,
-            memory_bytes=settings.memory_bytes,
-            consume=examine,
-            progress=progress,
-            around=merged,
-        )
+        found = gradient_pass(model, batches, read.modules, **asked, consume=examine, progress=progress)
     except RowsInteract as error:  # no loss of the data's rows
         return RunCertificate.not_checked(read.name, read.outside, [str(error)], settings.tolerance)
     states, terms = examine.states, found.terms
