@@ -174,7 +174,7 @@ def is_causal(model: nn.Module) -> bool:
     if name.endswith("ForSequenceClassification"):
         return False
     known: Mapping[Any, Any] = MODEL_FOR_CAUSAL_LM_MAPPING
-    own = known.get(type(getattr(model, "config", None)))
+    own = known.get(type(getattr(model, "config", None)), None)
     if name.endswith(("ForCausalLM", "LMHeadModel")) or type(model) is own:
         return True
     raise SettingError(f"{name} is neither a sequence classifier nor a causal language model: pass your own batches")
