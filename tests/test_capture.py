@@ -499,7 +499,7 @@ def test_a_use_without_gradients_is_an_error():
         return s.head((gate * s.first(x)).mean(1))
 
     model = Net(reader)
-    with pytest.raises(CaptureError, match="first was run 2 times forward but 0 times again"):
+    with pytest.raises(CaptureError, match="first was run 2 times forward, not each with gradients, and 0 times again"):
         capture(model, sequences(2), net_targets(model, "first"), EYE2)
 
 

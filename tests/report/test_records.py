@@ -78,7 +78,6 @@ def replaced(record: dict[str, Any], value: Any, *path: Any) -> dict[str, Any]:
             "ranks[0].captured: expected `array` of length 2",
         ),
         ("plan.json", replaced(records.plan(), math.nan, "lambda_max"), "is damaged, no JSON"),
-        ("plan.json", replaced(records.plan(), None, "lambda_max"), "lambda_max: expected `float`, got `null`"),
         ("plan.json", replaced(records.plan(), [], "optimum"), "optimum: expected `object`, got `array`"),
         ("certificate.json", replaced(records.certificate(), "x", "modules"), "modules: expected `object`, got `str`"),
         ("fit.json", without(records.fit(), "final"), "final is missing"),
@@ -87,7 +86,7 @@ def replaced(record: dict[str, Any], value: Any, *path: Any) -> dict[str, Any]:
         ("x.json", replaced(records.lab(), "yes", "checks", 0, "holds"), "checks[0].holds: expected `bool`, got `str`"),
         (
             "x.json",
-            replaced(records.reproduce(), [None], "curves", 2, "x"),
+            replaced(records.reproduce(), ["one"], "curves", 2, "x"),
             "curves[2].x[0]: expected `float`",
         ),
         ("x.json", replaced(records.reproduce(), 3, "schema"), "has schema 3"),

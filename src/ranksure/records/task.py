@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -68,6 +69,8 @@ def read_task(folder: Path) -> TaskRecord | None:
         found = read(path, TaskRecord)
         if found.loss is not None:
             get_loss(found.loss)
+        if not all(map(math.isfinite, found.offsets or [])):
+            raise DataError("offsets: not a finite number")
     except (DataError, SettingError) as error:
         cure = "restore it, or remove it and name `task` and `loss`"
         raise AdapterError(f"{path} cannot be read ({error}): {cure}") from None

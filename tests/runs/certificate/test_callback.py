@@ -244,7 +244,7 @@ def test_what_is_refused(settings, reason):
 def test_a_run_without_weight_decay_is_not_stopped_at_its_start(tmp_path):
     """The Trainer's default: the first updates are tiny, and so is all that can be gained by updates of their size."""
     callback = CertificateCallback(every=2, sample_every=3, sample_rows=8, stop=["first-order-optimal", "rank-bound"])
-    trained(tmp_path, callback, steps=8)
+    trained(tmp_path, callback, steps=8, optimizer=lambda model: torch.optim.Adam(model.parameters(), 0.05))
     assert [step for step, _ in callback.certificates] == [2, 4, 6, 8] and callback.stopped is None
     for _, found in callback.certificates:
         assert found.verdict == "not-converged" and found.radius >= found.first.length > 0

@@ -101,7 +101,7 @@ RUBBISH: dict[str, tuple[Any, str]] = {
     "a number for a column": ({"settings": {"text_column": 7}}, "settings.text_column"),
     "a list for options": ({"settings": []}, "settings"),
     "a number for offsets": ({"task": {"offsets": 5}}, "task.offsets"),
-    "an unknown loss": ({"settings": {"loss": "hinge"}}, "hinge"),
+    "an unknown loss": ({"loss": "hinge"}, "hinge"),
     "too many rows": ({"n_samples": 10**9}, f"{10**9}"),
     "brackets": ("[" * 100_000, "damaged"),
     "no JSON": ("\0", "damaged"),

@@ -73,10 +73,7 @@ def certify_adapter(
     progress: Progress = lambda done: None,
     before: Sequence[RunCertificate] = (),
 ) -> RunCertificate:
-    """As :func:`certify`, of an adapter that was read from the model already.
-
-    What earlier certificates (``before``) know of the same base weights and rows is not measured again.
-    """
+    """:func:`certify` of an adapter read already; what certificates ``before`` know of W0 is not measured again."""
     began = time.perf_counter()
     if untested := settings.untested(read):
         return RunCertificate.not_checked(read.name, read.outside, untested, settings.tolerance, read.notes)
