@@ -28,7 +28,7 @@ REFUSED = {
     ("causal", "axk2"): ("certify", "the network itself takes none there"),
     ("causal", "mamba"): ("certify", "PEFT: "),
     ("image", "imagegpt"): ("plan", "You have to specify either input_ids or inputs_embeds"),
-    ("speech", "wavlm"): ("certify", "the loss depends on no adapted module"),
+    ("speech", "wavlm"): ("plan", "no target module reaches the logits with a gradient"),
 }
 
 

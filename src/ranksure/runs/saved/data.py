@@ -173,7 +173,7 @@ def is_causal(model: nn.Module) -> bool:
     name = type(model).__name__
     if name.endswith("ForSequenceClassification"):
         return False
-    known: Mapping[Any, Any] = MODEL_FOR_CAUSAL_LM_MAPPING
+    known: Any = MODEL_FOR_CAUSAL_LM_MAPPING
     own = known.get(type(getattr(model, "config", None)), None)
     if name.endswith(("ForCausalLM", "LMHeadModel")) or type(model) is own:
         return True
