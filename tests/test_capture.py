@@ -282,6 +282,7 @@ READERS = {
     "output changed in place": lambda s, x: s.head(s.second(s.first(x).mul_(2).tanh_()).relu_().mean(1)),
     "one token only": lambda s, x: s.head(s.second(s.first(x)[:, 0].tanh()).tanh()),
     "disjoint tokens of one input": lambda s, x: s.head(s.first(x)[:, 0].tanh() + s.second(x)[:, 1].sin()),
+    "token first": lambda s, x: s.head(s.second(s.first(x.transpose(0, 1)).tanh()).sin().mean(0)),
     "tuple output": lambda s, x: (s.head(s.second(s.first(x).tanh()).mean(1)), x),
     "one output": lambda s, x: s.head(s.second(s.first(x).tanh()).mean(1))[:, 0],
 }
@@ -512,7 +513,6 @@ def test_network_that_is_not_deterministic():
 INTERACTING = {
     "batch statistics": lambda s, x: s.head(_centred(s.first(x).tanh()).tanh().mean(1)),
     "softmax over the batch": lambda s, x: s.head(s.first(x).mean(1).softmax(0)),
-    "token first": lambda s, x: s.head(s.first(x.transpose(0, 1)).tanh().mean(0)),
 }
 
 
@@ -524,25 +524,8 @@ def _centred(x):
 @pytest.mark.parametrize("sizes", [(3,), (3, 3), (1, 3)])
 def test_samples_that_interact(reader, sizes):
     model = Net(INTERACTING[reader])
-    with pytest.raises(CaptureError, match=r"samples interact|cannot be assigned"):
+    with pytest.raises(CaptureError, match="samples interact"):
         capture(model, sequences(*sizes, length=3), net_targets(model, "first"), EYE2)
-
-
-@pytest.mark.parametrize("sizes", [(3,), (1, 3)])
-def test_rows_that_belong_to_no_sample(sizes):
-    """Position embeddings: one row of indices for the whole batch."""
-
-    class Positions(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.positions, self.head = nn.Embedding(3, 4), nn.Linear(4, 2)
-
-        def forward(self, x):
-            return self.head((x + self.positions(torch.arange(3)[None])).tanh().mean(1))
-
-    model = Positions().double()
-    with pytest.raises(CaptureError, match=r"cannot be assigned|samples interact"):
-        capture(model, sequences(*sizes), net_targets(model, "positions"), EYE2)
 
 
 def test_input_modified_in_place():

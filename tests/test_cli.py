@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from tests.commands import call
 from tests.processes import command, ended_at, run
@@ -351,3 +352,39 @@ def test_interrupted_while_writing(here, monkeypatch, capfd):
     assert call(*arguments, monkeypatch=monkeypatch) == 130
     assert "interrupted" in capfd.readouterr().err
     assert listing(here) == before
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "parts"),
+    [
+        (MemoryError(), 2, ["not enough memory"]),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"), 2, ["memory"]),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+            2,
+            ["not enough memory", "2.00 GiB"],
+        ),
+        (ImportError("libtorch.so: failed to map segment from shared object"), 2, ["not enough memory"]),
+        (OSError(28, "No space left on device", "x"), 2, ["the disk takes no more"]),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), 2, ["the disk takes no more"]),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:815] PytorchStreamWriter failed"),
+            2,
+            ["disk"],
+        ),
+        (PermissionError(13, "Permission denied", "/some/file"), 2, ["/some/file: Permission denied"]),
+        (IndexError("index out of\nrange"), 70, ["unexpected IndexError: index out of", "RANKSURE_DEBUG=1", "line"]),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_what_no_code_foresaw_is_one_line(here, monkeypatch, capfd, error, code, parts):
+    def fail(*args, **more):
+        raise error
+
+    monkeypatch.setattr("ranksure.planner.prepare.prepare", fail)
+    assert call("plan", "--model", "bert", "--data", "data.csv", *QUICK, monkeypatch=monkeypatch) == code
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert line.startswith("error ") and all(part in line for part in parts)
+    monkeypatch.setenv("RANKSURE_DEBUG", "1")
+    with pytest.raises(type(error)):
+        call("plan", "--model", "bert", "--data", "data.csv", *QUICK, monkeypatch=monkeypatch)

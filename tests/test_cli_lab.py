@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import sys
-
-import pytest
-
-from ranksure.cli.app import main
 from ranksure.lab.claim import Check, Claim, Finding, Run
 from ranksure.lab.figures import panels
 from ranksure.lab.run import Shelf
+from tests.commands import call
 from tests.tiny_text import strict_json
 
 
-def call(monkeypatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["ranksure", "lab", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    return int(stop.value.code or 0)
-
-
 def test_the_list(monkeypatch, capsys):
-    assert call(monkeypatch) == 0
+    assert call("lab", monkeypatch=monkeypatch) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("generalization", "low-rank-solution", "no-spurious-minima"))
 
 
 def test_a_mistake_is_one_line_and_writes_nothing(monkeypatch, capsys, tmp_path):
-    assert call(monkeypatch, "generalisation", "--out", str(tmp_path / "out")) == 2
+    assert call("lab", "generalisation", "--out", str(tmp_path / "out"), monkeypatch=monkeypatch) == 2
     error = capsys.readouterr().err
     assert "did you mean generalization" in error and len(error.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
@@ -41,7 +30,7 @@ def test_a_claim_is_measured_and_written(monkeypatch, capsys, tmp_path):
 
     monkeypatch.setattr(Shelf, "load", lambda shelf, name: Claim("Some claim", "It is so.", "Nobody 2026", measured))
     out = tmp_path / "out"
-    assert call(monkeypatch, "some-claim", "--full", "--seed", "3", "--out", str(out), "--json") == 0
+    assert call("lab", "some-claim", "--full", "--seed", "3", "--out", str(out), "--json", monkeypatch=monkeypatch) == 0
     printed = capsys.readouterr()
     record = strict_json(printed.out)
     assert record == strict_json((out / "some-claim.json").read_text())

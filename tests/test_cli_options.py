@@ -14,16 +14,16 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from ranksure.cli import main
 from ranksure.cli.app import app
-from ranksure.cli.commands import SettingsCommand, command, spoken
+from ranksure.cli.commands import SettingsCommand, command
 from ranksure.cli.fit import FitCommand
 from ranksure.errors import SettingError
-from ranksure.options import COMMON, GROUPS, Option, Settings, options_of
+from ranksure.options import COMMON, GROUPS, Option, Settings, options_of, spoken
 from ranksure.planner.settings import PlanSettings
 from ranksure.runs.fitting.settings import FitSettings
 from ranksure.tasks.load import KINDS
 from ranksure.tasks.options import TASKS
+from tests import commands
 
 CONTEXT = click.Context(app)
 COMMANDS: dict[str, SettingsCommand] = {name: app.get_command(CONTEXT, name) for name in app.lazy}  # type: ignore[misc]
@@ -38,11 +38,7 @@ def call(monkeypatch, capsys, tmp_path):
         monkeypatch.setattr(each, "work", lambda asked: click.echo(str(asked)))
 
     def called(*arguments: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ranksure", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        out, err = capsys.readouterr()
-        return int(stop.value.code or 0), out, err
+        return commands.call(*arguments, monkeypatch=monkeypatch), *capsys.readouterr()
 
     return called
 

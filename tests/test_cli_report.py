@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from ranksure.errors import SettingError
+from ranksure.errors import DataError, SettingError
 from ranksure.report.page import write_report
 from tests.commands import call
+from tests.refusals import refusal
 from tests.report import records
 from tests.tiny_text import save_bert, save_csv
 
@@ -105,8 +106,7 @@ def test_a_failure_while_writing_leaves_the_earlier_page(tmp_path: Path, monkeyp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(SettingError, match="cannot be written: No space left"):
-        write_report(tmp_path)
+    refusal(SettingError, "cannot be written: No space left", write_report, tmp_path)
     assert (tmp_path / "report.html").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", "report.html"]
 
@@ -154,3 +154,11 @@ def test_a_page_that_cannot_be_written_does_not_fail_the_command(
     report_beside(tmp_path, Console(width=400))
     assert "no report was written" in capsys.readouterr().out
     assert (tmp_path / "report.html").read_text() == "mine"
+
+
+def test_a_record_whose_values_do_not_belong_together(tmp_path):
+    content = records.plan() | {"target_modules": [], "shapes": {}}
+    records.write(tmp_path, "plan.json", content)
+    with pytest.raises(DataError, match=r"plan\.json cannot be shown, as its values do not belong together"):
+        write_report(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 
-from ranksure.cli.app import main
 from ranksure.lab.settings import named as settings
+from tests.commands import call
 from tests.lab.tiny import tiny_setting
 from tests.tiny_text import strict_json
 
 
-def call(monkeypatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["ranksure", "reproduce", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    return int(stop.value.code or 0)
-
-
 def test_the_list(monkeypatch, capsys):
-    assert call(monkeypatch) == 0
+    assert call("reproduce", monkeypatch=monkeypatch) == 0
     printed = capsys.readouterr().out
     for name in ("linearised-curves", "network-curves", "accuracy", "solution-rank", "weight-decay", "rotten-tomatoes"):
         assert name in printed
@@ -38,7 +29,7 @@ def test_the_list(monkeypatch, capsys):
     ],
 )
 def test_mistakes_are_one_line_and_write_nothing(monkeypatch, capsys, tmp_path, arguments, line):
-    assert call(monkeypatch, *arguments, "--out", str(tmp_path / "out")) == 2
+    assert call("reproduce", *arguments, "--out", str(tmp_path / "out"), monkeypatch=monkeypatch) == 2
     error = capsys.readouterr().err
     assert line in error and "Traceback" not in error and len(error.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
@@ -48,7 +39,7 @@ def test_one_experiment_and_again(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(settings, "SETTINGS", (tiny_setting(tmp_path),))
     out = tmp_path / "out"
     arguments = ("solution-rank", "--small", "--out", str(out), "--json")
-    assert call(monkeypatch, *arguments) == 0
+    assert call("reproduce", *arguments, monkeypatch=monkeypatch) == 0
     captured = capsys.readouterr()
     record = strict_json(captured.out)
     assert record["name"] == "solution-rank" and record["parts"]["found"] == 0
@@ -59,7 +50,7 @@ def test_one_experiment_and_again(monkeypatch, capsys, tmp_path):
         "parts",
         "report.html",
     }
-    assert call(monkeypatch, *arguments) == 0
+    assert call("reproduce", *arguments, monkeypatch=monkeypatch) == 0
     assert strict_json(capsys.readouterr().out)["parts"]["made"] == 0
 
 
@@ -70,7 +61,7 @@ def test_a_setting_that_is_not_installed(monkeypatch, capsys, tmp_path):
         raise ModelError("the model is not installed; run: pip install it")
 
     monkeypatch.setattr(settings, "SETTINGS", (tiny_setting(tmp_path, model=lost),))
-    assert call(monkeypatch, "solution-rank", "--small", "--out", str(tmp_path / "out")) == 2
+    assert call("reproduce", "solution-rank", "--small", "--out", str(tmp_path / "out"), monkeypatch=monkeypatch) == 2
     printed = capsys.readouterr()
     assert "not installed; run: pip install it" in " ".join((printed.out + printed.err).split())
     assert "Traceback" not in printed.err
@@ -81,7 +72,7 @@ def test_ctrl_c_keeps_the_finished_parts(monkeypatch, capsys, tmp_path):
 
     monkeypatch.setattr(settings, "SETTINGS", (tiny_setting(tmp_path),))
     monkeypatch.setattr(solution_rank, "finding", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
-    assert call(monkeypatch, "solution-rank", "--small", "--out", str(tmp_path / "out")) == 130
+    assert call("reproduce", "solution-rank", "--small", "--out", str(tmp_path / "out"), monkeypatch=monkeypatch) == 130
     assert "interrupted" in capsys.readouterr().err
     assert list((tmp_path / "out" / "parts").glob("optimum-*.json"))
     assert not list((tmp_path / "out").glob("solution-rank.*"))

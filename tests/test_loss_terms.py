@@ -16,6 +16,7 @@ from ranksure import loss_terms
 from ranksure.errors import DataError, SettingError
 from ranksure.loss_terms import Terms, batch_terms, is_shifted, kind_of
 from ranksure.losses import get_loss
+from tests.refusals import refusal
 
 
 def line_by_conjugate(kind: str, z: torch.Tensor, y: torch.Tensor, c: float) -> float:
@@ -166,12 +167,10 @@ def test_which_loss():
     assert kind_of({"model_type": "custom"}, classes, torch.randn(2, 1)) == "squared-error"
     assert kind_of(config(problem_type="regression"), floats, torch.randn(2, 3)) == "squared-error"
     assert kind_of(config(problem_type="multi_label_classification"), floats, torch.randn(2, 3)) == "logistic"
-    with pytest.raises(SettingError, match="fit no known loss"):
-        kind_of(config(), floats[:, :2], torch.randn(2, 3))
+    refusal(SettingError, "fit no known loss", kind_of, config(), floats[:, :2], torch.randn(2, 3))
     assert is_shifted(SimpleNamespace()) and is_shifted(SimpleNamespace(loss_type="ForCausalLM"))
     assert not is_shifted(SimpleNamespace(loss_type="ForTokenClassification"))
-    with pytest.raises(SettingError, match="ForQuestionAnswering"):
-        is_shifted(SimpleNamespace(loss_type="ForQuestionAnswering"))
+    refusal(SettingError, "ForQuestionAnswering", is_shifted, SimpleNamespace(loss_type="ForQuestionAnswering"))
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from ranksure.loss_terms import Terms, batch_terms, mean_loss_function
 from ranksure.losses import LOSSES, Loss, accuracy, get_loss, loss_meant
 from ranksure.solvers.burer_monteiro import solve
 from tests.helpers import LOSS_NAMES, generator_of, randn, random_labels, random_problem
+from tests.refusals import refusal
 from tests.test_contributing import steps
 
 CASES = [(name, k) for name in LOSS_NAMES for k in (1, 2, 4) if name != "cross-entropy" or k > 1]
@@ -248,8 +249,7 @@ def test_contrasts_are_orthonormal_and_span_what_the_loss_sees(name, k):
 def test_get_loss():
     assert {get_loss(name).name for name in LOSSES} == set(LOSS_NAMES)
     assert all(LOSSES[name] is get_loss(name) and isinstance(LOSSES[name], Loss) for name in LOSS_NAMES)
-    with pytest.raises(SettingError, match=r"hinge.*cross-entropy, logistic, squared-error"):
-        get_loss("hinge")
+    refusal(SettingError, "hinge.*cross-entropy, logistic, squared-error", get_loss, "hinge")
 
 
 def test_the_logistic_loss_of_a_sure_answer_keeps_its_digits():
@@ -275,12 +275,9 @@ def test_which_guess_is_right():
 def test_labels_and_outputs():
     cross, logistic, squared = (get_loss(name) for name in LOSS_NAMES)
     assert (cross.outputs_for(5), logistic.outputs_for(2), squared.outputs_for(None)) == (5, 1, 1)
-    with pytest.raises(SettingError, match=r"needs class labels.*squared-error"):
-        cross.outputs_for(None)
-    with pytest.raises(SettingError, match="two classes, but the data has 3 classes: use `loss` cross-entropy"):
-        logistic.outputs_for(3)
-    with pytest.raises(SettingError, match="float targets: use `loss` squared-error"):
-        logistic.outputs_for(None)
+    refusal(SettingError, "needs class labels.*squared-error", cross.outputs_for, None)
+    refusal(SettingError, "two classes, but the data has 3 classes: use `loss` cross-entropy", logistic.outputs_for, 3)
+    refusal(SettingError, "float targets: use `loss` squared-error", logistic.outputs_for, None)
     assert torch.equal(cross.targets([1, 0]), torch.tensor([1, 0]))
     for loss in (logistic, squared):
         assert torch.equal(loss.targets([1, 0]), torch.tensor([[1.0], [0.0]], dtype=torch.float64))
@@ -292,8 +289,7 @@ def test_which_loss_a_config_means():
         "cross-entropy",
         "logistic",
     ]
-    with pytest.raises(SettingError, match=r"no loss is known for problem_type 'ranking'"):
-        loss_meant("ranking", 2)
+    refusal(SettingError, "no loss is known for problem_type 'ranking'", loss_meant, "ranking", 2)
 
 
 def test_a_loss_is_one_class_and_an_entry(monkeypatch):

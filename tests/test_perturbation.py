@@ -16,6 +16,7 @@ from ranksure.operators.factored import FactoredOperator
 from ranksure.operators.matrix_free import MatrixFreeOperator
 from ranksure.perturbation import Perturbation, random_perturbation
 from tests.helpers import LOSS_NAMES, SHAPES, densified, random_factors, random_problem, token_group
+from tests.refusals import refusal
 
 seeds = st.integers(0, 10_000)
 
@@ -126,27 +127,19 @@ def test_size_and_rank():
 def test_what_is_refused():
     problem = random_problem(0)
     eye = torch.eye(7, dtype=torch.float64)
-    with pytest.raises(SettingError, match="unknown block nothing"):
-        Perturbation(problem, {"nothing": eye})
-    with pytest.raises(SettingError, match=r"a\.query must be \(7, 7\)"):
-        Perturbation(problem, {"a.query": eye[:6, :6]})
+    refusal(SettingError, "unknown block nothing", Perturbation, problem, {"nothing": eye})
+    refusal(SettingError, "a.query must be (7, 7)", Perturbation, problem, {"a.query": eye[:6, :6]})
     with pytest.raises(SettingError, match=r"a\.query is not symmetric"):
         Perturbation(problem, {"a.query": eye + torch.ones(7, 7, dtype=torch.float64).triu(1)})
-    with pytest.raises(SettingError, match=r"a\.query is not positive semidefinite"):
-        Perturbation(problem, {"a.query": -eye})
-    with pytest.raises(SettingError, match=r"a\.query is not finite"):
-        Perturbation(problem, {"a.query": eye * torch.nan})
-    with pytest.raises(SettingError, match="size of a perturbation"):
-        random_perturbation(problem, -1.0)
-    with pytest.raises(SettingError, match="rank of a perturbation"):
-        random_perturbation(problem, 1.0, rank=0)
+    refusal(SettingError, "a.query is not positive semidefinite", Perturbation, problem, {"a.query": -eye})
+    refusal(SettingError, "a.query is not finite", Perturbation, problem, {"a.query": eye * torch.nan})
+    refusal(SettingError, "size of a perturbation", random_perturbation, problem, -1.0)
+    refusal(SettingError, "rank of a perturbation", random_perturbation, problem, 1.0, rank=0)
     linear = replace(problem, linear={"a.query": torch.zeros(3, 4)})
-    with pytest.raises(SettingError, match="without a linear term"):
-        Perturbation(linear, {})
+    refusal(SettingError, "without a linear term", Perturbation, linear, {})
     free = MatrixFreeOperator.__new__(MatrixFreeOperator)
     free.shapes, free.device, free.n_samples = problem.operator.shapes, problem.operator.device, 5
-    with pytest.raises(SettingError, match="factored or dense"):
-        Perturbation(replace(problem, operator=free), {})
+    refusal(SettingError, "factored or dense", Perturbation, replace(problem, operator=free), {})
 
 
 def test_a_linear_term_that_is_too_large_is_refused():
@@ -154,8 +147,6 @@ def test_a_linear_term_that_is_too_large_is_refused():
     size = problem.penalty["a.query"]
     term = torch.zeros(3, 4, dtype=torch.float64)
     term[0, 0] = size
-    with pytest.raises(SettingError, match="would not be bounded below"):
-        replace(problem, linear={"a.query": term})
+    refusal(SettingError, "would not be bounded below", replace, problem, linear={"a.query": term})
     assert replace(problem, linear={"a.query": 0.99 * term}).linear["a.query"][0, 0] == pytest.approx(0.99 * size)
-    with pytest.raises(SettingError, match="does not fit"):
-        replace(problem, linear={"a.query": term.T})
+    refusal(SettingError, "does not fit", replace, problem, linear={"a.query": term.T})

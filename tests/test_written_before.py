@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 import ranksure
-from ranksure.cli import main
 from ranksure.report.records import find
 from ranksure.runs.fitting.plan_folder import read_plan
+from tests import commands
 from tests.tiny_text import QUERY, VALUE, loaded
 
 WRITTEN = Path(__file__).parent / "written_by_0_1_0"
@@ -33,15 +33,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch):
-    def run(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["ranksure", *arguments])
-        try:
-            main()
-        except SystemExit as stop:
-            return int(stop.code or 0)
-        return 0
-
-    return run
+    return partial(commands.call, monkeypatch=monkeypatch)
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import click
 
 from ranksure.cli.app import app
-from ranksure.cli.commands import SettingsCommand, default_of, file_options, placeholder, spoken
-from ranksure.options import GROUPS, OUTPUT, Stated, options_of
+from ranksure.cli.commands import SettingsCommand, default_of, file_options, placeholder
+from ranksure.options import GROUPS, OUTPUT, Stated, options_of, spoken
 from ranksure.planner.settings import PlanSettings
 from ranksure.runs.fitting.settings import FitSettings
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 
@@ -14,9 +15,20 @@ FILES = {"reproduce": "NAME.json of `ranksure reproduce`", "lab": "NAME.json of 
 def schemas() -> Iterator[tuple[str, bytes]]:
     """File name and JSON Schema by kind; ``schema`` is fixed to the number that this version reads."""
     for kind, record in KINDS.items():
-        content = msgspec.json.schema(record)
+        content = _with_null(msgspec.json.schema(record))
         content["$defs"][record.__name__]["properties"]["schema"] = {"const": record.SCHEMA}
         yield f"{kind}.schema.json", msgspec.json.format(msgspec.json.encode(content), indent=2)
+
+
+def _with_null(schema: Any) -> Any:
+    """Null beside every number without a bound: so one that is not finite is written."""
+    if isinstance(schema, list):
+        return schema if {"type": "null"} in schema else [_with_null(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if schema.get("type") == "number" and not schema.keys() & {"minimum", "exclusiveMinimum", "maximum"}:
+        return {**schema, "type": ["number", "null"]}
+    return {key: _with_null(value) for key, value in schema.items()}
 
 
 def table() -> str:

@@ -6,6 +6,7 @@ column, module or value) and what to do. The command line prints that line and e
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -53,6 +54,29 @@ def shown(value: object, limit: int = 40) -> str:
 def one_line(error: BaseException) -> str:
     """The first line of a dependency's error message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+_EXHAUSTED = {  # compiled here: later there may be no memory for it
+    "memory": re.compile(
+        r"can't allocate memory|cannot allocate memory|not enough memory|out of memory|failed to map segment|"
+        r"can't start new thread|os error 12\b|bad_alloc",
+        re.IGNORECASE,
+    ),
+    "disk": re.compile(
+        r"no space left|disk quota|file too large|os error (28|27|122)\b|PytorchStreamWriter failed|"
+        r"enforce fail at inline_container",
+        re.IGNORECASE,
+    ),
+}
+
+
+def exhausted(error: BaseException) -> str | None:
+    """Whether it was ``memory`` or ``disk`` that ran out, by the words of any library; None where it was neither."""
+    if isinstance(error, MemoryError):
+        return "memory"
+    if not isinstance(error, Exception):
+        return None
+    return next((what for what, words in _EXHAUSTED.items() if words.search(str(error))), None)
 
 
 def settings_of(kind: Callable[..., T], what: str, given: Mapping[str, Any]) -> T:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TypeAlias
 
@@ -43,6 +44,12 @@ def truncated(factors: Factors, ranks: dict[str, int]) -> Factors:
     parts = balanced(factors, drop=0.0)
     kept = {name: ranks.get(name, u.shape[1]) for name, (u, _) in parts.items()}
     return {name: (u[:, : kept[name]], v[:, : kept[name]]) for name, (u, v) in parts.items()}
+
+
+def multiplied(factors: Factors, by: Mapping[str, float]) -> Factors:
+    """Updates times positive numbers by block, shared by both factors."""
+    roots = {name: math.sqrt(scale) for name, scale in by.items()}
+    return {name: (u * r, v * r) if (r := roots.get(name)) else (u, v) for name, (u, v) in factors.items()}
 
 
 def thin_svd(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

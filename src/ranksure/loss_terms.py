@@ -32,26 +32,18 @@ _SHIFTED = ("ForCausalLM", "ForConditionalGeneration")  # position l predicts la
 
 @dataclass(frozen=True)
 class Terms:
-    """Losses of all terms and their weights.
+    """Losses of all terms and their weights."""
 
-    Attributes:
-        kind: which loss.
-        losses: each term's loss, float64 ``(T,)``.
-        weights: each term's share of the mean, float64 ``(T,)``, summing to one.
-    """
-
-    kind: Kind
-    losses: Tensor
-    weights: Tensor
+    kind: Kind  # which loss
+    losses: Tensor  # each term's loss, float64 `(T,)`
+    weights: Tensor  # each term's share of the mean, float64 `(T,)`, summing to one
 
     @property
     def loss(self) -> Loss:
-        """Which loss."""
         return get_loss(self.kind)
 
     @property
     def mean(self) -> float:
-        """The mean loss."""
         return float((self.losses * self.weights).sum())
 
     @property
@@ -104,11 +96,7 @@ def is_shifted(model: nn.Module) -> bool:
 
 
 def class_rows(logits_shape: torch.Size, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows that carry a label, and their classes.
-
-    Args:
-        logits_shape: ``(B, K)``.
-        labels: class ids, ``B`` of them.
+    """Rows of logits ``(B, K)`` that carry a label, and their classes.
 
     Raises:
         DataError: labels that do not fit.
@@ -122,12 +110,10 @@ def class_rows(logits_shape: torch.Size, labels: Tensor) -> tuple[Tensor, Tensor
 
 
 def token_places(shape: torch.Size, labels: Tensor, shifted: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows and positions whose logits carry a loss, and the token ids that are true there.
+    """Rows and positions of ``(B, L, ...)`` logits or states whose logits carry a loss, and the token ids that are true
+    there.
 
-    Args:
-        shape: ``(B, L, ...)`` of logits or hidden states.
-        labels: ``(B, L)``, -100 where there is no loss.
-        shifted: position ``l`` predicts label ``l + 1``.
+    Labels are ``(B, L)``, -100 where there is no loss; ``shifted``: position ``l`` predicts label ``l + 1``.
 
     Raises:
         DataError: labels that do not fit.
@@ -142,17 +128,11 @@ def token_places(shape: torch.Size, labels: Tensor, shifted: bool) -> tuple[Tens
 
 @dataclass(frozen=True)
 class BatchTerms:
-    """One batch's terms.
+    """One batch's terms."""
 
-    Attributes:
-        losses: float64 ``(T,)``, on the CPU.
-        rows: the sample of the batch that each term belongs to, ``(T,)``, on the CPU.
-        gradient: gradient of every term's loss in the logits, unweighted, in the logits' shape and dtype.
-    """
-
-    losses: Tensor
-    rows: Tensor
-    gradient: Tensor
+    losses: Tensor  # float64 `(T,)`, on the CPU
+    rows: Tensor  # the sample of the batch that each term belongs to, `(T,)`, on the CPU
+    gradient: Tensor  # gradient of every term's loss in the logits, unweighted, in the logits' shape and dtype
 
     def seed(self, weights: Tensor) -> Tensor:
         """The gradient with its terms weighted, ``weights`` ``(rows,)``."""
@@ -191,6 +171,22 @@ def batch_terms(kind: Kind, logits: Tensor, labels: Tensor, shifted: bool = True
     return BatchTerms(torch.cat(found), index[0].cpu(), gradient)
 
 
+@dataclass(frozen=True)
+class MeanLoss:
+    """What :func:`mean_loss_function` gives: a loss that says which it is."""
+
+    kind: Kind
+    weighting: Weighting
+
+    def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """The mean loss of a batch; over ``num_items_in_batch`` terms where given."""
+        logits = _logits(outputs)
+        labels = labels.to(logits.device)
+        total = _total_loss(get_loss(self.kind), self.weighting, logits, labels)
+        count = count_terms(self.kind, self.weighting, labels) if num_items_in_batch is None else num_items_in_batch
+        return total / count
+
+
 def mean_loss_function(kind: Kind, weighting: Weighting = "token") -> LossFunction:
     """A ``compute_loss_func`` for ``Trainer``: a mean over all terms of an optimizer step, however it is accumulated.
 
@@ -209,16 +205,7 @@ def mean_loss_function(kind: Kind, weighting: Weighting = "token") -> LossFuncti
     Raises:
         SettingError: an unknown loss.
     """
-    loss = get_loss(kind)
-
-    def compute(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        logits = _logits(outputs)
-        labels = labels.to(logits.device)
-        total = _total_loss(loss, weighting, logits, labels)
-        count = count_terms(kind, weighting, labels) if num_items_in_batch is None else num_items_in_batch
-        return total / count
-
-    return compute
+    return MeanLoss(get_loss(kind).name, weighting)
 
 
 def count_terms(kind: Kind, weighting: Weighting, labels: Tensor) -> int:

@@ -149,16 +149,11 @@ class Loss(ABC):
 
 
 class OutputLoss(Loss):
-    """The mean over a sample's outputs of a loss of one number, given by its value, derivatives and conjugate.
-
-    Attributes:
-        steepest: Lipschitz constant of one term.
-        curviest: largest second derivative of one term.
-    """
+    """The mean over a sample's outputs of a loss of one number, given by its value, derivatives and conjugate."""
 
     term = "output"
-    steepest: ClassVar[float]
-    curviest: ClassVar[float]
+    steepest: ClassVar[float]  # Lipschitz constant of one term
+    curviest: ClassVar[float]  # largest second derivative of one term
 
     @abstractmethod
     def each(self, z: Tensor, y: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ have the name of its own field.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
@@ -73,7 +74,6 @@ class Stated:
 
     @property
     def required(self) -> bool:
-        """Whether it has no default."""
         return self.default is MISSING
 
     @property
@@ -208,6 +208,15 @@ def plain(value: Any, other: Callable[[str], Any] = str) -> Any:
     if isinstance(value, (list, tuple, set, frozenset)):
         return [plain(entry, other) for entry in value]
     return str(value) if isinstance(value, Path) else other(type(value).__name__)
+
+
+def spoken(text: str) -> str:
+    """A message of the library for a command line: the argument `` `max_length` `` as the option ``--max-length``."""
+
+    def flag(found: re.Match[str]) -> str:
+        return "--lambda" if found[1] == "lam" else "--" + found[1].replace("_", "-")
+
+    return re.sub(r"`([a-z][a-z_]*)`", flag, text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

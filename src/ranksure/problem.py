@@ -12,6 +12,7 @@ the operator is rounded to its dtype.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -24,6 +25,8 @@ from ranksure.factors import Factors
 from ranksure.losses import Loss
 from ranksure.operators.base import TangentOperator
 from ranksure.operators.span import SpanBases
+
+_FAR = 2.0**14  # of lambda from F(0): up to there steps of length one suit a factor's size
 
 
 @dataclass(frozen=True)
@@ -97,11 +100,17 @@ class Problem:
     def with_penalty(self, penalty: float | Mapping[str, float]) -> Problem:
         """The same problem at another lambda; what was prepared for the operator is kept."""
         other = replace(self, penalty=uniform_penalty(self.operator, penalty))
+        other.__dict__["objective_at_zero"] = self.objective_at_zero
         if "reduced" in self.__dict__:
             reduced, bases = self.reduced
             other.__dict__["reduced"] = (replace(reduced, penalty=other.penalty), bases)
-        if "single" in self.__dict__:
-            other.__dict__["single"] = replace(self.single, penalty=other.penalty)
+        if self.scales == other.scales:
+            penalty = {name: lam / self.scales.get(name, 1.0) for name, lam in other.penalty.items()}
+            if "working" in self.__dict__:
+                working, bases = self.working
+                other.__dict__["working"] = (replace(working, penalty=penalty), bases)
+            if "single" in self.__dict__:
+                other.__dict__["single"] = replace(self.single, penalty=penalty)
         return other
 
     def to(self, dtype: torch.dtype) -> Problem:
@@ -144,12 +153,44 @@ class Problem:
         return (self if operator is self.operator else replace(self, operator=operator)), bases
 
     @cached_property
-    def single(self) -> Problem:
-        """The reduced problem with its operator in float32, for descent; shares the stored one where it can."""
+    def scales(self) -> dict[str, float]:
+        """``s_j = lambda_j / F(0)``, by which the updates are to be multiplied for descent.
+
+        With ``s_j delta_j`` for ``delta_j``, ``A_j / s_j`` for ``A_j`` and ``lambda_j / s_j`` for ``lambda_j`` it is
+        the same problem, and a solver's work no longer depends on the units of the blocks. Empty where the lambdas
+        are alike and not far from ``F(0)``: then nothing would be won.
+        """
+        unit, lams = self.objective_at_zero, [self.penalty[name] for name in self.operator.shapes]
+        if not 0 < unit < math.inf or (max(lams) <= 2 * min(lams) and unit / _FAR <= min(lams) <= _FAR * unit):
+            return {}
+        scales = {name: lam / unit for name, lam in zip(self.operator.shapes, lams, strict=True)}
+        return scales if all(0 < scale < math.inf for scale in scales.values()) else {}
+
+    @cached_property
+    def equilibrated(self) -> Problem:
+        """The same problem in updates multiplied by :attr:`scales` (itself where there are none)."""
+        if not self.scales:
+            return self
+        return replace(
+            self,
+            operator=self.operator.scaled({name: 1 / scale for name, scale in self.scales.items()}),
+            penalty={name: self.penalty[name] / scale for name, scale in self.scales.items()},
+            linear={name: term / self.scales[name] for name, term in self.linear.items()},
+        )
+
+    @cached_property
+    def working(self) -> tuple[Problem, SpanBases]:
+        """The problem that solvers descend, :attr:`reduced` and :attr:`equilibrated`, and the way back."""
         reduced, bases = self.reduced
+        return reduced.equilibrated, replace(bases, scales=self.scales)
+
+    @cached_property
+    def single(self) -> Problem:
+        """The working problem with its operator in float32; shares the stored one where it can."""
+        working, bases = self.working
         if bases.is_trivial and self.operator.dtype == torch.float32:
             return self
-        return reduced.to(torch.float32)
+        return working.to(torch.float32)
 
     # ---- values in the space of logits
 

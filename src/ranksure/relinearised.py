@@ -77,20 +77,22 @@ class ModuleState:
 
 @dataclass(frozen=True)
 class Gaps:
-    """Bounds on what the re-linearised model could still gain, in units of the loss.
+    """Bounds on what the re-linearised model could still gain, in units of the loss; at most the objective itself.
 
     Attributes:
         total: any update of any rank (in the ball, without a penalty): at most this (the duality gap).
         tangent: an update that training at this rank can follow (from here by at most the radius, without a
             penalty): at most this.
-        dual_step: the scale ``c`` of the dual point; None for the ball.
+        dual_step: the scale ``c`` of the dual point.
         radius: radius of the nuclear-norm ball that was searched, None with a penalty (all updates).
+        inner: upper bound on ``sum_j <g_j, delta_j>``.
     """
 
     total: float
     tangent: float
-    dual_step: float | None
+    dual_step: float
     radius: float | None
+    inner: float = 0.0
 
 
 class Examiner:
@@ -182,22 +184,35 @@ def penalised_gaps(states: Mapping[str, ModuleState], terms: Terms, penalty: Map
     rounding = (len(terms.losses) + 64) * _EPS * terms.mean + 1e-12 * cost
     step, best = _best_step(terms, inner, error, ratio)
     _, along = _best_step(terms, inner, error, reach)
-    total, tangent = (max(objective - value, 0.0) + rounding for value in (best, max(best, along)))
-    return Gaps(total, tangent, step, None)
+    total, tangent = (_gain(objective, value, rounding) for value in (best, max(best, along)))
+    return Gaps(total, tangent, step, None, inner + error)
 
 
-def ball_gaps(states: Mapping[str, ModuleState]) -> Gaps:
-    """Gaps of the mean loss without a penalty, over nuclear-norm balls of the update's own size, re-linearised.
+def ball_gaps(states: Mapping[str, ModuleState], terms: Terms, first_length: float = 0.0) -> Gaps:
+    """Gaps of the mean loss without a penalty, over nuclear-norm balls, re-linearised.
 
-    ``total`` is the Frank-Wolfe gap over ``sum_j ||x_j||_* <= tau = sum_j ||delta_j||_*``:
-    ``<g, delta - x> <= <g, delta> + tau max_j ||g_j||_op``. It is blind to the update's length (a run that only has
-    to grow its update is optimal in this ball), so ``tangent`` bounds moves *from* ``delta`` by at most ``tau``
-    that training can follow: ``tau max_j reach_j``. It vanishes exactly at stationary points of full rank.
+    The radius is ``max(tau, first_length)``, ``tau = sum_j ||delta_j||_*`` the update's own size: a ball of that size
+    alone is tiny where training has only begun, and says that nothing can be gained. ``first_length`` is the length at
+    which the slope at the base weights would use up the loss.
+
+    ``total`` is over ``sum_j ||x_j||_* <= radius``, ``tangent`` over moves *from* ``delta`` by at most the radius that
+    training can follow. For every ``c``, with ``psi`` of the terms' dual lines,
+    ``loss(x) >= sum_t w_t psi_t(c) - c (sum_j <g_j, delta_j> + radius max_j ||g_j||)``, and
+    ``loss(delta + x) >= sum_t w_t psi_t(c) - c radius max_j reach_j``: ``c = 1`` is the Frank-Wolfe gap, ``c = 0``
+    says that the loss cannot fall by more than itself.
     """
-    radius = sum(state.nuclear_norm for state in states.values())
+    radius = max(sum(state.nuclear_norm for state in states.values()), first_length)
     inner = sum(state.inner + state.inner_error for state in states.values())
-    total = inner + radius * max(state.gradient_norm for state in states.values())
-    return Gaps(max(total, 0.0), radius * max(state.reach for state in states.values()), None, radius)
+    steepest = inner + radius * max(state.gradient_norm for state in states.values())
+    rounding = (len(terms.losses) + 64) * _EPS * terms.mean
+    step, best = _best_step(terms, steepest, 0.0, 0.0)
+    _, along = _best_step(terms, radius * max(state.reach for state in states.values()), 0.0, 0.0)
+    return Gaps(_gain(terms.mean, best, rounding), _gain(terms.mean, along, rounding), step, radius, inner)
+
+
+def _gain(objective: float, dual: float, rounding: float) -> float:
+    """What can still be gained at most; losses and penalties are not negative, so never more than the objective."""
+    return min(max(objective - dual, 0.0) + rounding, objective)
 
 
 def _best_step(terms: Terms, inner: float, error: float, ratio: float) -> tuple[float, float]:

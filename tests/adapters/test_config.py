@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import re
 
@@ -9,11 +10,13 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers import MixtralForCausalLM, Qwen2MoeForCausalLM, Qwen3MoeForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from ranksure.adapters.export import axolotl_yaml, config_snippet, lora_config
+from ranksure.adapters.export import axolotl_yaml, check_exportable, config_snippet, lora_config
 from ranksure.errors import AdapterError
 from tests.adapters.networks import Suffixes
+from tests.refusals import refusal
 
 
 def wrapped(model: nn.Module, config: LoraConfig) -> dict[str, tuple[int, float]]:
@@ -46,6 +49,49 @@ NAMES = ["q", "xq", "query", "layer.query", "layer.q", "b.layer.query", "b.q"]
 @given(st.dictionaries(st.sampled_from(NAMES), st.integers(0, 6), min_size=1).filter(lambda r: any(r.values())))
 def test_any_ranks_on_names_that_end_with_each_other(ranks):
     assert wrapped(Suffixes(), lora_config(ranks)) == {n: (r, 1.0) for n, r in ranks.items() if r}
+
+
+def mixture(kind, **more):
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = kind.config_class(vocab_size=9, num_key_value_heads=1, pad_token_id=0, **sizes, **more)
+    return kind(config)
+
+
+QWEN = {"moe_intermediate_size": 8, "num_experts": 2, "num_experts_per_tok": 1}
+MIXTURES = {
+    "Mixtral": lambda: mixture(MixtralForCausalLM, num_local_experts=2, num_experts_per_tok=1),
+    "Qwen3-MoE": lambda: mixture(Qwen3MoeForCausalLM, head_dim=4, **QWEN),
+    "Qwen2-MoE": lambda: mixture(Qwen2MoeForCausalLM, shared_expert_intermediate_size=8, **QWEN),
+}
+QUERIES = {f"model.layers.{i}.self_attn.q_proj": i + 1 for i in range(2)}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_exactly_the_named_modules_of_a_mixture(name):
+    """PEFT reduces an expression to the last part of each name there, in every layer."""
+    model = MIXTURES[name]()
+    one = {"model.layers.1.self_attn.q_proj": 2}
+    for ranks in (one, QUERIES, {**one, "model.layers.0.self_attn.o_proj": 1}):
+        config = lora_config(ranks, model=model)
+        scope: dict = {}
+        exec(config_snippet(config), scope)
+        read = yaml.safe_load(axolotl_yaml(ranks, model=model))
+        named = {"target_modules": read["lora_target_modules"], "r": read["lora_r"], "lora_alpha": read["lora_r"]}
+        patterns = {key: read.get(f"lora_{key}", {}) for key in ("rank_pattern", "alpha_pattern")}
+        for again in (config, scope["lora_config"], LoraConfig(**named, **patterns)):
+            assert wrapped(copy.deepcopy(model), again) == {name: (rank, 1.0) for name, rank in ranks.items()}
+    assert not any(isinstance(module, LoraLayer) for module in model.modules())
+
+
+def test_modules_of_a_mixture_that_peft_cannot_adapt_alone():
+    """Such as those of a layer without experts, which have the names of the experts' parts."""
+    model = mixture(Qwen3MoeForCausalLM, head_dim=4, mlp_only_layers=[1], **QWEN)
+    dense = "model.layers.1.mlp.down_proj"
+    message = refusal(AdapterError, ["Qwen3MoeForCausalLM", "experts"], lora_config, {dense: 1}, model=model)
+    assert "target_modules" in message
+    with pytest.raises(AdapterError, match="experts"):
+        check_exportable(model, [*QUERIES, dense], task_type="CAUSAL_LM")
+    check_exportable(model, list(QUERIES), task_type="CAUSAL_LM")
 
 
 def test_layer_1_is_not_layer_11_and_special_characters_are_literal():

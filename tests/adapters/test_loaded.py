@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ranksure.adapters import loaded
 from ranksure.adapters.loaded import read_adapter
 from ranksure.errors import AdapterError
 from ranksure.runs.certificate.certify import certify
@@ -112,20 +109,56 @@ def test_untested_configurations_are_named(config, reason):
 
 
 @pytest.mark.parametrize(
-    "config", [{"init_lora_weights": False}, {"init_lora_weights": "gaussian"}, {"lora_dropout": 0.2}]
+    "config",
+    [
+        {"init_lora_weights": False},
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": "eva"},
+        {"init_lora_weights": "orthogonal"},
+        {"lora_dropout": 0.2},
+        {"ensure_weight_tying": True},
+    ],
 )
 def test_tested_values(config):
     assert read_adapter(small_run(**config)[0]).untested == []
 
 
-def test_every_field_of_a_lora_config_is_either_tested_or_refused():
-    """A field that PEFT adds later is refused at any value but its default."""
-    fields = {field.name for field in dataclasses.fields(LoraConfig)}
-    assert fields >= loaded._TESTED
-    for name in fields - loaded._TESTED - {"init_lora_weights"}:
-        config = LoraConfig()
-        setattr(config, name, "something else")
-        assert any(name in reason for reason in loaded._untested_fields(config)), name
+def test_one_matrix_of_each_pair_frozen():
+    """MiCA and LoRA-FA train A or B alone: a decay of that one is no nuclear norm, and a bound holds without it."""
+    for half in ("lora_A", "lora_B"):
+        model, batches, _ = small_run()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name and half not in name)
+        assert read_adapter(model).frozen_half
+        refused = certify(model, batches, weight_decay=0.01)
+        assert refused.verdict == "not-checked" and "no nuclear norm" in refused.reasons[0]
+        assert certify(model, batches, lam=0.01).modules and certify(model, batches).modules
+    model, batches, _ = small_run(dtype=torch.float32, init_lora_weights="mica")
+    model.requires_grad_(False)  # as a saved run is loaded
+    assert certify(model, batches, weight_decay=0.01).verdict == "not-checked"
+    assert not read_adapter(small_run()[0]).frozen_half
+
+
+def test_modules_that_share_their_matrices_are_no_blocks_of_their_own():
+    model, batches, _ = small_run()
+    net = model.base_model.model
+    net.second.lora_A["default"].weight = nn.Parameter(net.first.lora_B["default"].weight.detach().T)
+    found = certify(model, batches, lam=0.01)
+    assert found.verdict == "not-checked" and "second shares its matrices with first" in found.reasons[0]
+
+
+def test_overlapping_patterns_are_told(tmp_path):
+    """Trained at one scale, loaded at another: PEFT sorts the keys when it saves, and takes the first that matches."""
+    patterns = {"alpha_pattern": {"second": 2, "s.*": 8}, "rank_pattern": {"third": 4}}
+    model, batches, _ = small_run(**patterns)
+    assert read_adapter(model).blocks["second"].scale == 1
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(Small().double(), tmp_path)
+    found = certify(again, batches, lam=0.01)
+    assert read_adapter(again).blocks["second"].scale == 4
+    assert "second loads with 8, of 's.*' (scale 4); 'second' (2) matches it too" in found.notes[1]
+    assert "'third' matches no adapted module" in found.notes[0]
+    assert found.to_json()["notes"] == found.notes
 
 
 class Quantised(nn.Linear):

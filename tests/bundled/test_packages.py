@@ -19,6 +19,7 @@ import pytest
 from ranksure.bundled import packages
 from ranksure.bundled.packages import PACKAGES, Package, package_path
 from ranksure.errors import DataError
+from tests.refusals import refusal
 
 CONTENT = {"./usr/share/data/one.txt": b"one\n", "./usr/share/data/two.bin": bytes(range(256)) * 1000}
 
@@ -149,8 +150,7 @@ def test_what_cannot_be_had_leaves_nothing(server: SimpleNamespace, tmp_path: Pa
 
 def test_nobody_answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(packages, "DEBIAN_MIRRORS", ("http://127.0.0.1:9",))
-    with pytest.raises(DataError, match=r"could not be downloaded \(127\.0\.0\.1:9: .*refused"):
-        fetch(b"")
+    refusal(DataError, "could not be downloaded (127.0.0.1:9: .*refused", fetch, b"")
 
 
 def test_a_file_put_there_by_hand(server: SimpleNamespace, tmp_path: Path, cache: Path) -> None:
@@ -158,8 +158,7 @@ def test_a_file_put_there_by_hand(server: SimpleNamespace, tmp_path: Path, cache
     cache.mkdir()
     file = cache / "some-data_1.0-1_all.deb"
     file.write_bytes(content[:-1])
-    with pytest.raises(DataError, match=r"some-data_1\.0-1_all\.deb is not some-data 1\.0-1"):
-        fetch(content)
+    refusal(DataError, "some-data_1.0-1_all.deb is not some-data 1.0-1", fetch, content)
     file.write_bytes(content)
     assert (fetch(content) / "usr/share/data/one.txt").is_file() and server.asked == []
 
@@ -185,16 +184,14 @@ def test_an_installed_package_is_used_where_it_lies(
 def test_names_that_lead_out_are_refused(server: SimpleNamespace, tmp_path: Path, cache: Path) -> None:
     content = deb({"./usr/fine": b"", "../../outside": b"bad"})
     server.files["/first/pool/some-data_1.0-1_all.deb"] = content
-    with pytest.raises(DataError, match=r"cannot be unpacked: .*outside"):
-        fetch(content)
+    refusal(DataError, "cannot be unpacked: .*outside", fetch, content)
     assert list(cache.iterdir()) == [] and not (tmp_path / "outside").exists()
 
 
 def test_what_is_no_package_is_refused(server: SimpleNamespace, cache: Path) -> None:
     for content in (b"<html>", b"!<arch>\n" + b" " * 30):
         server.files["/first/pool/some-data_1.0-1_all.deb"] = content
-        with pytest.raises(DataError, match=r"cannot be unpacked: no data\.tar in it"):
-            fetch(content)
+        refusal(DataError, "cannot be unpacked: no data.tar in it", fetch, content)
     assert list(cache.iterdir()) == []
 
 
@@ -202,8 +199,7 @@ def test_a_cache_without_room(server: SimpleNamespace, monkeypatch: pytest.Monke
     blocked = tmp_path / "file"
     blocked.touch()
     monkeypatch.setenv("RANKSURE_CACHE", str(blocked / "cache"))
-    with pytest.raises(DataError, match=r"some-data cannot be kept in .*set RANKSURE_CACHE"):
-        fetch(b"")
+    refusal(DataError, "some-data cannot be kept in .*set RANKSURE_CACHE", fetch, b"")
 
 
 def test_an_npm_package(server: SimpleNamespace) -> None:

@@ -101,15 +101,13 @@ def test_labels_on_its_real_tokenizer():
 @pytest.mark.slow
 def test_a_run_on_it_is_certified(tmp_path, monkeypatch):
     """A LoRA on its last layer, by the command line: the loss is that of transformers, one row at a time."""
-    import sys
-
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     from ranksure.bundled.rotten_tomatoes import rotten_tomatoes
-    from ranksure.cli import main
     from ranksure.runs.saved.data import read_data
     from ranksure.runs.saved.open import load_run
+    from tests.commands import call
     from tests.tiny_text import strict_json
 
     network = AutoModelForCausalLM.from_pretrained(smollm.smollm2_path())
@@ -130,10 +128,7 @@ def test_a_run_on_it_is_certified(tmp_path, monkeypatch):
     ]
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
-    monkeypatch.setattr(sys, "argv", ["ranksure", "certify", str(tmp_path / "run"), "--data", str(path)])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert stop.value.code == 0
+    assert call("certify", tmp_path / "run", "--data", path, monkeypatch=monkeypatch) == 0
     found = strict_json((tmp_path / "run" / "certificate.json").read_text())
     assert found["verdict"] == "not-converged" and len(found["modules"]) == 2 and found["n_terms"] == 12
     run = load_run(tmp_path / "run")

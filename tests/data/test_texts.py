@@ -346,11 +346,22 @@ def test_bad_texts(bad: Any, parts: list[str]) -> None:
         ([1, 0, 1], ["0", "1"], [1, 0, 1]),
         ([10, 9, -1], ["-1", "9", "10"], [2, 1, 0]),
         ([1.0, 0.0, 1.0], ["0", "1"], [1, 0, 1]),
-        (["10", "9", " 9 "], ["9", "10"], [1, 0, 0]),
-        (["1.0", "0", "1"], ["0", "1"], [1, 0, 1]),
+        (["10", "9", "9"], ["9", "10"], [1, 0, 0]),
+        (["10", "9", " 9 "], [" 9 ", "10", "9"], [1, 2, 0]),
+        (["1.0", "0", "1"], ["0", "1", "1.0"], [2, 0, 1]),
+        (["02116", "2116", "10001"], ["02116", "10001", "2116"], [0, 2, 1]),
+        (["010", "10", "1e1", "+10", "10.0"], ["+10", "010", "10", "10.0", "1e1"], [1, 2, 4, 0, 3]),
         ([True, False, True], ["False", "True"], [1, 0, 1]),
-        (["true", "FALSE", "True"], ["False", "True"], [1, 0, 1]),
-        (["b ", "B", "a"], ["B", "a", "b"], [2, 0, 1]),
+        (["true", "FALSE", "True"], ["FALSE", "True", "true"], [2, 0, 1]),
+        (["true", "maybe", "1", "1"], ["1", "maybe", "true"], [2, 1, 0, 0]),
+        (["b ", "B", "a"], ["B", "a", "b "], [2, 0, 1]),
+        (["caf\u00e9", "cafe\u0301", "x"], ["cafe\u0301", "caf\u00e9", "x"], [1, 0, 2]),
+        (
+            ["nan", "inf", "-inf", "NA", "null", "word"],
+            ["-inf", "NA", "inf", "nan", "null", "word"],
+            [3, 2, 0, 1, 4, 5],
+        ),
+        (["inf", "nan", "nan"], ["inf", "nan"], [0, 1, 1]),
         (["10", "9", "x"], ["10", "9", "x"], [0, 1, 2]),
         (["1_0", "9", "9"], ["1_0", "9"], [0, 1, 1]),
         ([0.5, 2, 0.5, 2, 1.5, 1.5], ["0.5", "1.5", "2"], [0, 2, 0, 2, 1, 1]),
@@ -392,9 +403,64 @@ def test_bad_labels(bad: Any, what: str, regression: bool) -> None:
 
 
 def test_one_class() -> None:
-    fails(frame(["x", "x "]), "every row has the label 'x'", "two classes")
+    fails(frame(["x", "x"]), "every row has the label 'x'", "two classes")
     fails(frame([2, 2]), "every row has the label '2'")
     fails(frame([2, 2]), "every row has the target 2.0", regression=True)
+
+
+@pytest.mark.parametrize(
+    "names", [["x", "x "], ["1", "1.0"], ["true", "True"], ["caf\u00e9", "cafe\u0301"], ["a", "A"]]
+)
+def test_names_that_differ_in_spelling_only_are_kept_apart_and_told(names: list[str]) -> None:
+    rows = labelled(names)
+    assert sorted(rows.label_names or []) == sorted(names)
+    assert len(rows.notes) == 1 and "are 2 classes, as the data has them" in rows.notes[0]
+
+
+def test_one_name_for_a_text_and_a_number() -> None:
+    fails(frame(["1", 0, 1]), "row 3", "'1' is of type int here and of type text in row 1", "in one way")
+    fails(frame([True, "x", "True"]), "row 3", "'True' is of type text here and of type bool in row 1")
+
+
+CODES = ["02116", "2116", "10001", "010", "nan", "NA", "1e3", "1.0", "1", "x "]
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet", "dataset", "saved", "hub", "hub parquet"])
+def test_codes_are_the_same_classes_in_every_source(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Hub's own CSV reader makes numbers of them, and nothing of ``NA``."""
+    table = pd.DataFrame({"text": [f"t {i}" for i in range(len(CODES))], "label": CODES, "size": range(len(CODES))})
+    data = datasets.Dataset.from_pandas(table)
+    source: Any = {"dataset": data, "saved": tmp_path / "saved"}.get(kind, tmp_path / f"data.{kind}")
+    if kind == "saved":
+        data.save_to_disk(source)
+    elif kind == "jsonl":
+        table.to_json(source, orient="records", lines=True)
+    elif kind in ("parquet", "hub parquet"):
+        table.to_parquet(source)
+    elif kind != "dataset":
+        table.to_csv(source, index=False, sep="\t" if kind == "tsv" else ",")
+    if kind.startswith("hub"):
+        builder, file, load = "parquet" if kind == "hub parquet" else "csv", str(source), datasets.load_dataset
+
+        def of_the_hub(path: str, name: str | None = None, split: str | None = None, **more: Any) -> Any:
+            return load(builder, data_files=file, split=split, cache_dir=str(tmp_path / "cache"), **more)
+
+        monkeypatch.setattr(datasets, "load_dataset", of_the_hub)
+        source = "owner/name"
+    rows = load_rows(source)
+    assert [(rows.label_names or [])[label] for label in rows.labels] == CODES
+
+
+def test_zip_codes_of_a_hub_csv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them look like integers, so nothing in what is read tells that they were not."""
+    file, load = str(write(tmp_path / "d.csv", "text,label\na,02116\nb,2116\nc,10001\n")), datasets.load_dataset
+
+    def of_the_hub(path: str, name: str | None = None, split: str | None = None, **more: Any) -> Any:
+        return load("csv", data_files=file, split=split, cache_dir=str(tmp_path / "cache"), **more)
+
+    monkeypatch.setattr(datasets, "load_dataset", of_the_hub)
+    assert load_rows("owner/name").label_names == ["02116", "10001", "2116"]
+    assert load_rows("owner/name", regression=True).labels == [2116.0, 2116.0, 10001.0]
 
 
 def test_labels_that_are_not_classes() -> None:
@@ -413,6 +479,8 @@ def test_regression() -> None:
     assert all(type(label) is float for label in rows.labels)
     fails(frame([1, "high"]), "row 2", "'high' is not a number", regression=True)
     fails(frame([True, 2]), "row 1", "is not a number", regression=True)
+    for huge in (1e300, -1e16, "1e16"):
+        fails(frame([1, huge]), "row 2", "is beyond 1e+15", "overflows", regression=True)
 
 
 def test_errors_do_not_quote_whole_texts() -> None:
@@ -440,6 +508,16 @@ def test_with_label_names() -> None:
         rows.with_label_names(["a", "c"])
     with pytest.raises(DataError, match="regression"):
         labelled([1.0, 2.0], regression=True).with_label_names(["a"])
+
+
+def test_label_names_are_equal_exactly_before_they_are_as_values() -> None:
+    assert labelled(["1.0", "0.0", "1.0"]).with_label_names(["1", "0"]).labels == [0, 1, 0]
+    assert labelled([True, False]).with_label_names(["false", "true"]).labels == [1, 0]
+    assert labelled(["a ", "b"]).with_label_names(["a", "b"]).labels == [0, 1]
+    assert labelled(["1", "1.0"]).with_label_names(["1.0", "1"]).labels == [1, 0]
+    for names, known in ((["010", "20"], ["10", "20"]), (["1", "1.0"], ["1", "2"]), (["1", "2"], ["1.0", "1.00", "2"])):
+        with pytest.raises(DataError, match="which the training data does not have"):
+            labelled(names).with_label_names(known)
 
 
 class_lists = st.lists(st.integers(0, 5), min_size=2, max_size=120).filter(lambda labels: len(set(labels)) > 1)

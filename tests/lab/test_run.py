@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -11,13 +12,16 @@ from importlib import import_module
 import pytest
 
 from ranksure.errors import SettingError
+from ranksure.files import put_back
 from ranksure.lab.claim import Check, Claim, Curve, Finding, Run, Table
 from ranksure.lab.figures import panels
 from ranksure.lab.run import PAPER, THEORY, Shelf, measure, write
 from ranksure.lab.settings.named import AUTHORS, SETTINGS, setting_named
 from ranksure.lab.settings.parts import Parts
 from ranksure.lab.settings.run import SettingRun
+from ranksure.records import LabRecord, plain
 from tests.lab.tiny import tiny_setting
+from tests.refusals import refusal
 from tests.tiny_text import strict_json
 
 
@@ -51,8 +55,7 @@ def test_the_verdict_follows_the_checks(holds, missing, verdict):
 
 
 def test_a_finding_without_checks_has_no_verdict():
-    with pytest.raises(ValueError, match="at least one check"):
-        finding().verdict(THEORY.verdicts)
+    refusal(ValueError, "at least one check", finding().verdict, THEORY.verdicts)
 
 
 def test_the_shelves():
@@ -83,20 +86,14 @@ def test_a_list_needs_neither_torch_nor_matplotlib():
 
 
 def test_unknown_names_come_with_near_ones():
-    with pytest.raises(SettingError, match="no lab entry 'generalisation': did you mean generalization"):
-        THEORY.load("generalisation")
-    with pytest.raises(SettingError, match="there are "):
-        THEORY.load("zzz")
-    with pytest.raises(SettingError, match="no lab entry 'all'"):
-        THEORY.chosen(["all"])
+    refusal(SettingError, "no lab entry 'generalisation': did you mean generalization", THEORY.load, "generalisation")
+    refusal(SettingError, "there are ", THEORY.load, "zzz")
+    refusal(SettingError, "no lab entry 'all'", THEORY.chosen, ["all"])
     assert PAPER.chosen(["all"]) == PAPER.names()
     assert PAPER.chosen(["accuracy", "accuracy"]) == ["accuracy"]
-    with pytest.raises(SettingError, match="did you mean linearised-curves"):
-        PAPER.chosen(["linearized-curves"])
-    with pytest.raises(SettingError, match=r"there are accuracy, .*or all"):
-        PAPER.chosen(["all", "zzz"])
-    with pytest.raises(SettingError, match="did you mean rotten-tomatoes"):
-        setting_named("rotten-tomatos")
+    refusal(SettingError, "did you mean linearised-curves", PAPER.chosen, ["linearized-curves"])
+    refusal(SettingError, "there are accuracy, .*or all", PAPER.chosen, ["all", "zzz"])
+    refusal(SettingError, "did you mean rotten-tomatoes", setting_named, "rotten-tomatos")
     assert setting_named("prompts").kind == "prompt"
 
 
@@ -110,11 +107,12 @@ def test_settings_are_told_apart_and_cover_the_paper():
 def test_record_and_files_of_a_result_of_the_theory(tmp_path, monkeypatch):
     claim = Claim("t", "it holds", "nobody 2026", lambda run: finding(True, run.size(False, True, True)))
     monkeypatch.setattr(Shelf, "load", lambda shelf, name: claim)
-    found, record = measure(THEORY, "some-name", Run(small=True, seed=3))
+    found, written = measure(THEORY, "some-name", Run(small=True, seed=3))
+    record = plain(written)
     assert record["verdict"] == "partly" and record["claim"] == "it holds" and record["seed"] == 3
     assert record["kind"] == "lab" and record["source"] == "nobody 2026" and record["size"] == "small"
     assert record["measured"] == {"summary": ["m", "m"], "value": 1.5, "bound": None}
-    paths = write(tmp_path / "new", found, record)
+    paths = write(tmp_path / "new", found, written)
     assert strict_json(paths[0].read_text()) == record
     assert paths[1].read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["some-name.json", "some-name.png"]
@@ -125,14 +123,15 @@ def test_record_and_files_of_an_experiment(tmp_path, monkeypatch):
     claim = Claim("t", "it holds", "Theorem 0", lambda run: finding(True, run.size(False, True, True), table=table))
     monkeypatch.setattr(Shelf, "load", lambda shelf, name: claim)
     run = SettingRun(parts=Parts(tmp_path / "parts"), small=True, seed=3, settings=[tiny_setting(tmp_path)])
-    found, record = measure(PAPER, "some-name", run, "ranksure reproduce some-name --small")
+    found, typed = measure(PAPER, "some-name", run, "ranksure reproduce some-name --small")
+    record = plain(typed)
     assert record["verdict"] == "partly" and record["seed"] == 3 and record["kind"] == "reproduce"
     assert record["where"] == record["source"] == "Theorem 0" and record["numbers"] == {"value": 1.5, "bound": None}
     assert record["reference"] == {"label": "certified optimum", "value": None, "per_group": {"g": 0.5}}
     assert record["curves"] == [{"label": "rank 4", "x": [0, 1], "y": [1.0, 0.5], "group": "g"}]
     assert record["table"] == {"columns": ["a", "b"], "rows": [[1, None], [0.25, "x"]]}
     assert record["command"] == "ranksure reproduce some-name --small" and record["settings"]["size"] == "small"
-    written = write(tmp_path / "new", found, record)
+    written = write(tmp_path / "new", found, typed)
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(path.name for path in written)
     assert len(written) == 4
     assert strict_json((tmp_path / "new" / "some-name.json").read_text()) == record
@@ -142,12 +141,45 @@ def test_record_and_files_of_an_experiment(tmp_path, monkeypatch):
         assert list(csv.reader(file)) == [["a", "b"], ["1", ""], ["0.25", "x"]]
 
 
+def valued(seed: int) -> LabRecord:
+    return LabRecord(name="x", title="t", claim="c", verdict="v", source="s", checks=[], seed=seed)
+
+
+@pytest.mark.parametrize("kill", range(1, 9))
+def test_the_files_of_a_claim_are_of_one_measurement_wherever_it_stops(tmp_path, monkeypatch, kill):
+    """Renames are what makes files be there: after each of them nothing more happens."""
+    table = Table(["a"], [[1]])
+    older = write(tmp_path / "out", finding(True, table=table), valued(1))
+    before = {path: path.read_bytes() for path in older}
+    done = []
+
+    def stops(rename):
+        def renames(*places):
+            if len(done) == kill - 1:
+                raise KeyboardInterrupt
+            done.append(rename(*places))
+
+        return renames
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", stops(os.replace))
+        patch.setattr("os.rename", stops(os.rename))
+        try:
+            write(tmp_path / "out", finding(False, table=Table(["b"], [[2]])), valued(2))
+        except KeyboardInterrupt:
+            assert not older[0].exists() or {path: path.read_bytes() for path in older} == before
+    put_back(tmp_path / "out")
+    after = {path: path.read_bytes() for path in older}
+    whole = json.loads(after[older[0]])["seed"]
+    assert (after == before) if whole == 1 else b"b" in after[tmp_path / "out" / "x.csv"]
+    assert whole == (1 if kill <= 5 else 2)
+    assert sorted((tmp_path / "out").iterdir()) == sorted(older)
+
+
 def test_a_record_that_cannot_be_written_leaves_nothing_half_written(tmp_path):
-    record = {"name": "x", "value": 1}
+    record = LabRecord(name="x", title="t", claim="c", verdict="v", source="s", checks=[])
     (tmp_path / "file").write_text("")
-    with pytest.raises(SettingError, match="cannot be written"):
-        write(tmp_path / "file", finding(True), record)
+    refusal(SettingError, "cannot be written", write, tmp_path / "file", finding(True), record)
     (tmp_path / "out" / "x.json").mkdir(parents=True)
-    with pytest.raises(SettingError, match="cannot be written"):
-        write(tmp_path / "out", finding(True), record)
+    refusal(SettingError, "cannot be written", write, tmp_path / "out", finding(True), record)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["x.json"]

@@ -133,6 +133,9 @@ def other_forms(operator: TangentOperator, oracle: DenseOperator, seed: int) -> 
     m, n = oracle.shapes[names[0]]
     maps = {names[0]: (randn(m + 1, m, generator=g), randn(n, n, generator=g))}
     assert operator.to(operator.dtype) is operator
+    by = {names[0]: 3.0}
+    larger = DenseOperator({name: by.get(name, 1.0) * gradient for name, gradient in oracle.jacobians().items()})
+    assert_same_map(operator.scaled(by), larger, seed)
     if not operator.is_stored:
         for refused in (lambda: operator.to(torch.float32), lambda: operator.select(samples), operator.stored):
             with pytest.raises(SettingError, match=type(operator).__name__):
@@ -146,6 +149,7 @@ def other_forms(operator: TangentOperator, oracle: DenseOperator, seed: int) -> 
         expected[name] = torch.einsum("pm,icmn,qn->icpq", left, expected[name], right)
     assert_same_map(moved, DenseOperator(expected), seed)
     low = operator.to(torch.float32)
+    assert operator.scaled({}).dtype == operator.dtype and low.scaled({names[0]: 2.0}).dtype == torch.float32
     assert low.dtype == torch.float32 and low.adjoint(random_residual(oracle, 0).float())[names[0]].dtype == low.dtype
     assert_same(low.to(torch.float64).jacobians(), oracle.jacobians(), rtol=1e-5, atol=1e-5)
 

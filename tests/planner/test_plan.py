@@ -431,9 +431,6 @@ def test_half_precision(bert, csv):
     half = ranksure.plan(bert, csv, **{**QUICK, "dtype": "bfloat16"})
     assert half.data["optimum"]["relative_gap"] <= 1e-6  # solved and certified in higher precision
     assert half.data["lambda_max"] == pytest.approx(full.data["lambda_max"], rel=0.5)
-    stored = ranksure.plan(bert, csv, **{**QUICK, "capture_dtype": "bfloat16"})
-    assert stored.data["lambda_max"] == pytest.approx(full.data["lambda_max"], rel=0.02)
-    assert stored.data["lambda_max"] != full.data["lambda_max"]
 
 
 def test_memory_budget(bert, csv):

@@ -99,6 +99,20 @@ def test_an_unfinished_row_is_not_converged():
     assert table.rows[0].verdict == "not-converged"
 
 
+@pytest.mark.parametrize("limits", [{"max_rounds": 1}, {"max_evaluations": 4}, {"tolerance": 0.05}])
+def test_a_solver_that_stopped_early_bounds_no_rank(limits):
+    """Its point has unused columns at a larger rank, and rho above 1: a saddle there, which nothing had looked at."""
+    problem = hard(1)
+    unfinished = solve(problem, **limits)
+    assert unfinished.certificate.relative_gap > OPTIMAL and unfinished.certificate.spectral_ratio > 1
+    largest = max(unfinished.ranks.values()) + 1
+    table, _ = rank_table(problem, unfinished, [largest], share=0.9, seed=0, random_starts=0, advance=quiet)
+    row = table.row(largest)
+    assert row.factors is unfinished.factors and row.verdict == "not-converged"
+    assert row.stationary is None and row.negative_curvature is None
+    assert solve(problem, start=row.factors).certificate.objective < row.certificate.objective * (1 - 1e-4)
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("share", [0.5, 0.95, 0.999])
 def test_smallest_uniform_rank_of_the_table(seed, share):

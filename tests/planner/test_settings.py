@@ -68,7 +68,6 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"captured": math.nan}, "between 0 and 1"),
     ({"tolerance": 0.1}, "tolerance"),
     ({"tolerance": math.nan}, "tolerance"),
-    ({"capture_dtype": "int8"}, "bfloat16"),
     ({"uniform": True, "merged": True}, "exclude"),
     ({"merged": True, "pooling": "mean"}, "`pooling` model"),
     ({"ranks": []}, "ranks"),

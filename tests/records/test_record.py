@@ -14,6 +14,7 @@ from jsonschema import Draft202012Validator
 from ranksure.errors import DataError
 from ranksure.records import KINDS, Plan, encoded, plain, read
 from scripts.docs.records import schemas
+from tests.refusals import refusal
 from tests.report import records
 
 WRITTEN = {kind: getattr(records, kind)() for kind in KINDS}
@@ -77,8 +78,7 @@ def test_schema_1_is_read_where_its_numbers_mean_the_same(kind: str, name: str, 
     if taken:
         assert read(path, KINDS[kind]).schema == 2
     else:
-        with pytest.raises(DataError, match="has schema 1; this version of ranksure reads schema 2"):
-            read(path, KINDS[kind])
+        refusal(DataError, "has schema 1; this version of ranksure reads schema 2", read, path, KINDS[kind])
 
 
 @pytest.mark.parametrize(
@@ -97,14 +97,38 @@ def test_a_fault_names_its_place(change: dict[str, Any], says: str, tmp_path: Pa
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
+def with_null(content: Any) -> Any:
+    """A record as it is written where none of its numbers is finite."""
+    if isinstance(content, dict):
+        return {key: value if key in BOUNDED else with_null(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [with_null(value) for value in content]
+    return None if isinstance(content, float) else content
+
+
+BOUNDED = ("weight_decay",)  # positive: what is not finite is refused before any work
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_record_without_a_finite_number_is_read_and_keeps_to_its_schema(kind: str, tmp_path: Path) -> None:
+    content = with_null(WRITTEN[kind])
+    assert content != WRITTEN[kind]
+    assert type(read(saved(tmp_path, content), KINDS[kind])) is KINDS[kind]
+    Draft202012Validator(SCHEMAS[kind]).validate(content)
+
+
 def test_what_is_not_finite_is_null_and_can_be_read_again(tmp_path: Path) -> None:
     record = msgspec.convert(WRITTEN["plan"], Plan)
     record.heldout = msgspec.structs.replace(
         record.heldout, loss_without_adapter=1.0, accuracy_without_adapter=math.inf
     )
     record.settings = {"a": [math.nan, -math.inf, 1e300]}
+    record.optimum = msgspec.structs.replace(record.optimum, dual=-math.inf)
+    record.ranks = [msgspec.structs.replace(row, captured=(math.nan, 1.0)) for row in record.ranks]
     path = tmp_path / "plan.json"
     path.write_bytes(encoded(record))
     again = read(path, Plan)
     assert again.heldout is not None and again.heldout.accuracy_without_adapter is None
     assert again.settings == {"a": [None, None, 1e300]}
+    assert math.isnan(again.optimum.dual) and math.isnan(again.ranks[0].captured[0])
+    assert again.ranks[0].captured[1] == 1.0

@@ -22,10 +22,11 @@ from ranksure.report.lora_source import pattern, source, written
 from ranksure.report.module_places import clean, places
 from ranksure.report.page import write_report
 from ranksure.report.records import find
-from ranksure.report.sections import plan, reproduction
+from ranksure.report.sections import claims, plan
 from ranksure.report.spectrum import singular_values
 from ranksure.report.svg import INKS, render
 from ranksure.report.wording import after, listed, number, percent, power, share
+from tests.refusals import refusal
 from tests.report import records
 
 
@@ -69,8 +70,7 @@ def test_an_adapter_that_cannot_be_read(tmp_path: Path) -> None:
     assert singular_values(tmp_path) is None  # B is zero: no update
     path = tmp_path / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(DataError, match=r"adapter_model\.safetensors is damaged"):
-        singular_values(tmp_path)
+    refusal(DataError, "adapter_model.safetensors is damaged", singular_values, tmp_path)
 
 
 def test_a_drawing_is_clean_and_the_same_each_time() -> None:
@@ -234,7 +234,7 @@ def test_the_answer_says_what_it_rests_on(tmp_path: Path, change: dict[str, Any]
 def test_distances_to_the_optimum(tmp_path: Path) -> None:
     data = records.reproduce()
     (record,) = find(records.write(tmp_path, "curves.json", data)).records
-    section = reproduction.build(record, "s1")
+    section = claims.build_reproduction(record, "s1")
     assert section.warnings == ["three: no such package"]
     rows = {(row[0], row[1]): row[2:] for row in section.blocks[2].table.rows}
     assert "more rows" not in {setting for setting, _ in rows}  # it has no reference
@@ -289,6 +289,5 @@ def test_a_page_that_would_be_too_large_has_less_detail_or_is_refused(
     less = write_report(tmp_path)
     assert less.stat().st_size < size and "data:image/png" not in less.read_text()
     monkeypatch.setattr("ranksure.report.page.LARGEST", 10_000)
-    with pytest.raises(SettingError, match="make one of a folder below it"):
-        write_report(tmp_path)
+    refusal(SettingError, "make one of a folder below it", write_report, tmp_path)
     assert less.stat().st_size < size  # the earlier one stays

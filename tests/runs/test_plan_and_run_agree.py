@@ -1,4 +1,4 @@
-"""One meaning of a loss: what a plan solves, a fit trains and a certificate measures are the same objective.
+"""One meaning of a loss: what a plan solves, a fit trains, and certify, grow, compress and the report say, are one.
 
 Networks that are linear in the weights to adapt, so that a plan's optimum is the network's own.
 """
@@ -6,23 +6,30 @@ Networks that are linear in the weights to adapt, so that a plan's optimum is th
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import ranksure
 from ranksure import Problem, certify, lambda_max, mean_loss_function, solve
 from ranksure.adapters.export import export_adapter
+from ranksure.adapters.loaded import read_adapter
+from ranksure.adapters.matrices import file_factors
+from ranksure.errors import AdapterError
 from ranksure.losses import get_loss
 from ranksure.network.gradient import gradient_pass
 from ranksure.operators.dense import DenseOperator
 from ranksure.records import Plan, encoded
 from ranksure.records.plan import Bound, Optimum, PlanBounds, Recommended, Source
+from ranksure.records.task import TaskRecord, read_task
+from ranksure.report import write_report
 from ranksure.runs.fitting import fit as fitting
 from ranksure.runs.fitting.inputs import Setup
 from ranksure.runs.fitting.result import FitResult
@@ -31,7 +38,9 @@ from tests.tiny_text import frame, save_tokenizer
 
 pytestmark = pytest.mark.usefixtures("quick_collections")
 ROWS, INPUTS, WIDTH = 24, 6, 5
-CASES = [("squared-error", 1), ("squared-error", 4), ("logistic", 1), ("logistic", 4), ("cross-entropy", 4)]
+CASES = [("squared-error", 1), ("squared-error", 4), ("logistic", 1), ("logistic", 4)]
+CASES += [("cross-entropy", 4)]
+ALL = [*CASES, ("cross-entropy", 2)]
 
 
 class TwoLayersConfig(PreTrainedConfig):
@@ -178,7 +187,7 @@ def test_a_plans_optimum_is_done_for_fit_and_certify(kind, k, tmp_path, monkeypa
         assert certify(result.model, batches, loss=kind, lam=factor * lam, probe=False).verdict != "first-order-optimal"
 
 
-@pytest.mark.parametrize(("kind", "k"), CASES)
+@pytest.mark.parametrize(("kind", "k"), ALL)
 def test_loss_gradient_and_gain_are_one_number_each(kind, k, tmp_path):
     """At a point that is no optimum: the problem's, the gradient pass's, the certificate's, and training's."""
     g = generator_of(20 * k)
@@ -203,6 +212,78 @@ def test_loss_gradient_and_gain_are_one_number_each(kind, k, tmp_path):
     assert run.rank_gain_bound == pytest.approx(state.certificate.gap, rel=1e-3)
     trained = mean_loss_function(kind)(model(x=x), y.to(torch.long if kind == "cross-entropy" else torch.float32))
     assert float(trained.detach()) == pytest.approx(data_loss, rel=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "k"), ALL)
+def test_grow_and_compress_say_the_same_numbers(kind, k, tmp_path):
+    g = generator_of(30 * k)
+    net, x, y = network(k), randn(ROWS, INPUTS, generator=g).float(), random_labels(kind, ROWS, k, g)
+    problem, solution = plan_by_hand(net, x, y, kind, tmp_path / "plan")
+    setup, lam = setup_of(net, x, y, kind), problem.penalty["layer"]
+    u, v = solution.factors["layer"]
+    half = {"layer": (math.sqrt(0.5) * u[:, :1], math.sqrt(0.5) * v[:, :1])}
+    model = setup.wrap({"layer": 1}, 1.0, 0.0, 0)
+    fitting.place_factors(model, half, "")
+    batches = setup.batches(setup.features)
+    truth, zero = objective(problem, updates(half)), float(problem.data_loss(problem.base_logits))
+
+    gradient = ranksure.certify_point(problem, half).gradients["layer"]
+    left, right = (part / part.norm() for part in half["layer"])
+    outside = gradient - left @ (left.T @ gradient)
+    slope = float(torch.linalg.matrix_norm(outside - (outside @ right) @ right.T, 2)) - lam
+    changes: list[Any] = []
+    if problem.loss.effective_outputs(k) == 1:  # whose gradient has the one direction that is there
+        with pytest.raises(AdapterError, match="no new direction"):
+            ranksure.grow(model, batches, loss=kind, lam=lam, force=True, most_new=1)
+    else:
+        grown = ranksure.grow(model, batches, loss=kind, lam=lam, force=True, most_new=1)
+        assert grown.certificate.objective == pytest.approx(truth, rel=1e-5)
+        assert slope > 0 and grown.slopes["layer"] == [pytest.approx(slope, rel=1e-3, abs=1e-5)]
+        changes.append(grown)
+
+    small = ranksure.compress(model, batches, loss=kind, lam=lam, level="budget", max_loss_increase=1e-9)
+    assert small.before is not None and small.after is not None and small.at_zero is not None
+    assert small.before.objective == pytest.approx(truth, rel=1e-5)
+    assert small.at_zero.objective == pytest.approx(zero, rel=1e-5)
+    assert small.after.loss == pytest.approx(small.before.loss, rel=1e-5)
+    for found in [*changes, small]:
+        found.save(model, tmp_path / found.record)
+        assert read_task(tmp_path / found.record) == TaskRecord(loss=kind)
+
+
+@pytest.mark.parametrize(("kind", "k"), ALL)
+def test_training_and_its_report_speak_of_the_plans_objective(kind, k, tmp_path, monkeypatch):
+    """Also with a scale, where the decay of PEFT's matrices is that times lambda, and in batches of unequal size."""
+    g = generator_of(40 * k)
+    net, x, y = network(k), randn(ROWS, INPUTS, generator=g).float(), random_labels(kind, ROWS, k, g)
+    problem, solution = plan_by_hand(net, x, y, kind, tmp_path / "plan")
+    monkeypatch.setattr(fitting, "task_setup", lambda *args: setup_of(net, x, y, kind))
+    lam, rank = problem.penalty["layer"], max(solution.ranks.values())
+    how = {"rank": rank, "lora_alpha": 3 * rank, "weight_decay": 3 * lam, "learning_rate": 0.02, "logging_steps": 1}
+    full = {"gradient_accumulation_steps": "full", "max_steps": 40, "certify_every": 40}
+    result = ranksure.fit(plan=tmp_path / "plan", out=tmp_path / "out", **how, **full)
+    record = result.record
+    assert record.lam == pytest.approx(lam)
+    logged = [entry["loss"] for entry in record.history if "loss" in entry]
+    zero = float(problem.data_loss(problem.base_logits))
+    assert logged[0] == pytest.approx(zero, rel=1e-4)  # an adapter that does nothing yet
+    assert record.objective_at_zero == pytest.approx(zero, rel=1e-5)
+    trained = read_adapter(result.model).factors
+    truth = objective(problem, updates(trained))
+    assert result.objective == pytest.approx(truth, rel=1e-5) and truth < zero
+    called = [entry["ranksure/objective"] for entry in record.history if "ranksure/objective" in entry]
+    assert called == [pytest.approx(truth, rel=1e-5)]
+    tensors = load_file(result.folder / "adapter_model.safetensors")
+    stored = file_factors(tensors, "layer")
+    assert stored is not None
+    assert objective(problem, updates({"layer": stored})) == pytest.approx(truth, rel=1e-5)
+    assert record.prediction is not None
+    optimum = solution.certificate.objective
+    assert record.prediction.optimum == pytest.approx(optimum)
+
+    text = " ".join(re.sub(r"<[^>]*>", " ", write_report(tmp_path / "out").read_text()).split())
+    for number in (f"{truth:.5g}", f"{optimum:.5g}", f"{zero:.5g}", f"loss {kind}"):
+        assert number in text, number
 
 
 @pytest.mark.parametrize(("kind", "classes"), [("squared-error", 2), ("logistic", 2), ("cross-entropy", 2)])

@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from tests.data.test_conversations import CHATML, byte_tokenizer
 from tests.tiny_text import loaded, save_bert, save_csv
@@ -40,6 +47,18 @@ def save_llama(folder: Path, dtype: torch.dtype = torch.float32) -> str:
     special = {"eos_token_id": tokenizer.eos_token_id, "tie_word_embeddings": True, "num_key_value_heads": 1}
     config = llama_config(len(tokenizer), **special)
     LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
+    return str(folder)
+
+
+def save_mixtral(folder: Path) -> str:
+    """A mixture of two experts."""
+    tokenizer = byte_tokenizer(CHATML)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    experts = {"num_key_value_heads": 1, "num_local_experts": 2, "num_experts_per_tok": 1}
+    special = {"eos_token_id": tokenizer.eos_token_id, "initializer_range": 0.3, "max_position_embeddings": 64}
+    MixtralForCausalLM(MixtralConfig(vocab_size=len(tokenizer), **sizes, **experts, **special)).save_pretrained(folder)
     return str(folder)
 
 

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from ranksure.data.conversations import IGNORED
 from ranksure.errors import SettingError
-from ranksure.tasks.collate import Collator, PackedCollator, check_packing, in_batches, packed
+from ranksure.tasks.collate import Collator, PackedCollator, check_packing, packed
 from tests.helpers import rounding
 
 
@@ -47,6 +50,20 @@ def test_padding_is_on_the_right_and_carries_no_loss():
     assert batch["labels"].tolist() == [[*rows[0]["labels"], IGNORED, IGNORED], rows[1]["labels"]]
     scalars = [{"input_ids": [1, 2], "labels": 0.5}, {"input_ids": [1], "labels": 1.5}]
     assert Collator(0, torch.float32)(scalars)["labels"].tolist() == [0.5, 1.5]
+
+
+def test_padding_as_the_tokenizer_has_it():
+    rows = [{"input_ids": [5, 6], "attention_mask": [1, 1], "token_type_ids": [0, 1]}, feature(4)]
+    rows[1] = {"input_ids": [7, 8, 9, 10], "attention_mask": [1] * 4, "token_type_ids": [0] * 4}
+    tokenizer = SimpleNamespace(pad_token_id=2, padding_side="left", pad_token_type_id=3)
+    batch = replace(Collator.of(tokenizer), positions=True)(rows)
+    assert {key: value[0].tolist() for key, value in batch.items()} == {
+        "input_ids": [2, 2, 5, 6],
+        "attention_mask": [0, 0, 1, 1],
+        "token_type_ids": [3, 3, 0, 1],
+        "position_ids": [0, 0, 0, 1],
+    }
+    assert batch["position_ids"][1].tolist() == [0, 1, 2, 3]
 
 
 def test_packing_keeps_every_row_whole_and_its_terms():
@@ -101,9 +118,3 @@ def test_a_model_that_mixes_packed_rows_is_refused():
         check_packing(Leaks(), rows, PackedCollator(2))
     with pytest.raises(SettingError, match="does not take packed rows"):
         check_packing(Refuses(), rows, PackedCollator(2))
-
-
-def test_batches():
-    rows = [feature(n) for n in (3, 9, 5, 1)]
-    assert [[len(row["input_ids"]) for row in part] for part in in_batches(rows, 3, False)] == [[3, 9, 5], [1]]
-    assert [[len(row["input_ids"]) for row in part] for part in in_batches(rows, 3, True)] == [[9, 5, 3], [1]]

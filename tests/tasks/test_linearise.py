@@ -16,7 +16,7 @@ from ranksure.data.texts import Rows, load_rows
 from ranksure.losses import get_loss
 from ranksure.network.logits import predict
 from ranksure.tasks import classifiers
-from ranksure.tasks.linearise import HeldOut, capture_rows, fit_new_head, linearise
+from ranksure.tasks.linearise import HeldOut, fit_new_head, linearise
 from ranksure.tasks.text import load_text_task
 from tests.tasks.prompt_parts import SENTENCES, byte_bpe, rows_of, tiny_llama
 from tests.tasks.test_image import processor, random_rows, vit_config
@@ -64,16 +64,6 @@ def test_a_trained_head_stays(tmp_path: Path, rows: Rows) -> None:
     before = task.model.get_submodule("classifier").weight.clone()
     assert fit_new_head(task, rows, CROSS_ENTROPY) is None
     assert torch.equal(task.model.get_submodule("classifier").weight, before)
-
-
-def test_factors_stored_in_bfloat16_are_worked_on_in_float32(bert: str, rows: Rows) -> None:
-    task = load_text_task(bert, rows)
-    targets = task.targets(["query"], "last")
-    short, exact = (capture_rows(task, targets, rows, CROSS_ENTROPY, d) for d in (torch.bfloat16, torch.float32))
-    double = capture_rows(task, targets, rows, CROSS_ENTROPY, torch.float64)
-    assert short.operator.dtype == exact.operator.dtype == torch.float32 and double.operator.dtype == torch.float64
-    a, b = (next(iter(part.operator.groups)).inputs for part in (short, exact))
-    assert torch.equal(a, a.bfloat16().float()) and not torch.equal(a, b)
 
 
 def test_no_target_is_part_of_a_head(bert: str, rows: Rows) -> None:

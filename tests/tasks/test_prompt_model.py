@@ -19,7 +19,6 @@ from transformers.pytorch_utils import Conv1D
 
 from ranksure.capture import capture
 from ranksure.data.texts import Rows
-from ranksure.errors import ModelError
 from ranksure.losses import get_loss
 from ranksure.network.logits import predict
 from ranksure.network.targets import select_targets
@@ -166,7 +165,7 @@ def test_a_model_that_does_not_show_its_output_layer():
     check_logits(first, rows)
 
 
-def test_a_model_that_looks_at_padding_is_refused():
+def test_rows_of_a_model_that_looks_at_padding_share_batches_by_length():
     model = tiny_llama()
     forward = model.model.forward
 
@@ -176,8 +175,12 @@ def test_a_model_that_looks_at_padding_is_refused():
         return out
 
     model.model.forward = careless
-    with pytest.raises(ModelError, match="LlamaForCausalLM gives other logits for padded prompts"):
-        tiny(model, masked=False)
+    task, rows = tiny(model, masked=False), rows_of(SENTENCES)
+    expected = whole_model(task, rows) + torch.tensor(task.offsets, dtype=torch.float32)
+    assert agree(predict(task.model, task.batches(rows)), expected)
+    batches, back = task.batches_by_length(rows)
+    assert agree(predict(task.model, batches)[back], expected)
+    assert sum("rows of one length share a batch" in note for note in task.notes) == 1
 
 
 def test_half_precision_logits_are_float32():

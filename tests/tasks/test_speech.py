@@ -131,7 +131,9 @@ def test_whisper_from_a_speech_recogniser(whisper_folder: Path) -> None:
     assert (task.head, task.new_modules, task.head_is_new) == ("classifier", ["classifier", "projector"], True)
     assert task.saved_modules == ["classifier", "projector"] and task.default_targets() == ["q_proj", "v_proj"]
     assert task.label_names == ["high", "low"] and task.labels(rows).tolist() == [1, 0] * 3
-    assert task.notes == ["Whisper's encoder is cut to its first 50 of 200 positions (1 of 4 s)."]
+    cut, drawn = task.notes
+    assert cut == "Whisper's encoder is cut to its first 50 of 200 positions (1 of 4 s)."
+    assert "lack projector, which the head reads through" in drawn
     batches = task.batches(rows)
     assert [batch["input_features"].shape for batch in batches] == [(4, 80, 100), (2, 80, 100)]
     assert task.tokens(batches[0]) == 200 and task.window == 50
@@ -144,7 +146,8 @@ def test_whisper_from_a_speech_recogniser(whisper_folder: Path) -> None:
 def test_the_window_is_that_of_the_checkpoint_or_shorter(whisper_folder: Path) -> None:
     rows = recordings()
     whole = load_speech_task(whisper_folder, rows)  # 5 s by default, but there are only 4
-    assert whole.max_seconds == 4 and whole.window == 200 and whole.notes == []
+    (drawn,) = whole.notes
+    assert whole.max_seconds == 4 and whole.window == 200 and "lack projector" in drawn
     for seconds in (4.5, 5, 1.5):
         with pytest.raises(SettingError, match="a whole number of seconds, for this model at most 4"):
             load_speech_task(whisper_folder, rows, max_seconds=seconds)

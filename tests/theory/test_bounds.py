@@ -79,7 +79,7 @@ def test_the_papers_example():
     assert (existence.paper, landscape.paper) == (15, 16)
     assert (existence.effective, landscape.effective) == (10, 11)
     assert (existence.numerical, landscape.numerical) == (10, 11)  # 10 * 11 / 2 = 55 <= 60 < 66
-    assert existence.to_json() == {"paper": 15, "effective": 10, "numerical": 10}
+    assert existence == Bounds(15, 10, 10)
 
 
 def test_not_measured_is_none():
@@ -90,15 +90,11 @@ def test_not_measured_is_none():
 def test_clipping_to_the_blocks():
     # Existence is about one block taking all of it, so the largest block clips; so it does for the landscape.
     shapes = {"small": (3, 50), "large": (7, 9)}
-    assert existence_bounds(100, 5, 4, 300, shapes).to_json() == {"paper": 7, "effective": 7, "numerical": 7}
-    assert landscape_bounds(100, 5, 4, {"small": 1, "large": 300}, shapes).to_json() == {
-        "paper": 7,
-        "effective": 7,
-        "numerical": 7,
-    }
+    assert existence_bounds(100, 5, 4, 300, shapes) == Bounds(7, 7, 7)
+    assert landscape_bounds(100, 5, 4, {"small": 1, "large": 300}, shapes) == Bounds(7, 7, 7)
     only_small = landscape_bounds(100, 5, 4, {"small": 300, "large": 1}, shapes)
     assert only_small.numerical == 3  # the small block needs its full rank 3, the large one rank 2
-    assert existence_bounds(4, 2, 1, 1, shapes).to_json() == {"paper": 3, "effective": 2, "numerical": 1}
+    assert existence_bounds(4, 2, 1, 1, shapes) == Bounds(3, 2, 1)
 
 
 def test_landscape_needs_every_block_by_itself():
@@ -254,7 +250,7 @@ def test_measured_rank_tells_its_tolerance_and_how_clear_it_is():
     found = measured_rank((q * s.square()) @ q.T * 1e4)
     assert (found.rank, found.size, found.tolerance) == (3, 6, RANK_TOLERANCE)
     assert found.kept == pytest.approx(3e-5, rel=1e-3) and found.dropped == pytest.approx(2e-7, rel=0.1)
-    assert found.to_json()["tolerance"] == RANK_TOLERANCE
+    assert found.tolerance == RANK_TOLERANCE
     zero = measured_rank(torch.zeros(4, 4))
     assert (zero.rank, zero.kept, zero.dropped) == (0, 0.0, 0.0)
     full = measured_rank(torch.eye(3))

@@ -31,6 +31,7 @@ from ranksure.theory.generalization import (
     theorem_guarantee,
 )
 from tests.helpers import densified, generator_of, jacobians_of, randn, random_problem, token_group
+from tests.refusals import refusal
 
 
 def every_average(problem: Problem) -> np.ndarray:
@@ -401,12 +402,9 @@ def test_mistakes():
         ({"total_norm": 1e-3}, "above the bound given"),
     )
     for settings, message in wrong:
-        with pytest.raises(SettingError, match=message):
-            generalization_bound(problem, **settings)
+        refusal(SettingError, message, generalization_bound, problem, **settings)
     weights = torch.tensor([0.1, 0.2, 0.2, 0.2, 0.3], dtype=torch.float64)
-    with pytest.raises(SettingError, match="no sample weights"):
-        generalization_bound(replace(problem, weights=weights))
+    refusal(SettingError, "no sample weights", generalization_bound, replace(problem, weights=weights))
     name, shape = next(iter(problem.operator.shapes.items()))
     term = torch.full(shape, 1e-3 * problem.penalty[name])
-    with pytest.raises(SettingError, match="no linear term"):
-        generalization_bound(replace(problem, linear={name: term}))
+    refusal(SettingError, "no linear term", generalization_bound, replace(problem, linear={name: term}))

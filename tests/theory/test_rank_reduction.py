@@ -35,6 +35,7 @@ from tests.helpers import (
     token_group,
     updates,
 )
+from tests.refusals import refusal
 
 
 def matrix_of(operator: DenseOperator) -> np.ndarray:
@@ -276,23 +277,16 @@ def test_mistakes_are_told():
     operator = dense_operator(0, 3, 1, {"a": (4, 5)})
     good = random_factors({"a": (4, 5)}, 2)
     u, v = good["a"]
-    with pytest.raises(SettingError, match="does not have"):
-        reduce_factors(operator, {"b": (u, v)})
-    with pytest.raises(SettingError, match=r"not \(4, r\) and \(5, r\)"):
-        reduce_factors(operator, {"a": (v, u)})
-    with pytest.raises(SettingError, match=r"not \(4, r\) and \(5, r\)"):
-        reduce_factors(operator, {"a": (u[None], v[None])})
-    with pytest.raises(SettingError, match="not finite"):
-        reduce_factors(operator, {"a": (u * math.nan, v)})
-    with pytest.raises(SettingError, match="lambda of a must be positive"):
-        reduce_factors(operator, good, {"a": 0.0})
-    with pytest.raises(SettingError, match="lambda of a must be positive"):
-        reduce_factors(operator, good, {})
+    refusal(SettingError, "does not have", reduce_factors, operator, {"b": (u, v)})
+    refusal(SettingError, "not (4, r) and (5, r)", reduce_factors, operator, {"a": (v, u)})
+    refusal(SettingError, "not (4, r) and (5, r)", reduce_factors, operator, {"a": (u[None], v[None])})
+    refusal(SettingError, "not finite", reduce_factors, operator, {"a": (u * math.nan, v)})
+    refusal(SettingError, "lambda of a must be positive", reduce_factors, operator, good, {"a": 0.0})
+    refusal(SettingError, "lambda of a must be positive", reduce_factors, operator, good, {})
     model = nn.Linear(5, 4)
     free = MatrixFreeOperator(model, [{"input": torch.zeros(2, 5)}], {"": model}, torch.eye(4))
     problem = Problem(free, torch.zeros(2, 4), torch.zeros(2, dtype=torch.long), get_loss("cross-entropy"), {"": 1.0})
-    with pytest.raises(SettingError, match="MatrixFreeOperator"):
-        reduce_rank(problem, {"": (torch.ones(4, 1), torch.ones(5, 1))})
+    refusal(SettingError, "MatrixFreeOperator", reduce_rank, problem, {"": (torch.ones(4, 1), torch.ones(5, 1))})
 
 
 # ---- the linear algebra underneath

@@ -41,6 +41,7 @@ from tests.helpers import (
     unflatten,
     updates,
 )
+from tests.refusals import refusal
 
 SHAPES = {"a": (3, 2), "b": (2, 4)}
 
@@ -59,6 +60,13 @@ def padded(factors, columns=1):
         name: tuple(torch.cat([part, part.new_zeros(part.shape[0], columns)], 1) for part in pair)
         for name, pair in factors.items()
     }
+
+
+def beside(factors, distance, seed):
+    """The factors moved by random ones, times a distance."""
+    shapes = {name: (u.shape[0], v.shape[0]) for name, (u, v) in factors.items()}
+    off = random_factors(shapes, {name: u.shape[1] for name, (u, _) in factors.items()}, seed)
+    return {n: (u + distance * off[n][0], v + distance * off[n][1]) for n, (u, v) in factors.items()}
 
 
 def separable_saddle():
@@ -249,8 +257,7 @@ def test_a_residual_gradient_is_not_taken_for_a_saddle(distance):
     problem, trap, _, _ = spurious_instance(2)
     verdicts, lowest = [], []
     for seed in range(8):
-        off = random_factors({"w": (3, 3)}, 2, seed)["w"]
-        near = {"w": (trap["w"][0] + distance * off[0], trap["w"][1] + distance * off[1])}
+        near = beside(trap, distance, seed)
         verdicts.append(classify(problem, near, gradient_tolerance=1.0).verdict)
         lowest.append(float(eigenvalues(problem, near)[0]))
     assert min(lowest) < -1e-2 * distance  # negative, and it would pass for curvature
@@ -301,8 +308,7 @@ def test_the_optimums_dual_proves_more_than_the_points_own():
     """A little off the optimum the own gap is of first order, the excess of second: solving closes the gap."""
     problem = random_problem(0, "logistic", 6, 2, {"a": (3, 2)}, 0.6)
     best = solve(problem, tolerance=1e-9)
-    off = random_factors({"a": (3, 2)}, best.ranks, 5)
-    near = {n: (u + 1e-3 * off[n][0], v + 1e-3 * off[n][1]) for n, (u, v) in best.factors.items()}
+    near = beside(best.factors, 1e-3, 5)
     assert certify_point(problem, near).certificate.relative_gap > 2e-5
     for optimum in (best, None):
         found = classify(problem, near, tolerance=1e-5, gradient_tolerance=1.0, optimum=optimum)
@@ -317,9 +323,8 @@ def test_near_the_optimum_nothing_is_spurious(loss):
     for seed in range(6):
         problem = random_problem(seed, loss, 6, 2, {"a": (3, 2)}, 0.6)
         best = solve(problem, tolerance=1e-10)
-        off = random_factors({"a": (3, 2)}, best.ranks, 5)
         for distance in (1e-2, 1e-3):
-            near = {n: (u + distance * off[n][0], v + distance * off[n][1]) for n, (u, v) in best.factors.items()}
+            near = beside(best.factors, distance, 5)
             found = classify(problem, near, tolerance=1e-9, gradient_tolerance=1.0)
             assert found.verdict in ("not-determined", "saddle")
             assert found.radius is None
@@ -331,8 +336,7 @@ def test_near_the_optimum_nothing_is_spurious(loss):
 def test_a_descent_that_the_gradient_explains_is_not_the_evidence(seed):
     """Off a saddle the gradient descends too: the step taken is one whose mean over both ways falls."""
     problem, saddle = separable_saddle()
-    off = random_factors({name: (u.shape[0], v.shape[0]) for name, (u, v) in saddle.items()}, 1, seed)
-    near = {n: (u + 0.01 * off[n][0], v + 0.01 * off[n][1]) for n, (u, v) in saddle.items()}
+    near = beside(saddle, 0.01, seed)
     found = classify(problem, near, gradient_tolerance=1.0)
     assert found.verdict == "saddle"
     assert verified(problem, near, found)
@@ -351,14 +355,10 @@ def test_a_better_point_must_be_at_hand():
 def test_settings_and_shapes_are_checked():
     problem, trap, _, _ = spurious_instance(1)
     u, v = trap["w"]
-    with pytest.raises(SettingError, match=r"w .* do not fit"):
-        classify(problem, {"w": (u[:1], v)})
-    with pytest.raises(SettingError, match=r"other .* do not fit"):
-        classify(problem, {"other": (u, v)})
-    with pytest.raises(SettingError, match="not finite"):
-        classify(problem, {"w": (u * math.nan, v)})
-    with pytest.raises(SettingError, match="must be positive"):
-        classify(problem, trap, tolerance=0)
+    refusal(SettingError, "w .* do not fit", classify, problem, {"w": (u[:1], v)})
+    refusal(SettingError, "other .* do not fit", classify, problem, {"other": (u, v)})
+    refusal(SettingError, "not finite", classify, problem, {"w": (u * math.nan, v)})
+    refusal(SettingError, "must be positive", classify, problem, trap, tolerance=0)
 
 
 # ---- what strictness proves
@@ -373,8 +373,7 @@ def test_radius_holds_a_local_minimum(r, loss):
     else:
         problem = random_problem(1, loss, 12, 2, {"a": (3, 4)}, 0.1)
         minimum = solve_fixed_rank(problem, {"a": r}, random_starts=3, tolerance=1e-12).solution.factors
-    off = random_factors({n: (u.shape[0], v.shape[0]) for n, (u, v) in minimum.items()}, r, 7)
-    near = {n: (u + 1e-7 * off[n][0], v + 1e-7 * off[n][1]) for n, (u, v) in minimum.items()}
+    near = beside(minimum, 1e-7, 7)
     found = classify(problem, near, gradient_tolerance=1.0)
     assert found.verdict == "spurious-local-minimum"
     assert found.strict is True

@@ -3,7 +3,10 @@ r"""PEFT configurations whose scale is exactly 1 and that match exactly the modu
 How PEFT 0.21 reads a configuration, and what follows for the way it is written here:
 
 - ``target_modules`` as a list also matches by ending ("q" takes "b.q"); as a string it is a regular
-  expression that must match the whole name. So: one string, the escaped names.
+  expression that must match the whole name. So: one string, the escaped names. But in mixtures of experts that
+  transformers 5 stores stacked (Mixtral, Qwen3-MoE and others) PEFT reduces such a string to the last parts of the
+  names that it matches, in every layer, while full names in a list keep their meaning. So: a list there, and in both
+  cases what PEFT wraps is compared with what is meant.
 - a key of ``rank_pattern`` or ``alpha_pattern`` is searched as ``(.*\.)?(KEY)$``, first match wins,
   so a plain name also takes modules whose name ends with it. A key that starts with ``^`` can only
   match from the beginning. So: ``^`` and the escaped name.
@@ -19,12 +22,15 @@ import pprint
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import yaml
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ranksure.adapters.aliasing import alias_model, quietly
 from ranksure.errors import AdapterError
 
 NOTHING_TO_EXPORT = "nothing to export: the optimum is zero (every module has rank 0)"
@@ -53,9 +59,37 @@ def exact_pattern(name: str) -> str:
     return "^" + re.escape(name)
 
 
-def exact_targets(names: Sequence[str]) -> str:
-    """A ``target_modules`` expression that matches these modules only."""
-    return "(?:" + "|".join(re.escape(name) for name in names) + ")"  # never equal to "all-linear"
+def exact_targets(names: Sequence[str], model: nn.Module | None = None) -> str | list[str]:
+    """``target_modules`` that match these modules only: an expression; full names where PEFT would widen it.
+
+    Raises:
+        AdapterError: PEFT wraps other modules of ``model`` with either.
+    """
+    expression = "(?:" + "|".join(re.escape(name) for name in names) + ")"  # never equal to "all-linear"
+    if model is None or not any(parameter.dim() == 3 for parameter in model.parameters()):  # no stacked experts
+        return expression
+    odd = ""
+    for targets in (expression, list(names)):
+        wrapped = _wrapped(model, targets)
+        if wrapped == set(names):
+            return targets
+        odd = min(wrapped ^ set(names))
+    raise AdapterError(
+        f"PEFT does not adapt these modules of {type(model).__name__} alone: it takes the names of some for those of "
+        f"its experts, and gets {odd} wrong; choose other `target_modules`"
+    )
+
+
+def _wrapped(model: nn.Module, targets: str | list[str]) -> set[str]:
+    """The modules that PEFT wraps; none where it refuses the targets."""
+    try:
+        with quietly():
+            trial: Any = get_peft_model(
+                alias_model(model), LoraConfig(r=1, target_modules=targets), low_cpu_mem_usage=True
+            )
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return set()
+    return {name for name, module in trial.get_base_model().named_modules() if isinstance(module, LoraLayer)}
 
 
 def lora_config(
@@ -88,7 +122,8 @@ def lora_config(
         The configuration, ready for ``get_peft_model``.
 
     Raises:
-        AdapterError: all ranks are zero, a rank is invalid, or a name is not a module of ``model``.
+        AdapterError: all ranks are zero, a rank is invalid, a name is not a module of ``model``, or one that PEFT
+            cannot adapt without others.
     """
     ranks = kept_ranks(factors_or_ranks)
     if model is not None:
@@ -106,7 +141,7 @@ def lora_config(
         lora_alpha=largest,
         rank_pattern=dict(patterns),
         alpha_pattern=dict(patterns),
-        target_modules=exact_targets(list(ranks)),
+        target_modules=exact_targets(list(ranks), model),
         modules_to_save=list(modules_to_save) if modules_to_save else None,
         task_type=task_type,  # pyright: ignore[reportArgumentType]  (PEFT takes the name as well)
         base_model_name_or_path=base_model_name_or_path,
@@ -145,6 +180,7 @@ def axolotl_yaml(
     weight_decay: float | None = None,
     modules_to_save: Sequence[str] | None = None,
     uniform: bool = False,
+    model: nn.Module | None = None,
 ) -> str:
     """The adapter part of an axolotl configuration for these ranks (see :func:`lora_config`), as YAML.
 
@@ -162,7 +198,7 @@ def axolotl_yaml(
         lora_r=largest,
         lora_alpha=largest,
         lora_dropout=0.0,
-        lora_target_modules=exact_targets(list(ranks)),
+        lora_target_modules=exact_targets(list(ranks), model),
     )
     if not uniform and len(set(ranks.values())) > 1:
         patterns = {exact_pattern(name): rank for name, rank in ranks.items()}

@@ -34,6 +34,7 @@ from ranksure.adapters.readme import (
     labels_of,
     loading_snippet,
 )
+from ranksure.adapters.saved import HEADER, SAFE
 from ranksure.errors import AdapterError, settings_of
 from ranksure.factors import Factors
 from ranksure.files import staged_folder
@@ -115,11 +116,28 @@ def export_adapter(
     notes = [f"`{key}` at load: `{value!r}`" for key, value in labels.items() if key != "label2id"]
     if made.config.task_type != task_type:
         notes.append(
-            f"`task_type` is not set: for {task_type} PEFT would also save, and demand at load, modules that are "
-            "no part of this adapter. The logits are the same without it."
+            f"`task_type` is not set: for {task_type} this adapter would not load back as it is ({made.unsettled}). "
+            "The logits are the same without it."
         )
     made.tensors |= saved
     return made.write(out_dir, made.snippet(auto_class(model), labels, out_dir), notes)
+
+
+def check_exportable(
+    model: nn.Module, names: Sequence[str], *, head: Sequence[str] | None = None, task_type: str | None = "SEQ_CLS"
+) -> None:
+    """Refuse before any work modules that :func:`export_adapter` would refuse after it.
+
+    Raises:
+        AdapterError: PEFT would wrap or save other modules, or cannot hold one of these.
+    """
+    ranks, heads = dict.fromkeys(names, 1), list(head or [])
+    refuse_adapted(model)
+    _refuse_shared(model, ranks)
+    for name in names:
+        _refuse_dilated(name, base_layer(model.get_submodule(name)))
+    config = lora_config(ranks, model=model, task_type=task_type, modules_to_save=heads)
+    _with_settled_task(model, config, ranks, heads)
 
 
 def export_mean_pooled(
@@ -178,6 +196,7 @@ class _Export:
     Attributes:
         config: the configuration.
         tensors: what the file will hold.
+        unsettled: why the configuration has no task type, where it should have one.
         dtype: of the stored factors.
     """
 
@@ -199,7 +218,7 @@ class _Export:
         )
         self.model, self.heads, self.ranks, self.options = model, heads, ranks, options
         self.stored_ranks = dict.fromkeys(ranks, config.r) if options.uniform else ranks
-        self.config = _with_settled_task(model, config, self.stored_ranks, heads)
+        self.config, self.unsettled = _with_settled_task(model, config, self.stored_ranks, heads)
         # PEFT computes an adapter in the base's dtype, but casts half precision to float32.
         self.dtype = options.dtype or torch.promote_types(dtype_of(model), torch.float32)
         self.tensors: dict[str, Tensor] = {}
@@ -228,7 +247,7 @@ class _Export:
                 kind = type(self.model)
                 config.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
             config.save_pretrained(str(stage))
-            save_file(self.tensors, stage / "adapter_model.safetensors", metadata={"format": "pt"})
+            save_file(self.tensors, stage / SAFE, metadata=HEADER)
             (stage / "README.md").write_text(text, encoding="utf-8")
             write_more(stage)
             self._verify(stage)
@@ -259,10 +278,14 @@ def _pooled_head(weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
 def _padded(module: nn.Module, name: str, u: Tensor, v: Tensor, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """One module's tensors as stored, zero-padded to ``rank`` columns."""
     layer = base_layer(module)
-    if isinstance(layer, nn.Conv2d) and any(step != 1 for step in layer.dilation):
-        raise AdapterError(f"{name} is a dilated convolution; PEFT drops the dilation: export it merged instead")
+    _refuse_dilated(name, layer)
     padding = (0, rank - u.shape[1])
     return stored(layer, name, nn.functional.pad(u, padding), nn.functional.pad(v, padding), 1.0, dtype)
+
+
+def _refuse_dilated(name: str, layer: nn.Module) -> None:
+    if isinstance(layer, nn.Conv2d) and any(step != 1 for step in layer.dilation):
+        raise AdapterError(f"{name} is a dilated convolution; PEFT drops the dilation: export it merged instead")
 
 
 def _refuse_shared(model: nn.Module, ranks: Mapping[str, int]) -> None:
@@ -300,8 +323,9 @@ def _head_tensors(model: nn.Module, heads: list[str]) -> dict[str, Tensor]:
 def _head_outputs(
     model: nn.Module, heads: list[str], num_labels: int | None, id2label: Mapping[int, str] | None
 ) -> int | None:
-    """Outputs of a new linear head (None for other heads), checked against the labels given."""
-    module = model.get_submodule(heads[0]) if len(heads) == 1 else None
+    """Outputs of a new linear head (None for other heads, and a pooler), checked against the labels given."""
+    behind = len(heads) == 1 and not heads[0].startswith(f"{getattr(model, 'base_model_prefix', '')}.")
+    module = model.get_submodule(heads[0]) if behind else None
     if not isinstance(module, nn.Linear):
         return None
     for count in (num_labels, len(id2label) if id2label else None):
@@ -310,9 +334,11 @@ def _head_outputs(
     return module.out_features
 
 
-def _with_settled_task(model: nn.Module, config: LoraConfig, ranks: Mapping[str, int], heads: list[str]) -> LoraConfig:
-    """The configuration with its task type if PEFT then wraps exactly what is meant, else without one."""
-    problem: str | None = None
+def _with_settled_task(
+    model: nn.Module, config: LoraConfig, ranks: Mapping[str, int], heads: list[str]
+) -> tuple[LoraConfig, str | None]:
+    """The configuration with its task type if PEFT then wraps exactly what is meant, else without one; and why."""
+    problems: list[str] = []
     for task in dict.fromkeys([config.task_type, None]):
         trial = copy.deepcopy(config)
         trial.task_type = task
@@ -323,8 +349,9 @@ def _with_settled_task(model: nn.Module, config: LoraConfig, ranks: Mapping[str,
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             problem = f"PEFT fails: {error}"
         if problem is None:
-            return settled
-    raise AdapterError(f"PEFT cannot hold this adapter, export it merged instead: {problem}")
+            return settled, (problems or [None])[0]
+        problems.append(problem)
+    raise AdapterError(f"PEFT cannot hold this adapter, export it merged instead: {problems[-1]}")
 
 
 def _difference(adapted: PeftModel, ranks: Mapping[str, int], heads: list[str]) -> str | None:

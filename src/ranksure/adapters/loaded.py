@@ -6,11 +6,9 @@ factors (see ``adapters/matrices.py``), with ``lambda_j = wd / s_j``.
 
 from __future__ import annotations
 
-import dataclasses
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +16,9 @@ from peft import LoraConfig
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from ranksure.adapters.fields import pattern_notes, trains_one_half, untested_fields
 from ranksure.adapters.matrices import (
+    PREFIX,
     active_adapters,
     adapted_layers,
     chosen_adapter,
@@ -31,31 +31,9 @@ from ranksure.errors import AdapterError
 from ranksure.factors import Factors
 from ranksure.network.targets import base_layer, is_supported
 
-# Fields of a LoraConfig that certificates were tested with, at any value.
-_TESTED = {
-    "task_type",
-    "peft_type",
-    "auto_mapping",
-    "peft_version",
-    "base_model_name_or_path",
-    "revision",
-    "inference_mode",
-    "r",
-    "target_modules",
-    "exclude_modules",
-    "lora_alpha",
-    "lora_dropout",
-    "fan_in_fan_out",
-    "bias",
-    "use_rslora",
-    "modules_to_save",
-    "layers_to_transform",
-    "layers_pattern",
-    "rank_pattern",
-    "alpha_pattern",
-    "runtime_config",
-}
-_TESTED_INITIALISATIONS = (True, False, "gaussian")  # those that leave the base weights alone
+_HALF = (
+    "One matrix of each pair was not trained (MiCA, LoRA-FA): what training can still gain is bounded as if both were."
+)
 _HOMES = ("torch.nn.", "transformers.pytorch_utils.")  # where layers that hold plain weights come from
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -86,6 +64,8 @@ class Adapter:
     Attributes:
         outside: what else was trained with it, in words: not covered by any certificate.
         untested: reasons why it cannot be certified; empty when it can.
+        frozen_half: whether one matrix of each pair was not trained (MiCA, LoRA-FA).
+        notes: sentences for the reader.
     """
 
     name: str
@@ -93,6 +73,8 @@ class Adapter:
     blocks: dict[str, LoraBlock]
     outside: list[str]
     untested: list[str]
+    frozen_half: bool = False
+    notes: list[str] = field(default_factory=list)
 
     @property
     def factors(self) -> Factors:
@@ -151,7 +133,7 @@ def read_adapter(model: nn.Module, adapter: str | None = None) -> Adapter:
     if adapter not in active:
         raise AdapterError(f"adapter {adapter!r} is not active: call model.set_adapter({adapter!r}) first")
     blocks: dict[str, LoraBlock] = {}
-    untested = _untested_fields(config) + _untested_network(model)
+    untested = untested_fields(config) + _untested_network(model)
     for name, layer in layers.items():
         if adapter not in layer.scaling or adapter not in layer.active_adapters:
             continue
@@ -165,7 +147,42 @@ def read_adapter(model: nn.Module, adapter: str | None = None) -> Adapter:
             blocks[name] = _block(name, layer, adapter)
     if not blocks and not untested:
         raise AdapterError(f"adapter {adapter!r} adapts no module of the model")
-    return Adapter(adapter, config, blocks, _outside(model, config, adapter, active), list(dict.fromkeys(untested)))
+    untested += _shared_matrices(blocks, adapter)
+    half = trains_one_half(config) or any(_half_frozen(block.module, adapter) for block in blocks.values())
+    notes = [] if config.target_parameters else pattern_notes(config, _named_as_matched(model, blocks))
+    return Adapter(
+        adapter,
+        config,
+        blocks,
+        _outside(model, config, adapter, active),
+        list(dict.fromkeys(untested)),
+        half,
+        notes + [_HALF] * half,
+    )
+
+
+def _named_as_matched(model: nn.Module, blocks: Mapping[str, LoraBlock]) -> dict[str, float]:
+    """Scales by the names that PEFT matched: those in the network that it was given, which may sit in a frame."""
+    inner = max((n for n, module in model.named_modules() if "peft_config" in vars(module)), key=len, default="")
+    start = inner.removeprefix(PREFIX.rstrip(".")).strip(".")
+    return {name.removeprefix(f"{start}."): block.scale for name, block in blocks.items()}
+
+
+def _half_frozen(layer: Any, adapter: str) -> bool:
+    a, b = matrices(layer, adapter)
+    return a.requires_grad != b.requires_grad
+
+
+def _shared_matrices(blocks: Mapping[str, LoraBlock], adapter: str) -> list[str]:
+    """Modules whose matrices are those of another one: no independent blocks."""
+    owners: dict[int, str] = {}
+    out = []
+    for name, block in blocks.items():
+        for matrix in matrices(block.module, adapter):
+            owner = owners.setdefault(matrix.data_ptr(), name)
+            if owner != name:
+                out.append(f"{name} shares its matrices with {owner} (ensure_weight_tying), which was not tested")
+    return out
 
 
 def _block(name: str, layer: Any, adapter: str) -> LoraBlock:
@@ -174,25 +191,6 @@ def _block(name: str, layer: Any, adapter: str) -> LoraBlock:
         raise AdapterError(f"the adapter's matrices for {name} hold a value that is not finite (NaN or infinity)")
     scale = scale_of(name, layer, adapter)
     return LoraBlock(layer, to_factors(a, b, scale), scale)
-
-
-def _untested_fields(config: LoraConfig) -> list[str]:
-    """Fields that differ from PEFT's defaults and that no test covers."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        defaults = LoraConfig()
-    out = []
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name, None)
-        if field.name in _TESTED or value == getattr(defaults, field.name, None):
-            continue
-        if field.name == "init_lora_weights":
-            if value not in _TESTED_INITIALISATIONS:
-                out.append(f"init_lora_weights={value!r} may change the base weights that the update is relative to")
-            continue
-        why = " (its update is not a product of two matrices)" if field.name == "use_dora" else ""
-        out.append(f"{field.name}={value!r} is not a tested configuration{why}")
-    return out
 
 
 def _untested_network(model: nn.Module) -> list[str]:

@@ -130,3 +130,8 @@ def is_factor(key: str) -> bool:
 def is_a(key: str) -> bool:
     """Whether a tensor of an adapter's file is an A, whose rank is its first dimension."""
     return ".lora_A" in key or ".lora_embedding_A" in key
+
+
+def module_of(key: str) -> str:
+    """The module that a matrix of an adapter's file belongs to."""
+    return key.removeprefix(PREFIX).partition(".lora_")[0]

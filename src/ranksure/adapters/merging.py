@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -20,9 +21,11 @@ MERGE_LIMIT = 2**30
 def merged(model: nn.Module, modules: Iterable[nn.Module], memory_bytes: float = math.inf) -> Iterator[int]:
     """Run adapted linear layers as ``W0 + delta``; afterwards every base weight holds its own bits again.
 
-    Layers are left as they are where the sum would not be the same network (weights narrower than float32, which would
-    round the update away; weights that another module of ``model`` reads too), and all are where the copies that are
-    kept to put back would exceed ``MERGE_LIMIT`` or ``memory_bytes``. Yields the number of layers merged.
+    A layer is merged when it is first called: where a network reads its weight and never calls it (Jamba's ``dt_proj``,
+    WavLM's attention), PEFT's adapter does nothing, and nor does this. Layers are left as they are where the sum would
+    not be the same network (weights narrower than float32, which would round the update away; weights that another
+    module of ``model`` reads too), and all are where the copies that are kept to put back would exceed ``MERGE_LIMIT``
+    or ``memory_bytes``. Yields the number of layers that may be merged.
     """
     readers = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     layers = [module for module in modules if isinstance(module, LoraLayer) and _can(module, readers)]
@@ -30,12 +33,18 @@ def merged(model: nn.Module, modules: Iterable[nn.Module], memory_bytes: float =
     if size > min(MERGE_LIMIT, memory_bytes):
         layers = []
     kept: list[tuple[LoraLayer, Tensor]] = []
+
+    def merge(layer: Any, _: object) -> None:
+        handles.pop(layer).remove()
+        kept.append((layer, _weight(layer).detach().clone()))
+        layer.merge()
+
+    handles: dict[Any, Any] = {layer: layer.register_forward_pre_hook(merge) for layer in layers}
     try:
-        for layer in layers:
-            kept.append((layer, _weight(layer).detach().clone()))
-            layer.merge()  # pyright: ignore[reportAttributeAccessIssue]  (of the mixin that every such layer has)
-        yield len(kept)
+        yield len(layers)
     finally:
+        for handle in handles.values():
+            handle.remove()
         for layer, weight in kept:
             if layer.merged:
                 layer.unmerge()

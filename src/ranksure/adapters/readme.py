@@ -9,6 +9,7 @@ from typing import Any
 
 import peft
 import torch
+import transformers
 from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedModel
@@ -41,6 +42,18 @@ _PATTERNS = """\
 _NO_PATTERNS = "- Every module's scale is exactly 1 (`lora_alpha` = `r`, no patterns). Verified with peft {version}."
 
 
+_UNEVEN = (
+    "Ranks differ between modules: only what reads `rank_pattern` and `alpha_pattern`, as PEFT does, gives each its "
+    "scale. llama.cpp's converter divides the one `lora_alpha` by each tensor's own rank, and vLLM and other servers "
+    "read `r` and `lora_alpha` alone: there this is another adapter. Merge it into the base with PEFT for those."
+)
+
+
+def uneven(ranks: Mapping[str, int]) -> list[str]:
+    """What to say of an adapter whose modules have several ranks (0 is none); empty otherwise."""
+    return [_UNEVEN] if len({rank for rank in ranks.values() if rank}) > 1 else []
+
+
 _NEW_HEAD = """\
 - New head, saved with the adapter: {heads}. Loading the base reports it as newly initialised; the adapter
   then brings its own."""
@@ -69,6 +82,9 @@ def labels_of(model: nn.Module, num_labels: int | None, id2label: Mapping[int, s
     if len(named) == count and any(name != f"LABEL_{key}" for key, name in named.items()):
         settings["id2label"] = named
         settings["label2id"] = {name: key for key, name in named.items()}
+    # The base's own configuration may name another loss, which transformers refuses for one output.
+    if (stated := getattr(config, "problem_type", None)) not in (None, "single_label_classification"):
+        settings["problem_type"] = stated
     return settings
 
 
@@ -158,6 +174,7 @@ def adapter_readme(
     facts = [
         f"- Base model: {f'`{base}`' if base else 'not recorded'}, revision "
         + (f"`{revision}`" if revision else "not recorded: pin the one that you used"),
+        f"- Names of modules: those of transformers {transformers.__version__}. Other versions may have other names.",
         *([_NEW_HEAD.format(heads=", ".join(f"`{head}`" for head in heads))] if heads else []),
         *([f"- Zero-padded to one rank, {config.r}, for consumers without patterns."] if uniform else []),
         *(f"- {note}" for note in notes),
@@ -172,4 +189,5 @@ def adapter_readme(
     parts += ["## Ranks", "\n".join(["| module | rank |", "|---|---|", *listing])]
     patterns = (_NO_PATTERNS if uniform else _PATTERNS).format(version=peft.__version__)
     parts += [_CONSUMERS.format(patterns=patterns, advice=advice).rstrip()]
+    parts += [] if uniform else uneven(ranks)
     return "\n\n".join([*parts, *([extra.strip()] if extra.strip() else [])]) + "\n"

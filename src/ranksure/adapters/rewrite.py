@@ -29,8 +29,10 @@ from torch import Tensor, nn
 from ranksure.adapters import matrices
 from ranksure.adapters.aliasing import alias_model, load_back, quietly
 from ranksure.adapters.config import exact_pattern, exact_targets
+from ranksure.adapters.fields import leaves_base
 from ranksure.adapters.matrices import PREFIX, zero_column
-from ranksure.adapters.readme import auto_class, base_settings, labels_of, loading_snippet, moved_readme
+from ranksure.adapters.readme import auto_class, base_settings, labels_of, loading_snippet, moved_readme, uneven
+from ranksure.adapters.saved import HEADER, SAFE
 from ranksure.errors import AdapterError
 from ranksure.factors import Factors, ranks_of
 from ranksure.files import staged_folder
@@ -38,10 +40,8 @@ from ranksure.network.side_path import check_factors
 from ranksure.network.targets import base_layer, base_network
 
 PathLike = str | os.PathLike[str]
-_WEIGHTS = "adapter_model.safetensors"
 _MARK = "<!-- ranksure: ranks changed -->"
 _OWN_TAGS = "tags: [lora, ranksure]"
-_PLAIN_STARTS = (True, False, "gaussian")  # initialisations that leave the base weights alone at load
 
 # Not copied from the source folder: rewritten, or about the factors as they were (an optimizer's state).
 _STALE = ("adapter_config.json", "adapter_model.", "README.md", "optimizer.", "scheduler.", "scaler.", "rng_state")
@@ -108,7 +108,7 @@ def rewrite_adapter(
     others = _other_tensors(model, adapter, source, set(layers) - set(kept))
     stored = dtype or stored_dtype(model, adapter, source)
     ranks = ranks_of(kept)
-    new, scales = _with_ranks(config, ranks, layers, adapter)
+    new, scales = _with_ranks(config, ranks, layers, adapter, base_of(model, adapter))
     tensors: dict[str, Tensor] = {}
     rounding = {}
     for name, (u, v) in kept.items():
@@ -121,7 +121,7 @@ def rewrite_adapter(
     with staged_folder(out, "adapter_config.json") as stage:
         _copy_others(source, stage)
         new.save_pretrained(str(stage))
-        save_file(tensors | others, stage / _WEIGHTS, metadata={"format": "pt"})
+        save_file(tensors | others, stage / SAFE, metadata=HEADER)
         (stage / "README.md").write_text(readme, encoding="utf-8")
         write_more(stage)
         _verify(model, adapter, stage, tensors | others, scales)
@@ -167,7 +167,7 @@ def stored_dtype(model: nn.Module, adapter: str = "default", source: PathLike | 
     Raises:
         AdapterError: the file cannot be read, or the model has no such adapter.
     """
-    path = None if source is None else Path(source) / _WEIGHTS
+    path = None if source is None else Path(source) / SAFE
     if path is not None and path.is_file():
         return next(value.dtype for key, value in _read(path).items() if matrices.is_factor(key))
     return matrices.matrices(next(iter(_layers(model, adapter)[1].values())), adapter)[0].dtype
@@ -185,7 +185,7 @@ def _layers(model: nn.Module, adapter: str) -> tuple[LoraConfig, dict[str, nn.Mo
     config = getattr(model, "peft_config", {}).get(adapter)
     if not isinstance(config, LoraConfig):
         raise AdapterError(f"the model has no LoRA adapter {adapter!r} to rewrite")
-    if config.use_dora or config.lora_bias or config.init_lora_weights not in _PLAIN_STARTS:
+    if config.use_dora or config.lora_bias or not leaves_base(config):
         raise AdapterError(
             "only plain LoRA adapters can be rewritten (no DoRA, no lora_bias, no initialisation that changes the "
             f"base weights): init_lora_weights={config.init_lora_weights!r}, use_dora={config.use_dora}"
@@ -198,7 +198,7 @@ def _layers(model: nn.Module, adapter: str) -> tuple[LoraConfig, dict[str, nn.Mo
 
 
 def _with_ranks(
-    config: LoraConfig, ranks: Mapping[str, int], layers: Mapping[str, Any], adapter: str
+    config: LoraConfig, ranks: Mapping[str, int], layers: Mapping[str, Any], adapter: str, base: nn.Module
 ) -> tuple[LoraConfig, dict[str, float]]:
     """The configuration at these ranks, and the scale that PEFT computes from it, by module."""
     new = copy.deepcopy(config)
@@ -208,9 +208,11 @@ def _with_ranks(
     uniform = set(ranks.values()) == {new.r} and set(alphas.values()) == {new.lora_alpha}
     new.rank_pattern = {} if uniform else {exact_pattern(name): rank for name, rank in ranks.items()}
     new.alpha_pattern = {} if uniform else {exact_pattern(name): alpha for name, alpha in alphas.items()}  # pyright: ignore
-    new.target_modules = exact_targets(list(ranks))
+    new.target_modules = exact_targets(list(ranks), base)
     new.exclude_modules = new.layers_to_transform = new.layers_pattern = None
     new.inference_mode = True
+    if new.init_lora_weights not in (True, False, "gaussian"):  # made for the old factors (MiCA would freeze the new B)
+        new.init_lora_weights, new.eva_config = True, None
     return new, {name: alphas[name] / _divisor(rank, config.use_rslora) for name, rank in ranks.items()}
 
 
@@ -243,7 +245,7 @@ def _product_norm(u: Tensor, v: Tensor) -> float:
 
 def _other_tensors(model: nn.Module, adapter: str, source: PathLike | None, dropped: set[str]) -> dict[str, Tensor]:
     """What an adapter file holds beside the factors: trained heads, biases, resized embeddings."""
-    path = None if source is None else Path(source) / _WEIGHTS
+    path = None if source is None else Path(source) / SAFE
     if path is not None and path.is_file():
         found = _read(path)
     else:
@@ -275,8 +277,9 @@ def _readme(model: nn.Module, written: Rewritten, source: PathLike | None, title
     section += ["\n".join(["| module | rank | scale |", "|---|---:|---:|", *rows])]
     section += [
         "Ranks and alphas are in `rank_pattern` and `alpha_pattern` where they differ; their keys are anchored regular "
-        f"expressions. Written and verified with peft {peft.__version__}. vLLM's loader ignores patterns."
+        f"expressions. Written and verified with peft {peft.__version__}."
     ]
+    section += uneven(written.ranks)
     old = None if source is None else Path(source) / "README.md"
     if old is not None and old.is_file():
         words = old.read_text(encoding="utf-8", errors="replace")

@@ -6,31 +6,41 @@ or mixed-up run then looks like an untrained one. Here a file that does not fit 
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig
+import transformers
+from peft import LoraConfig
+from safetensors import safe_open
 from torch import Tensor
 
-from ranksure.adapters.matrices import PREFIX, is_a, is_factor
+from ranksure.adapters.fields import leave_unread, ranks_of_module, read_config
+from ranksure.adapters.matrices import PREFIX, is_a, is_factor, module_of
 from ranksure.errors import AdapterError, one_line
 from ranksure.files import file_sha256
 
+_QUANTISED = "The following `bitsandbytes` quantization config was used during training:"  # of PEFT's model cards
 CONFIG, SAFE, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+HEADER = {"format": "pt", "transformers": transformers.__version__}
+"""Of the weights that are written: the version says whose names of modules they go by."""
 
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """An adapter as saved: its weights by PEFT's names, on the CPU, and the sha256 of their file."""
+    """An adapter as saved: its weights by PEFT's names, on the CPU, and the sha256 of their file.
+
+    ``transformers`` is the version whose names of modules they go by, where the file says so.
+    """
 
     folder: Path
     config: LoraConfig
     tensors: dict[str, Tensor]
     sha256: str
     notes: list[str]
+    transformers: str | None = None
 
     @property
     def head(self) -> dict[str, Tensor]:
@@ -49,7 +59,8 @@ def read_files(folder: Path, adapter: str | None = None) -> AdapterFiles:
         AdapterError: no adapter there, not a LoRA adapter, a damaged file, or a value that is not finite.
     """
     folder = _folder(folder, adapter)
-    config = _config(folder)
+    config = read_config(folder / CONFIG)
+    leave_unread(config, _quantised(folder))
     notes: list[str] = []
     tensors, path = _tensors(folder, notes)
     if not any(map(is_factor, tensors)):
@@ -59,7 +70,16 @@ def read_files(folder: Path, adapter: str | None = None) -> AdapterFiles:
             raise AdapterError(f"{path}: {name} is a {type(tensor).__name__}, not a tensor")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise AdapterError(f"{path}: {name} holds a value that is not finite (NaN or infinity)")
-    return AdapterFiles(folder, config, tensors, file_sha256(path), notes)
+    _check_ranks(folder, config, tensors)
+    return AdapterFiles(folder, config, tensors, file_sha256(path), notes, _written_by(path))
+
+
+def _written_by(path: Path) -> str | None:
+    """The version of transformers in a file's header."""
+    if path.name != SAFE:
+        return None
+    with safe_open(path, "pt") as file:
+        return (file.metadata() or {}).get("transformers")
 
 
 def _folder(folder: Path, adapter: str | None) -> Path:
@@ -83,26 +103,6 @@ def _folder(folder: Path, adapter: str | None) -> Path:
     raise AdapterError(f"{folder} is no adapter: it holds no {CONFIG}")
 
 
-def _config(folder: Path) -> LoraConfig:
-    path = folder / CONFIG
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{path} cannot be read: {one_line(error)}") from None
-    kind = content.get("peft_type") if isinstance(content, dict) else None
-    if kind != "LORA":
-        raise AdapterError(f"{path}: the adapter's type is {kind or 'not stated'}; only LoRA adapters can be read")
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-    except Exception as error:  # fields of the wrong type fail in many ways
-        raise AdapterError(f"{path} is not a configuration that PEFT reads: {one_line(error)}") from None
-    assert isinstance(config, LoraConfig)
-    for name, rank in {"r": config.r, **(config.rank_pattern or {})}.items():
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise AdapterError(f"{path}: the rank of {name} is {rank!r}; it must be a whole number of at least 1")
-    return config
-
-
 def _tensors(folder: Path, notes: list[str]) -> tuple[dict[str, Tensor], Path]:
     path = folder / SAFE
     try:
@@ -120,8 +120,54 @@ def _tensors(folder: Path, notes: list[str]) -> tuple[dict[str, Tensor], Path]:
     except AdapterError:
         raise
     except Exception as error:  # safetensors and pickle each have their own errors for a damaged file
+        if path.name == PICKLED:  # torch would go on to advise loading it with whatever code it holds
+            raise AdapterError(
+                f"{path} is a pickle, and not one of tensors alone: it may run code when it is loaded, so it is not; "
+                f"save the adapter as {SAFE}"
+            ) from None
         raise AdapterError(f"{path} is damaged or incomplete: {one_line(error)}") from None
     raise AdapterError(f"{folder} holds neither {SAFE} nor {PICKLED}: the adapter's weights are missing")
+
+
+def _quantised(folder: Path) -> list[str]:
+    """What the model card says of a base that was quantised in training, which no configuration records."""
+    try:
+        card = (folder / "README.md").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    found = re.search(_QUANTISED + r"((?:\n+- .*)*)", card)
+    if found is None:
+        return []
+    bits = re.search(r"load_in_([48])bit: True", found[1])
+    kind = f"{bits[1]} bits" if bits else "fewer bits"
+    return [f"the base was quantised to {kind} in training, by README.md: certificates of such runs were not tested"]
+
+
+def _check_ranks(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse ranks that the weights do not have, before PEFT makes room for them."""
+    if config.target_parameters:  # PEFT stores several parameters' matrices as one
+        return
+    for name, tensor in tensors.items():
+        if not is_a(name) or tensor.dim() < 2:
+            continue
+        ranks, given = ranks_of_module(config, module_of(name)), tensor.shape[0]
+        key, stated = next(iter(ranks.items()))
+        if stated != given and given in ranks.values():
+            later = next(other for other, rank in ranks.items() if rank == given)
+            raise AdapterError(
+                f"{folder}: {module_of(name)} was trained at rank {given}, by the rank_pattern key {later!r}, but "
+                f"{CONFIG} gives it {stated}, by {key!r}: PEFT takes the first key that matches, and saving sorted "
+                "them; let only one key match it"
+            )
+        if stated != given:
+            raise _other_rank(folder, name, tensor, given, stated)
+
+
+def _other_rank(folder: Path, name: str, tensor: Tensor, given: int, stated: int) -> AdapterError:
+    return AdapterError(
+        f"{folder}: {name} has rank {given} (shape {tuple(tensor.shape)}), but {CONFIG} says {stated}; the "
+        "configuration and the weights are not of one run"
+    )
 
 
 def check_fit(files: AdapterFiles, expected: Mapping[str, Tensor], optional: Mapping[str, Tensor], base: str) -> None:
@@ -154,10 +200,7 @@ def check_fit(files: AdapterFiles, expected: Mapping[str, Tensor], optional: Map
             continue
         inner = 0 if is_a(name) else 1
         if is_factor(name) and len(shape) == len(given) and shape[inner] != given[inner]:
-            raise AdapterError(
-                f"{where}: {name} has rank {given[inner]} (shape {given}), but {CONFIG} says {shape[inner]}; the "
-                "configuration and the weights are not of one run"
-            )
+            raise _other_rank(where, name, tensor, given[inner], shape[inner])
         raise AdapterError(
             f"{where}: {name} has shape {given}, but {base} needs {shape}; this is not the base model that the adapter "
             "was trained on (name it with `base`)"

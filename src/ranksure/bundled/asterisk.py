@@ -123,12 +123,7 @@ def asterisk_languages(
 
 
 def is_used(name: str, language: str) -> bool:
-    """Whether a recording is among the rows.
-
-    Args:
-        name: its path below the voice's folder, without suffix.
-        language: one of :data:`VOICES`.
-    """
+    """Whether a recording (its path below the voice's folder, without suffix) is among the rows."""
     return not (name in NOT_SPEECH or name.startswith(NO_LANGUAGE) or name in REPEATED[language])
 
 

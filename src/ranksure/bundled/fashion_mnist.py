@@ -37,11 +37,7 @@ SHA256 = {
 
 
 def fashion_mnist(split: str = "train", reporter: Reporter | None = None) -> ImageRows:
-    """One split of Fashion-MNIST, in the authors' order.
-
-    Args:
-        split: ``train`` (60,000 images) or ``test`` (10,000 others).
-        reporter: shown the download, where there is one; silent by default.
+    """One split of Fashion-MNIST, ``train`` (60,000 images) or ``test`` (10,000 others), in the authors' order.
 
     Raises:
         DataError: the package can be neither found nor downloaded, or a file is not the one expected.

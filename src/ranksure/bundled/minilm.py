@@ -48,8 +48,7 @@ def verify_bundled() -> dict[str, str]:
     """Verify the model and data of ``ranksure demo``, and return the checksum of each file.
 
     Raises:
-        ModelError: the model is missing or not the one that is expected.
-        DataError: the data is missing or not the one that is expected.
+        RanksureError: one of them is missing or not the one that is expected.
     """
     minilm_path()
     checksums = {f"all-MiniLM-L6-v2/{name}": sha256 for name, sha256 in MINILM_SHA256.items()}

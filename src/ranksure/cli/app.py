@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 
 import click
 from click.shell_completion import get_completion_class
 
-from ranksure.cli.commands import CONTEXT, LazyCommands, spoken, usage_mistake
-from ranksure.errors import RanksureError
+from ranksure.cli.commands import CONTEXT, LazyCommands, usage_mistake
+from ranksure.errors import RanksureError, exhausted, one_line
 from ranksure.openmp import wait_briefly
+from ranksure.options import spoken
 
 # In the order of --help.
 _COMMANDS = ("plan", "demo", "certify", "fit", "grow", "compress", "lab", "reproduce", "report")
@@ -51,7 +53,7 @@ app = LazyCommands(
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one line on standard error and exit code 2; Ctrl-C is 130."""
+    """Entry point: a user's mistake is one line on standard error and exit code 2; Ctrl-C is 130, a fault here 70."""
     on_interrupt(_nothing)
     wait_briefly()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -73,7 +75,38 @@ def _run() -> int:
     except (click.Abort, KeyboardInterrupt):
         click.echo(f"interrupted; {_left()}", err=True)
         return 130
+    except BrokenPipeError:  # whoever read standard output has gone; what is buffered can go nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if os.environ.get("RANKSURE_DEBUG"):
+            raise
+        return _failed(error)
     return 2
+
+
+_SOURCES = f"{os.sep}ranksure{os.sep}"
+
+
+def _failed(error: Exception) -> int:
+    """What no code foresaw, in one line: the machine's limits, or else a fault of ranksure."""
+    said, ran_out = one_line(error), exhausted(error)
+    if ran_out == "memory":
+        _say_error(f"not enough memory ({said}): use fewer rows or modules, shorter texts or a smaller batch")
+        return 2
+    if ran_out == "disk":
+        _say_error(f"the disk takes no more ({said}): make room, or name a folder on another one")
+        return 2
+    if isinstance(error, OSError) and error.filename:
+        _say_error(f"{error.filename}: {error.strerror}")
+        return 2
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _SOURCES in frame.filename]
+    where = f" ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})" if frames else ""
+    _say_error(
+        f"unexpected {type(error).__name__}: {said}{where}. This is a fault of ranksure, or of a library on this "
+        "input: please report it with what RANKSURE_DEBUG=1 in the environment shows"
+    )
+    return 70
 
 
 def _say_error(message: str) -> None:

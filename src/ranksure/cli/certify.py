@@ -1,11 +1,12 @@
 """``ranksure certify``."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from ranksure.cli.commands import command
+from ranksure.cli.commands import command, hold
 from ranksure.cli.runs import RunCommand, RunRows, load
 from ranksure.options import COMMON, Option
 
@@ -34,10 +35,11 @@ class CertifyCommand(RunCommand):
 )
 def certify(asked: CertifyCommand) -> None:
     """Is this LoRA run done, is its rank the limit, and what comes next? One gradient pass over its data."""
-    from ranksure.runs.certificate.record import check_place, full_record, sampled, write_record
+    from ranksure.runs.certificate.record import check_place, full_record, refuse_other_loss, sampled, write_record
 
     place = asked.adapter_dir if asked.out is None else asked.out
     check_place(place, create=asked.out is not None)
+    hold(place)
     from ranksure.cli.report import report_beside
     from ranksure.cli.terminal import RichReporter, command_line, window
     from ranksure.quantities import parse_memory
@@ -49,15 +51,14 @@ def certify(asked: CertifyCommand) -> None:
     console, reporter = window(asked.json), RichReporter()
     run, rows = load(asked, asked.data, reporter)
     is_sample = asked.samples is not None and asked.samples < rows.total_rows
-    known = asked.packing or rows.kind_is_known
+    refuse_other_loss(place, rows.kind)
     with reporter.stage("Passes over the data") as advance:
         found = certify(
             run.model,
             Watched(rows.batches, advance),
             weight_decay=asked.weight_decay,
             lam=asked.lam,
-            loss=rows.kind if known else None,  # by default the model's own, which is checked
-            weighting=asked.weighting,
+            **rows.objective,
             tolerance=asked.tolerance,
             memory_bytes=memory_bytes,
             probe=not is_sample,
@@ -78,7 +79,7 @@ def certify(asked: CertifyCommand) -> None:
 class Watched:
     """Batches that tell how far each pass over them is."""
 
-    def __init__(self, batches: list[Any], advance: Any) -> None:
+    def __init__(self, batches: Sequence[Any], advance: Any) -> None:
         self.batches, self.advance = batches, advance
 
     def __iter__(self) -> Any:
@@ -106,6 +107,7 @@ def _show_run(run: "LoadedRun", rows: "RunData", found: "RunCertificate", consol
     )
     decay = (
         "`weight_decay` is taken as an L2 penalty on A and B, lambda = weight decay / scale (SGD's). AdamW's decoupled "
-        "decay is not that: for such a run leave it out, or read this as a what-if."
+        "decay is not that, nor is one beside a preconditioner (PEFT's Riemannian optimizer and LoRA-FA): for such a "
+        "run leave it out, or read this as a what-if."
     )
-    show_notes([*run.notes, *rows.notes, *[decay] * bool(found.weight_decay)], console)
+    show_notes([*run.notes, *rows.notes, *found.notes, *[decay] * bool(found.weight_decay)], console)

@@ -6,16 +6,18 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ranksure.cli.commands import hold
 from ranksure.cli.report import report_beside
 from ranksure.errors import RanksureError, SettingError
 from ranksure.lab.claim import Run
 from ranksure.lab.run import Shelf, measure, write
+from ranksure.records.claims import ClaimRecord
+from ranksure.records.record import encoded
 
 
 def list_claims(console: Console, shelf: Shelf, columns: Sequence[str]) -> None:
@@ -34,7 +36,8 @@ def measure_claims(console: Console, shelf: Shelf, names: Sequence[str], run: Ru
     Raises:
         RanksureError: a claim cannot be measured; of several, after the others.
     """
-    records: list[dict[str, Any]] = []
+    hold(out)
+    records: list[ClaimRecord] = []
     failed: list[str] = []
     for name in names:
         if name != names[0]:
@@ -58,24 +61,22 @@ def measure_claims(console: Console, shelf: Shelf, names: Sequence[str], run: Ru
     if records:
         report_beside(out, console)
     if json:
-        from json import dumps
-
-        sys.stdout.write(dumps(records[0] if len(names) == 1 else records, indent=1) + "\n")
+        sys.stdout.write(encoded(records[0] if len(names) == 1 else records).decode())
     if failed:
         raise SettingError(f"{len(failed)} of {len(names)} experiments could not be run: {'; '.join(failed)}")
 
 
-def show(console: Console, shelf: Shelf, record: dict[str, Any]) -> None:
+def show(console: Console, shelf: Shelf, record: ClaimRecord) -> None:
     """The checks of a record, what is missing, and the verdict."""
-    for check in record["checks"]:
-        mark = "[green]agrees[/green]" if check["holds"] else "[red]differs[/red]"
-        console.print(f"  {mark}  {check['claim']}\n           measured: {check['measured']}", highlight=False)
-    for line in record["settings"]["missing"]:
+    for check in record.checks:
+        mark = "[green]agrees[/green]" if check.holds else "[red]differs[/red]"
+        console.print(f"  {mark}  {check.claim}\n           measured: {check.measured}", highlight=False)
+    for line in record.settings["missing"]:
         console.print(f"  [yellow]missing[/yellow] {escape(line)}", highlight=False)
-    colour = dict(zip(shelf.verdicts, ("green", "yellow", "red"), strict=True))[record["verdict"]]
-    found = f", {record['parts']['found']} parts were there" if record["parts"] else ""
+    colour = dict(zip(shelf.verdicts, ("green", "yellow", "red"), strict=True))[record.verdict]
+    found = f", {record.parts['found']} parts were there" if record.parts else ""
     console.print(
-        f"[bold]verdict[/bold]  [{colour}]{record['verdict']}[/{colour}]   ({record['seconds']:.0f} s{found})",
+        f"[bold]verdict[/bold]  [{colour}]{record.verdict}[/{colour}]   ({record.seconds:.0f} s{found})",
         highlight=False,
     )
 

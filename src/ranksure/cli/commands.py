@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated, Any
 
 import click
@@ -14,7 +14,7 @@ from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from ranksure.errors import SettingError
-from ranksure.options import GROUPS, OUTPUT, Option, Stated, options_of, plain
+from ranksure.options import GROUPS, OUTPUT, Option, Stated, options_of, plain, spoken
 
 CONTEXT = {"max_content_width": 120}
 _COLUMN = 30
@@ -27,13 +27,15 @@ def command(settings: type, *examples: str) -> Callable[[Callable[[Any], None]],
     return lambda work: SettingsCommand(work.__name__, settings, work, examples)
 
 
-def spoken(text: str) -> str:
-    """A message of the library for a terminal: the argument `` `max_length` `` as the option ``--max-length``."""
+def hold(out: Path) -> None:
+    """Until the command ends, no other process writes this folder; what a killed run left of it is put right.
 
-    def flag(found: re.Match[str]) -> str:
-        return "--lambda" if found[1] == "lam" else "--" + found[1].replace("_", "-")
+    Raises:
+        SettingError: another one does, or it cannot be written.
+    """
+    from ranksure.files import writing
 
-    return re.sub(r"`([a-z][a-z_]*)`", flag, text)
+    click.get_current_context().with_resource(writing(out))
 
 
 class SettingsCommand(click.Command):
@@ -213,7 +215,7 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: str | None) -> st
             content = yaml.safe_load(file) or {}
     except OSError as error:
         raise SettingError(f"--config {path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         where = getattr(error, "problem_mark", None)
         raise SettingError(f"--config {path} is no YAML{f' (line {where.line + 1})' if where else ''}") from None
     if not isinstance(content, dict):

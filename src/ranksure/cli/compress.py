@@ -1,11 +1,10 @@
 """``ranksure compress``."""
 
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from ranksure.cli.commands import command
-from ranksure.cli.runs import NewAdapter, RunCommand, check_out, load, provenance
+from ranksure.cli.runs import NewAdapter, RunCommand, check_out, load, write_changed
 from ranksure.errors import SettingError
 from ranksure.options import COMMON, DATA, Option, whole
 from ranksure.runs.options import PlaceOptions
@@ -51,8 +50,7 @@ class CompressCommand(RunCommand):
 def compress(asked: CompressCommand) -> None:
     """Lower the ranks of a trained adapter, with the true loss before and after."""
     check_out(asked.out)
-    from ranksure.cli.report import report_beside
-    from ranksure.cli.terminal import RichReporter, command_line, show_notes, window
+    from ranksure.cli.terminal import RichReporter
     from ranksure.quantities import parse_memory
     from ranksure.runs.resizing.compress import check_settings, compress
 
@@ -71,26 +69,20 @@ def compress(asked: CompressCommand) -> None:
             max_loss_increase=asked.max_loss_increase,
             weight_decay=asked.weight_decay,
             lam=asked.lam,
-            weighting=asked.weighting,
+            **({"loss": asked.loss} if rows is None else rows.objective),
             memory_bytes=memory_bytes,
             source=run.folder,
             seed=asked.seed,
         )
-    with reporter.stage("Writing and checking the adapter"):
-        written = found.save(out_dir=asked.out, **run.rewritten, extra=provenance(run, rows))
-    console = window(asked.json)
-    show(found, console)
-    show_notes([*run.notes, *([] if rows is None else rows.notes), *found.notes], console)
-    console.print(f"written to {written.folder}", highlight=False)
-    report_beside(asked.out, console, command_line())
-    if asked.json:
-        sys.stdout.write((asked.out / "compress.json").read_text(encoding="utf-8"))
+    notes = [*found.notes, *found.uneven]
+    write_changed(asked, asked.out, found, run, rows, reporter, show, notes=notes)
 
 
 def _load(asked: CompressCommand, reporter: "Reporter") -> "tuple[LoadedRun, RunData | None]":
     """The run and its data, if any was named."""
     if asked.data is not None:
         return load(asked, asked.data, reporter)
+    from ranksure.runs.saved.data import as_trained
     from ranksure.runs.saved.open import load_run, task_of
 
     if (kind := task_of(asked.adapter_dir)) is not None:
@@ -98,7 +90,9 @@ def _load(asked: CompressCommand, reporter: "Reporter") -> "tuple[LoadedRun, Run
             f"the adapter in {asked.adapter_dir} is for the task {kind}, which is opened with data: give `data`"
         )
     with reporter.stage("Loading the run"):
-        return load_run(asked.adapter_dir, **values_of(asked, PlaceOptions)), None
+        run = load_run(asked.adapter_dir, **values_of(asked, PlaceOptions))
+    as_trained(run.trained, asked)
+    return run, None
 
 
 def show(found: "Compression", console: "Console") -> None:

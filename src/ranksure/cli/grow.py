@@ -1,11 +1,10 @@
 """``ranksure grow``."""
 
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from ranksure.cli.commands import command
-from ranksure.cli.runs import NewAdapter, RunCommand, RunRows, check_out, load, provenance
+from ranksure.cli.runs import NewAdapter, RunCommand, RunRows, check_out, load, write_changed
 from ranksure.options import COMMON, Option
 
 if TYPE_CHECKING:
@@ -37,8 +36,7 @@ class GrowCommand(RunCommand):
 def grow(asked: GrowCommand) -> None:
     """Add the missing directions to the modules whose rank is the limit; no prediction changes."""
     check_out(asked.out)
-    from ranksure.cli.report import report_beside
-    from ranksure.cli.terminal import RichReporter, command_line, show_notes, window
+    from ranksure.cli.terminal import RichReporter
     from ranksure.quantities import parse_memory
     from ranksure.runs.resizing.grow import grow
 
@@ -52,22 +50,15 @@ def grow(asked: GrowCommand) -> None:
             rows.batches,
             weight_decay=asked.weight_decay,
             lam=asked.lam,
-            weighting=asked.weighting,
+            **rows.objective,
             tolerance=asked.tolerance,
             memory_bytes=memory_bytes,
             most_new=asked.most_new,
             force=asked.force,
             progress=lambda done: advance((done - 1) % count + 1, count),
         )
-    with reporter.stage("Writing and checking the adapter"):
-        written = found.save(out_dir=asked.out, **run.rewritten, extra=provenance(run, rows))
-    console = window(asked.json)
-    _show(found, console)
-    show_notes([*run.notes, *rows.notes], console)
-    console.print(f"written to {written.folder}: train on, with a new optimizer", highlight=False)
-    report_beside(asked.out, console, command_line())
-    if asked.json:
-        sys.stdout.write((asked.out / "grow.json").read_text(encoding="utf-8"))
+    then = ": train on, with a new optimizer"
+    write_changed(asked, asked.out, found, run, rows, reporter, _show, notes=found.uneven, then=then)
 
 
 def _show(found: "Growth", console: "Console") -> None:

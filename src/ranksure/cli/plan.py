@@ -1,12 +1,11 @@
 """``ranksure plan`` and ``ranksure demo``."""
 
 import sys
-import tempfile
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from ranksure.cli.commands import Json, command
+from ranksure.cli.commands import Json, command, hold
 from ranksure.options import COMMON, Option
 from ranksure.planner.settings import PlanSettings
 from ranksure.tasks.options import TargetModules
@@ -95,10 +94,12 @@ def _plan(model: str, data: Any, asked: _Planned, *, brief: bool = False) -> Non
     if out is not None:
         _check_writable(out)
     from ranksure.cli.report import report_beside
-    from ranksure.cli.terminal import RichReporter, command_line, window
+    from ranksure.cli.terminal import RichReporter, command_line, show_notes, window
     from ranksure.planner.prepare import estimate, prepare
     from ranksure.planner.render import show, show_estimate
+    from ranksure.planner.result import PlanResult
     from ranksure.planner.run import run_plan
+    from ranksure.planner.solved import read_solved
     from ranksure.progress import Clock
 
     console = window(asked.json)
@@ -107,8 +108,13 @@ def _plan(model: str, data: Any, asked: _Planned, *, brief: bool = False) -> Non
     if asked.dry_run:
         show_estimate(prepared, estimate(prepared), console)
         return
-    result = run_plan(prepared, clock)
-    result.record.command = command_line()
+    solved = None if out is None else read_solved(out, prepared)
+    if solved is not None:
+        result = PlanResult(*solved, prepared)
+        show_notes([f"{out} holds the solution of this very question: only writing it is repeated."], console)
+    else:
+        result = run_plan(prepared, clock)
+        result.record.command = command_line()
     if out is not None:
         with clock.stage("export", "Writing and checking the adapter"):
             result.save(out)
@@ -122,15 +128,15 @@ def _plan(model: str, data: Any, asked: _Planned, *, brief: bool = False) -> Non
 def _check_writable(out: Path) -> None:
     """Refuse before the work what could not be written after it."""
     from ranksure.errors import SettingError
+    from ranksure.files import try_to_write
     from ranksure.planner.result import check_replaceable
 
+    if not out.is_file():
+        hold(out)
     try:
         check_replaceable(out)
         if out.is_mount():
             raise SettingError(f"--out {out} is a mount point, which cannot be replaced; name a folder below it")
-        # The result is written beside its place and moved there, so the folder around it is what matters.
-        parent = next((folder for folder in out.resolve().parents if folder.exists()), out.resolve())
-        with tempfile.TemporaryDirectory(prefix=".ranksure-", dir=parent):
-            pass
+        try_to_write(out.resolve().parent)  # beside its place the result is written, and then moved there
     except OSError as error:
         raise SettingError(f"--out {out} cannot be written: {error.strerror or error}") from None

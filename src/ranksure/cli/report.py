@@ -53,13 +53,7 @@ def open_page(path: Path, console: "Console") -> None:
 
 
 def report_beside(folder: Path, console: "Console", command: str | None = None) -> None:
-    """Write ``report.html`` into a result folder; where it cannot be written, the result still stands.
-
-    Args:
-        folder: the result.
-        console: receives one line.
-        command: the command line that made it.
-    """
+    """Write ``report.html`` into a result folder; where it cannot be written, the result still stands."""
     from ranksure.report import write_report
 
     try:

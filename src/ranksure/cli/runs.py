@@ -1,17 +1,22 @@
 """What the commands on trained runs share: options, loading, checks, records."""
 
-import tempfile
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from ranksure.cli.commands import Json
+from ranksure.cli.commands import Json, hold
 from ranksure.options import COMMON, Option, not_negative
 from ranksure.runs.options import CertificateOptions, DataSettings, PlaceOptions
 from ranksure.tasks.options import KindOptions, values_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from rich.console import Console
+
     from ranksure.progress import Reporter
+    from ranksure.runs.resizing.resized import Resized
     from ranksure.runs.saved.base import LoadedRun
     from ranksure.runs.saved.data import RunData
 
@@ -62,22 +67,45 @@ def load(asked: RunCommand, data: str, reporter: "Reporter") -> "tuple[LoadedRun
 def check_out(out: Path) -> None:
     """Refuse before the work what could not be written after it."""
     from ranksure.errors import AdapterError
+    from ranksure.files import try_to_write
 
+    if out.exists() and not out.is_dir():
+        raise AdapterError(f"`out` {out} is a file: name a folder")
+    hold(out)
     try:
-        if out.exists() and not out.is_dir():
-            raise AdapterError(f"`out` {out} is a file: name a folder")
         if out.is_dir() and any(out.iterdir()) and not (out / "adapter_config.json").is_file():
             raise AdapterError(f"`out` {out} is not empty and holds no adapter: name a new folder, or empty this one")
-        parent = next((folder for folder in out.resolve().parents if folder.exists()), out.resolve())
-        with tempfile.TemporaryDirectory(prefix=".ranksure-", dir=parent):
-            pass
+        try_to_write(out.resolve().parent)
     except OSError as error:
         raise AdapterError(f"`out` {out} cannot be written: {error.strerror or error}") from None
 
 
-def provenance(run: "LoadedRun", rows: "RunData | None") -> dict[str, Any]:
-    """Which adapter, base and data a record is about: further fields of it."""
+def write_changed(
+    asked: RunCommand,
+    out: Path,
+    found: "Resized",
+    run: "LoadedRun",
+    rows: "RunData | None",
+    reporter: "Reporter",
+    show: "Callable[[Any, Console], None]",
+    *,
+    notes: "Sequence[str]" = (),
+    then: str = "",
+) -> None:
+    """Write a changed adapter with its record, and print what was done to it, notes, and what comes ``then``."""
     from importlib.metadata import version
 
+    from ranksure.cli.report import report_beside
+    from ranksure.cli.terminal import command_line, show_notes, window
+
     data = None if rows is None else rows.described
-    return {"run": run.source, "data": data, "ranksure_version": version("ranksure")}
+    about = {"run": run.source, "data": data, "ranksure_version": version("ranksure")}
+    with reporter.stage("Writing and checking the adapter"):
+        written = found.save(out_dir=out, **run.rewritten, extra=about)
+    console = window(asked.json)
+    show(found, console)
+    show_notes([*run.notes, *([] if rows is None else rows.notes), *notes], console)
+    console.print(f"written to {written.folder}{then}", highlight=False)
+    report_beside(out, console, command_line())
+    if asked.json:
+        sys.stdout.write((out / found.record).read_text(encoding="utf-8"))

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from ranksure.cli.commands import spoken
+from ranksure.options import spoken
 from ranksure.progress import Advance
 
 

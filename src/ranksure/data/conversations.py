@@ -7,23 +7,19 @@ boundary never depends on how a prompt would be tokenised alone.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import pandas as pd
-
 from ranksure.choices import LossOn
+from ranksure.data.chats import COLUMNS, Chat, own_mask, plain, read_variables, template_variables, written
 from ranksure.data.tables import MissingColumnError, Table, read_source
 from ranksure.data.texts import content_hash
-from ranksure.errors import DataError, ModelError, SettingError, one_line, shown
+from ranksure.errors import DataError, SettingError, shown
 
 Form = Literal["prompt and completion", "messages"]
 IGNORED = -100
 """Label of a token that carries no loss, as everywhere in transformers."""
-
-_MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True)
@@ -39,6 +35,8 @@ class Examples:
         sha256: of the file's bytes; of the rows where the source is not one file.
         notes: sentences for the user.
         places: the rows as errors name them.
+        variables: what each row gives to its chat template beside the messages, by name.
+        columns: names of all columns of the source.
     """
 
     form: Form
@@ -48,14 +46,21 @@ class Examples:
     sha256: str
     notes: list[str]
     places: list[str]
+    variables: list[dict[str, Any]]
+    columns: list[str]
 
     def __len__(self) -> int:
         return len(self.completions)
 
     def subset(self, indices: Sequence[int]) -> Examples:
         """The rows at ``indices``, in that order."""
-        parts = [[part[i] for i in indices] for part in (self.prompts, self.completions, self.places)]
-        return Examples(self.form, parts[0], parts[1], self.source, self.sha256, self.notes, parts[2])
+        names = ("prompts", "completions", "places", "variables")
+        return replace(self, **{name: [getattr(self, name)[i] for i in indices] for name in names})
+
+    def chats(self) -> list[Chat]:
+        """The rows as conversations."""
+        rows = zip(self.prompts, self.completions, self.variables, self.places, strict=True)
+        return [Chat(*row) for row in rows]
 
 
 @dataclass
@@ -88,19 +93,20 @@ def load_examples(
         prompt_column: the column of prompts: strings, or lists of messages.
         completion_column: the column of completions, of the same kind.
         messages_column: the column of conversations, each a list of ``{"role": ..., "content": ...}``; read where
-            the source does not have the two columns above.
+            the source does not have the two columns above. Conversations take what their template reads beside
+            them from the columns ``tools``, ``documents`` and ``chat_template_kwargs``.
         split: which split of a Hub or saved data set.
 
     Raises:
         DataError: the source cannot be read, has neither form, or a row of it cannot be used.
     """
     try:
-        table = read_source(source, [prompt_column, completion_column], "", split)
+        table = read_source(source, [prompt_column, completion_column], "", split, COLUMNS)
         return _prompts_and_completions(table, prompt_column, completion_column)
     except MissingColumnError as error:
         missing = error
     try:
-        table = read_source(source, [messages_column], "", split)
+        table = read_source(source, [messages_column], "", split, COLUMNS)
     except MissingColumnError as error:
         if {prompt_column, completion_column} & set(missing.columns):
             raise missing from None
@@ -118,7 +124,7 @@ def load_examples(
 
 def _prompts_and_completions(table: Table, prompt_column: str, completion_column: str) -> Examples:
     prompts, completions = table.columns[prompt_column], table.columns[completion_column]
-    conversational = bool(prompts) and isinstance(_plain(prompts[0]), list)
+    conversational = bool(prompts) and isinstance(plain(prompts[0]), list)
     for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         for column, value in ((prompt_column, prompt), (completion_column, completion)):
             where = f"{table.row(index)}, column {column!r}"
@@ -128,8 +134,6 @@ def _prompts_and_completions(table: Table, prompt_column: str, completion_column
             if not isinstance(value, str):
                 found = "missing" if value is None or value != value else f"{shown(value)}, not text"
                 raise DataError(f"{where}: the {column} is {found}; remove the row or fill it in")
-            if column == completion_column and not value:
-                raise DataError(f"{where}: the completion is empty; remove the row or fill it in")
             try:
                 value.encode()
             except UnicodeEncodeError:
@@ -142,20 +146,21 @@ def _prompts_and_completions(table: Table, prompt_column: str, completion_column
 def _examples(form: Form, prompts: list[Any], completions: list[Any], table: Table) -> Examples:
     if not completions:
         raise DataError(f"{table.name} has no rows")
-    if form == "messages":
-        prompts, completions = ([_plain(row) for row in part] for part in (prompts, completions))
-    sha256 = table.sha256 or content_hash([prompts, completions])
     places = [table.row(index) for index in range(len(completions))]
-    return Examples(form, prompts, completions, table.name, sha256, list(table.notes), places)
-
-
-def _plain(value: Any) -> Any:
-    """Lists as lists: Parquet and data frames give arrays."""
-    return value.tolist() if hasattr(value, "tolist") and not isinstance(value, (str, pd.Series)) else value
+    variables: list[dict[str, Any]] = [{} for _ in completions]
+    if form == "messages":
+        prompts, completions = ([plain(row) for row in part] for part in (prompts, completions))
+        given = {name: table.columns[name] for name in COLUMNS if name in table.columns}
+        for index, place in enumerate(places):
+            variables[index] = template_variables({name: rows[index] for name, rows in given.items()}, place)
+    content = [prompts, completions, variables] if any(variables) else [prompts, completions]
+    sha256 = table.sha256 or content_hash(content)
+    columns = [*table.columns, *table.unread]
+    return Examples(form, prompts, completions, table.name, sha256, list(table.notes), places, variables, columns)
 
 
 def _check_messages(value: Any, where: str) -> None:
-    messages = _plain(value)
+    messages = plain(value)
     if not isinstance(messages, list) or not messages:
         raise DataError(f"{where}: {shown(value)} is not a list of messages; write a JSON list of objects")
     for number, message in enumerate(messages, start=1):
@@ -177,15 +182,15 @@ def encode(examples: Examples, tokenizer: Any, *, max_length: int, loss_on: Loss
 
     - Prompt and completion are tokenised as one text, with the tokenizer's own special tokens; a token that
       reaches into the completion carries loss, one that spans the boundary included (``notes`` counts those: at
-      generation the prompt is tokenised alone, so the model then sees other tokens). The end token is added where
-      the tokenizer does not, and carries loss.
-    - Messages go through the chat template. What carries loss are the assistant's turns: the tokens between the
-      template's ``{% generation %}`` markers where it has them; else, turn by turn, what the rendered conversation
-      gains beyond the one before it with the generation prompt, the end of the turn included. With conversational
-      prompts, turns of the completion only. A template that renders earlier turns anew (so that one rendering is
-      not the start of the next) is refused.
+      generation the prompt is tokenised alone, so the model then sees other tokens). A completion that does not end
+      with the end token gets it, an empty one too, and it carries loss.
+    - Messages go through the chat template, with the row's ``tools``, ``documents`` and ``chat_template_kwargs``. What
+      carries loss are the assistant's turns: the characters between the template's ``{% generation %}`` markers where
+      it has them; else, turn by turn, what the rendered conversation gains beyond the one before it with the
+      generation prompt, the end of the turn included. With conversational prompts, turns of the completion only. A
+      template that renders earlier turns anew (so that one rendering is not the start of the next) is refused.
     - Rows longer than ``max_length`` tokens lose their end. One that has no predicted token with a loss left is
-      dropped.
+      dropped. TRL's ``SFTTrainer`` does both.
 
     Args:
         examples: from :func:`load_examples`.
@@ -203,7 +208,7 @@ def encode(examples: Examples, tokenizer: Any, *, max_length: int, loss_on: Loss
     out = Encoded()
     tokens = _of_messages if examples.form == "messages" else _of_prompts
     ids, masks = tokens(examples, tokenizer, out.notes, loss_on == "all")
-    _collect(out, ids, masks, max_length, examples.source)
+    _collect(out, ids, masks, max_length, examples)
     return out
 
 
@@ -212,31 +217,67 @@ Tokens = tuple[list[list[int]], list[list[bool]]]
 
 
 def _of_messages(examples: Examples, tokenizer: Any, notes: list[str], whole: bool) -> Tokens:
-    template = getattr(tokenizer, "chat_template", None)
-    if not template:
-        raise ModelError(
-            "the tokenizer has no chat template, which messages need: write the data as prompt and completion, or "
-            "save a template with the tokenizer"
+    chats = examples.chats()
+    found = written(chats, tokenizer, whole)
+    ids, masks, _ = _masked(found.texts, found.ranges, tokenizer, special=False)
+    if found.headers:
+        notes.append(f"In {found.headers} of the assistant's turns the template's header carries loss too.")
+    notes += _other_masks(chats, masks, found.marked, tokenizer)
+    notes += _not_given(examples, chats, tokenizer)
+    others = [chat.place for chat in chats if any(message["role"] != "assistant" for message in chat.completion)]
+    if others and any(examples.prompts) and not whole:
+        notes.append(
+            f"{_rows(others, len(chats))}: the completion holds turns that are not the assistant's, which carry no "
+            "loss here (with TRL's completion_only_loss they do)."
         )
-    marked = isinstance(template, str) and _MARKERS.search(template) is not None
-    if marked and not whole and not any(examples.prompts):
-        return _marked(examples, tokenizer)
-    texts, spans = _rendered(examples, tokenizer, notes, whole)
-    return _masked(texts, spans, tokenizer, special=False)[:2]
+    return ids, masks
+
+
+def _other_masks(chats: list[Chat], masks: list[list[bool]], marked: list[bool], tokenizer: Any) -> list[str]:
+    """A sentence on rows whose ``assistant_masks`` of transformers are others."""
+    others = []
+    for chat, mask, by_markers in zip(chats, masks, marked, strict=True):
+        if by_markers and own_mask(chat, tokenizer) not in (mask, None):
+            others.append(chat.place)
+    if not others:
+        return []
+    return [
+        f"{_rows(others, len(chats))}: transformers' assistant_masks, which TRL's assistant_only_loss trains on, marks "
+        "other tokens than stand between the template's {% generation %} markers; the loss here is on the latter."
+    ]
+
+
+def _not_given(examples: Examples, chats: list[Chat], tokenizer: Any) -> list[str]:
+    """Sentences on columns that the template would read, and what it is given of them."""
+    reads = read_variables(chats[0].template(tokenizer)).intersection(examples.columns)
+    notes = [
+        f"The chat template reads {name!r}, which is a column of the data, but is given it by the column "
+        "'chat_template_kwargs' only (as by TRL): move it there."
+        for name in sorted(reads.difference(COLUMNS, ["messages"]))
+    ]
+    if "documents" in reads and any("documents" in chat.variables for chat in chats):
+        notes.append(
+            "The column 'documents' reaches the chat template; TRL 1.16 leaves it out, unless it stands in the column "
+            "'chat_template_kwargs'."
+        )
+    return notes
+
+
+def _rows(places: list[str], total: int) -> str:
+    """Rows as notes name them."""
+    return f"In {len(places)} of {total} rows ({', '.join(places[:3])}{', ...' * (len(places) > 3)})"
 
 
 def _of_prompts(examples: Examples, tokenizer: Any, notes: list[str], whole: bool) -> Tokens:
-    texts = [p + c for p, c in zip(examples.prompts, examples.completions, strict=True)]
+    end = tokenizer.eos_token
+    texts = []
+    for prompt, completion in zip(examples.prompts, examples.completions, strict=True):
+        texts.append(prompt + completion + (end if end and not completion.endswith(end) else ""))
     starts = [0 if whole else len(prompt) for prompt in examples.prompts]
     spans = [[(start, len(text))] for start, text in zip(starts, texts, strict=True)]
     ids, masks, across = _masked(texts, spans, tokenizer, special=True)
-    end = tokenizer.eos_token_id
-    for row, mask in zip(ids, masks, strict=True):
-        if end is not None and row[-1:] != [end]:
-            row.append(end)
-            mask.append(True)
     special = set(tokenizer.all_special_ids)
-    if end is None and not all(row[-1] in special for row in ids):
+    if end is None and not all(row and row[-1] in special for row in ids):
         notes.append("The tokenizer has no end token: completions end without one.")
     if across and not whole:
         notes.append(
@@ -246,7 +287,7 @@ def _of_prompts(examples: Examples, tokenizer: Any, notes: list[str], whole: boo
     return ids, masks
 
 
-def _collect(out: Encoded, ids: list[list[int]], masks: list[list[bool]], max_length: int, source: str) -> None:
+def _collect(out: Encoded, ids: list[list[int]], masks: list[list[bool]], max_length: int, examples: Examples) -> None:
     cut = 0
     for index, (row, mask) in enumerate(zip(ids, masks, strict=True)):
         cut += len(row) > max_length
@@ -259,9 +300,15 @@ def _collect(out: Encoded, ids: list[list[int]], masks: list[list[bool]], max_le
     if cut:
         out.notes.append(f"{cut} of {len(ids)} rows were cut at {max_length} tokens.")
     if dropped := len(ids) - len(out.rows):
-        out.notes.append(f"{dropped} of {len(ids)} rows have no token with a loss left and were dropped.")
+        first = next(index for index in range(len(ids)) if index >= len(out.rows) or out.rows[index] != index)
+        out.notes.append(
+            f"{dropped} of {len(ids)} rows have no token with a loss left and were dropped (the first is "
+            f"{examples.places[first]})."
+        )
     if not out.rows:
-        raise DataError(f"{source}: no row has a token with a loss within {max_length} tokens; raise `max_length`")
+        raise DataError(
+            f"{examples.source}: no row has a token with a loss within {max_length} tokens; raise `max_length`"
+        )
 
 
 def _masked(
@@ -307,63 +354,3 @@ def _masked_by_prefixes(
         for place in range(reached(low), reached(high)):
             mask[place] = True
     return ids, mask
-
-
-def _marked(examples: Examples, tokenizer: Any) -> tuple[list[list[int]], list[list[bool]]]:
-    """By the template's own markers around what the assistant generates."""
-    ids, masks = [], []
-    for messages, place in zip(examples.completions, examples.places, strict=True):
-        found = _template(
-            lambda messages=messages: tokenizer.apply_chat_template(
-                messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-            ),
-            place,
-        )
-        ids.append(list(found["input_ids"]))
-        masks.append([bool(value) for value in found["assistant_masks"]])
-    return ids, masks
-
-
-def _rendered(
-    examples: Examples, tokenizer: Any, notes: list[str], whole: bool
-) -> tuple[list[str], list[list[tuple[int, int]]]]:
-    """Conversations as text, and the character ranges of the assistant's turns (of everything if ``whole``)."""
-    texts, spans, headed = [], [], 0
-    for prompt, completion, place in zip(examples.prompts, examples.completions, examples.places, strict=True):
-        messages = [*prompt, *completion]
-
-        def render(count: int, begin: bool, messages: list[Any] = messages, place: str = place) -> str:
-            return _template(
-                lambda: tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=begin),
-                place,
-            )
-
-        text = render(len(messages), False)
-        ranges = [(0, len(text))] if whole else []
-        for index, message in enumerate(messages):
-            if whole or index < len(prompt) or message["role"] != "assistant":
-                continue
-            after = render(index + 1, False)
-            before = render(index, True) if index else ""
-            if index and not after.startswith(before):  # a template whose generation prompt says more
-                before = render(index, False)
-            headed += not index or before == render(index, False)
-            if not (text.startswith(after) and after.startswith(before)):
-                raise DataError(
-                    f"{place}: the chat template renders earlier messages differently once later ones follow, so the "
-                    "assistant's turns cannot be told apart; use a template with {% generation %} markers, or rows of "
-                    "one turn"
-                )
-            ranges.append((len(before), len(after)))
-        texts.append(text)
-        spans.append(ranges)
-    if headed:
-        notes.append(f"In {headed} of the assistant's turns the template's header carries loss too.")
-    return texts, spans
-
-
-def _template(call: Callable[[], Any], place: str) -> Any:
-    try:
-        return call()
-    except Exception as error:  # jinja2's errors, and whatever a template's own filters raise
-        raise DataError(f"{place}: the chat template does not take this conversation: {one_line(error)}") from None

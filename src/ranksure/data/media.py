@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ranksure.data.folders import class_folders, is_saved_data_set
 from ranksure.data.tables import Table, read_source
-from ranksure.data.texts import absent_classes, classes
+from ranksure.data.texts import absent_classes, classes, kept_apart
 from ranksure.errors import DataError, MemoryBudgetError, SettingError
 from ranksure.progress import Reporter, Silent
 
@@ -105,7 +105,7 @@ def find_inputs(
         article = "an" if noun[0] in "aeiou" else "a"
         raise DataError(f"{table.name} has no rows: it needs {article} {noun} and a label on each")
     labels, names = classes(table, label_column)
-    notes = [*table.notes, *absent_classes(table, labels, names)]
+    notes = [*table.notes, *kept_apart(names), *absent_classes(table, labels, names)]
     places = [f"{table.row(index)}, column {column!r}" for index in range(len(values))]
     base = folder.parent if folder is not None and folder.is_file() else Path()
     return Found(values, labels, names, table.name, notes, places, base)
@@ -122,7 +122,9 @@ def inputs_in_memory(
     plain = [label.item() if isinstance(label, np.generic) else label for label in labels]
     table = Table(source, {"label": plain}, class_names=None if label_names is None else list(label_names))
     ids, names = classes(table, "label")
-    return Found(values, ids, names, source, [], [f"{source}: {noun} {index + 1}" for index in range(len(values))])
+    return Found(
+        values, ids, names, source, kept_apart(names), [f"{source}: {noun} {index + 1}" for index in range(len(values))]
+    )
 
 
 def given(value: Any, place: str, base: Path, noun: str) -> Any:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import heapq
+import re
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
@@ -92,21 +93,58 @@ class Samples:
     def with_label_names(self: AnySamples, label_names: Sequence[str]) -> AnySamples:
         """The same rows with class ids of another table, such as the training data's.
 
+        Names are compared exactly; where that fails, all of them as values (``1.0`` is 1, ``true`` is True, white
+        space at the ends is none).
+
         Raises:
             DataError: a row's label is not in ``label_names``, or the rows are for regression.
         """
         if self.label_names is None:
             raise DataError(f"{self.source} has regression targets, but classes {listed(label_names)} are expected")
-        ids = {name: i for i, name in enumerate(label_names)}
         used = Counter(self.labels)
-        for label, count in sorted(used.items()):
-            if (name := self.label_names[label]) not in ids:
+        present = sorted(used)
+        places = matched([self.label_names[label] for label in present], label_names, str, value_of)
+        for label, count in () if places is not None else sorted(used.items()):
+            if (name := self.label_names[label]) not in label_names:
                 raise DataError(
                     f"{self.source} has the label {name!r} ({count} row{'s' * (count != 1)}), which the training data "
                     f"does not have: its labels are {listed(label_names)}; remove or rename it"
                 )
-        mapped = [ids[self.label_names[label]] for label in self.labels]
-        return replace(self, labels=mapped, label_names=list(label_names))
+        assert places is not None
+        ids = dict(zip(present, places, strict=True))
+        return replace(self, labels=[ids[label] for label in self.labels], label_names=list(label_names))
+
+
+_DECIMAL = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?", re.ASCII)
+
+
+def number_of(name: str) -> int | float | None:
+    """The number that a class name is; none where it is a code, such as ``02116``, ``+1`` or ``1e3``."""
+    if len(name) > 100 or not _DECIMAL.fullmatch(name):
+        return None
+    if "." not in name:
+        return int(name)
+    number = float(name)
+    return int(number) if number.is_integer() else number
+
+
+def value_of(name: str) -> int | float | str:
+    """What a class name stands for: a number, a boolean in small letters, or itself without white space at its ends."""
+    name = name.strip()
+    number = number_of(name)
+    if number is not None:
+        return number
+    return name.lower() if name.lower() in ("true", "false") else name
+
+
+def matched(names: Sequence[str], known: Sequence[str], *keys: Callable[[str], Hashable]) -> list[int] | None:
+    """Where each of ``names`` stands among ``known``, by the first key under which all do and none become one."""
+    for key in keys:
+        there = {key(name): place for place, name in enumerate(known)}
+        wanted = [key(name) for name in names]
+        if len(there) == len(known) and len(set(wanted)) == len(wanted) and there.keys() >= set(wanted):
+            return [there[name] for name in wanted]
+    return None
 
 
 def listed(names: Sequence[str]) -> str:

@@ -48,6 +48,7 @@ class Table:
         columns: values by column name, all of one length.
         sha256: of the file's bytes; None where the source is not one file.
         class_names: the names of a ``datasets.ClassLabel`` label column, whose values are then ids.
+        unread: names of the columns that were not read.
         lines: the line of the file on which each row starts, where the file has lines.
         notes: what the user should know about how the source was read.
     """
@@ -57,6 +58,7 @@ class Table:
     sha256: str | None = None
     class_names: list[str] | None = None
     lines: list[int] | None = None
+    unread: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def row(self, index: int) -> str:
@@ -65,17 +67,35 @@ class Table:
         return f"{self.name}: row {index + 1}{line}"
 
 
-def read_source(source: Any, wanted: Sequence[str], label_column: str, split: str | None) -> Table:
-    """Read the ``wanted`` columns of a source (see :func:`ranksure.data.texts.load_rows`).
+@dataclass(frozen=True)
+class _Wanted:
+    """Which columns to read; ``optional`` ones where they are there."""
+
+    names: Sequence[str]
+    label: str
+    optional: Sequence[str]
+
+    def table(self, name: str, present: Sequence[Any], values: Callable[[str], list[Any]], **more: Any) -> Table:
+        """The columns of a source, of which ``values`` gives one; raises as :func:`check_columns`."""
+        also = [column for column in self.optional if column in present and column not in self.names]
+        check_columns(name, present, [*self.names, *also])
+        columns = {column: values(column) for column in (*self.names, *also)}
+        return Table(name, columns, unread=[str(other) for other in present if other not in columns], **more)
+
+
+def read_source(
+    source: Any, names: Sequence[str], label_column: str, split: str | None, optional: Sequence[str] = ()
+) -> Table:
+    """Read the columns ``names`` of a source (see :func:`ranksure.data.texts.load_rows`), ``optional`` ones if any.
 
     Raises:
         DataError: the source is missing, unreadable, malformed or has no such column.
         SettingError: the source is of a type that is not read here, or ``split`` does not apply to it.
     """
+    wanted = _Wanted(names, label_column, optional)
     if isinstance(source, pd.DataFrame):
         _no_split(split, "a data frame")
-        check_columns("data frame", list(source.columns), wanted)
-        return Table("data frame", {name: source[name].tolist() for name in wanted})
+        return wanted.table("data frame", list(source.columns), lambda name: source[name].tolist())
     if isinstance(source, (str, Path)):
         path = Path(source).expanduser()
         try:
@@ -83,14 +103,14 @@ def read_source(source: Any, wanted: Sequence[str], label_column: str, split: st
         except OSError as error:  # a name too long to be one
             raise DataError(f"{shown(str(source))} cannot be read: {one_line(error)}") from None
         if is_dir:
-            return _saved(path, wanted, label_column, split)
+            return _saved(path, wanted, split)
         if exists or isinstance(source, Path) or _looks_like_a_path(source):
-            return _file(path, wanted, label_column, split)
-        return _hub(source, wanted, label_column, split)
+            return _file(path, wanted, split)
+        return _hub(source, wanted, split)
     import datasets
 
     if isinstance(source, (datasets.Dataset, datasets.DatasetDict)):
-        return _dataset(source, "data set", wanted, label_column, split)
+        return _dataset(source, "data set", wanted, split)
     raise SettingError(
         f"data of type {type(source).__name__} is not read: give a file name, a folder of save_to_disk, a Hub id, "
         "a pandas.DataFrame or a datasets.Dataset (not a streaming one)"
@@ -120,15 +140,15 @@ def check_columns(name: str, present: Sequence[Any], wanted: Sequence[str]) -> N
 # files
 
 
-def _file(path: Path, wanted: Sequence[str], label_column: str, split: str | None) -> Table:
+def _file(path: Path, wanted: _Wanted, split: str | None) -> Table:
     if not path.exists():
         raise DataError(_no_such_file(path))
-    readers: dict[str, Callable[[Path, bytes, Sequence[str]], Table]] = {
+    readers: dict[str, Callable[[Path, bytes, _Wanted], Table]] = {
         ".csv": _csv,
         ".tsv": _csv,
         ".jsonl": _json,
         ".json": _json,
-        ".parquet": lambda path, raw, wanted: _parquet(path, raw, wanted, label_column),
+        ".parquet": _parquet,
     }
     reader = readers.get(path.suffix.lower())
     if reader is None:
@@ -142,7 +162,9 @@ def _file(path: Path, wanted: Sequence[str], label_column: str, split: str | Non
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
     if not raw.removeprefix(_BOM).strip():
-        raise DataError(f"{path} is empty: it needs the columns {', '.join(map(repr, wanted))} and one row per sample")
+        raise DataError(
+            f"{path} is empty: it needs the columns {', '.join(map(repr, wanted.names))} and one row per sample"
+        )
     table = reader(path, raw, wanted)
     table.sha256 = hashlib.sha256(raw).hexdigest()
     return table
@@ -163,7 +185,7 @@ def _decode(path: Path, raw: bytes) -> str:
         ) from None
 
 
-def _csv(path: Path, raw: bytes, wanted: Sequence[str]) -> Table:
+def _csv(path: Path, raw: bytes, wanted: _Wanted) -> Table:
     text = _decode(path, raw)
     if path.suffix.lower() != ".tsv":
         return _delimited(path, text, wanted, ",", csv.QUOTE_MINIMAL)
@@ -183,14 +205,13 @@ class _MalformedError(DataError):
     """A delimited file whose records do not parse."""
 
 
-def _delimited(path: Path, text: str, wanted: Sequence[str], delimiter: str, quoting: Any) -> Table:
+def _delimited(path: Path, text: str, wanted: _Wanted, delimiter: str, quoting: Any) -> Table:
     """Read CSV or TSV with the standard library: it knows line numbers and rejects ragged records."""
     records = _records(path, text, delimiter, quoting)
     _, header = next(records)
-    check_columns(str(path), header, wanted)
-    positions = [header.index(column) for column in wanted]
-    columns: list[list[Any]] = [[] for _ in wanted]
+    rows: list[list[str]] = []
     lines: list[int] = []
+    table = wanted.table(str(path), header, lambda _: [], lines=lines)
     for line, record in records:
         if len(record) != len(header):
             raise _MalformedError(
@@ -198,9 +219,11 @@ def _delimited(path: Path, text: str, wanted: Sequence[str], delimiter: str, quo
                 f"{len(header)}; quote fields that hold a delimiter, a quotation mark or a line break"
             )
         lines.append(line)
-        for column, position in zip(columns, positions, strict=True):
-            column.append(record[position])
-    return Table(str(path), dict(zip(wanted, columns, strict=True)), lines=lines)
+        rows.append(record)
+    for column, values in table.columns.items():
+        place = header.index(column)
+        values += [row[place] for row in rows]
+    return table
 
 
 def _records(path: Path, text: str, delimiter: str, quoting: Any) -> Iterator[tuple[int, list[str]]]:
@@ -223,7 +246,7 @@ def _records(path: Path, text: str, delimiter: str, quoting: Any) -> Iterator[tu
         csv.field_size_limit(before)
 
 
-def _json(path: Path, raw: bytes, wanted: Sequence[str]) -> Table:
+def _json(path: Path, raw: bytes, wanted: _Wanted) -> Table:
     """Read JSON lines, or one JSON array of objects."""
     text = _decode(path, raw)
     lines: list[int] | None = []
@@ -242,12 +265,11 @@ def _json(path: Path, raw: bytes, wanted: Sequence[str]) -> Table:
         if not isinstance(row, dict):
             raise DataError(
                 f"{path}: {name_row(number)} is {shown(row)}, not an object; write one object per line, "
-                f"such as {json.dumps(dict.fromkeys(wanted, '...'))}"
+                f"such as {json.dumps(dict.fromkeys(wanted.names, '...'))}"
             )
         present.update(dict.fromkeys(row))
-    if rows:
-        check_columns(str(path), list(present), wanted)
-    return Table(str(path), {column: [row.get(column) for row in rows] for column in wanted}, lines=lines)
+    there = list(present) if rows else wanted.names
+    return wanted.table(str(path), there, lambda column: [row.get(column) for row in rows], lines=lines)
 
 
 def _loads(path: Path, text: str, line: int | None) -> Any:
@@ -270,31 +292,30 @@ def _loads(path: Path, text: str, line: int | None) -> Any:
         raise DataError(f"{path}: line {line or 1} cannot be read as JSON: {one_line(error)}") from None
 
 
-def _parquet(path: Path, raw: bytes, wanted: Sequence[str], label_column: str) -> Table:
+def _parquet(path: Path, raw: bytes, wanted: _Wanted) -> Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         file = pq.ParquetFile(pa.BufferReader(raw))
         schema = file.schema_arrow
-        check_columns(str(path), schema.names, wanted)
-        columns = file.read(columns=list(wanted))
+        table = wanted.table(
+            str(path), schema.names, lambda column: file.read(columns=[column]).column(column).to_pylist()
+        )
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} is not a readable Parquet file: {one_line(error)}") from None
-    class_names = None
     if b"huggingface" in (schema.metadata or {}):  # written by datasets: its features are kept there
         import datasets
 
-        class_names = _class_names(datasets.Features.from_arrow_schema(schema), label_column)
-    values = {column: columns.column(column).to_pylist() for column in wanted}
-    return Table(str(path), values, class_names=class_names)
+        table.class_names = _class_names(datasets.Features.from_arrow_schema(schema), wanted.label)
+    return table
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # datasets
 
 
-def _saved(path: Path, wanted: Sequence[str], label_column: str, split: str | None) -> Table:
+def _saved(path: Path, wanted: _Wanted, split: str | None) -> Table:
     if not is_saved_data_set(path):
         files = sorted(p.name for p in path.iterdir() if p.suffix.lower() in {".csv", ".tsv", ".jsonl", ".parquet"})
         hint = f"name one of its files ({', '.join(files[:5])})" if files else "name a file"
@@ -305,10 +326,10 @@ def _saved(path: Path, wanted: Sequence[str], label_column: str, split: str | No
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:  # whatever datasets raises for a damaged folder
         raise DataError(f"{path} is a damaged data set, save it again: {one_line(error)}") from None
-    return _dataset(loaded, str(path), wanted, label_column, split)
+    return _dataset(loaded, str(path), wanted, split)
 
 
-def _hub(source: str, wanted: Sequence[str], label_column: str, split: str | None) -> Table:
+def _hub(source: str, wanted: _Wanted, split: str | None) -> Table:
     if not _HUB_ID.fullmatch(source):
         raise DataError(f"{shown(source)} is neither a file or folder that exists nor a Hub id (owner/name)")
     import datasets
@@ -316,6 +337,8 @@ def _hub(source: str, wanted: Sequence[str], label_column: str, split: str | Non
     name, _, config = source.partition(":")
     try:
         loaded = datasets.load_dataset(name, config or None, split=split)
+        if as_text := _as_text(loaded, wanted.label):
+            loaded = datasets.load_dataset(name, config or None, split=split, **as_text)
     except Exception as error:  # connection, authorisation, unknown name, unknown configuration or split
         raise DataError(
             f"{source}: no such file or folder here{_near(Path(source))}, and the Hub data set of that name "
@@ -324,16 +347,23 @@ def _hub(source: str, wanted: Sequence[str], label_column: str, split: str | Non
         ) from None
     if not isinstance(loaded, (datasets.Dataset, datasets.DatasetDict)):
         raise DataError(f"{source} is a streaming data set, which is not read: save it with save_to_disk first")
-    return _dataset(loaded, source, wanted, label_column, split if isinstance(loaded, datasets.DatasetDict) else None)
+    return _dataset(loaded, source, wanted, split if isinstance(loaded, datasets.DatasetDict) else None)
 
 
-def _dataset(
-    loaded: datasets.Dataset | datasets.DatasetDict,
-    name: str,
-    wanted: Sequence[str],
-    label_column: str,
-    split: str | None,
-) -> Table:
+def _as_text(loaded: Any, label_column: str) -> dict[str, Any]:
+    """How to load a data set of CSV files again, its fields as they stand there: by default ``02116`` becomes 2116."""
+    import datasets
+
+    first = next(iter(loaded.values()), None) if isinstance(loaded, datasets.DatasetDict) else loaded
+    if not isinstance(first, datasets.Dataset) or first.builder_name != "csv" or label_column not in first.features:
+        return {}
+    if isinstance(first.features[label_column], datasets.ClassLabel):
+        return {}
+    text = datasets.Features({column: datasets.Value("string") for column in first.column_names})
+    return {"features": text, "keep_default_na": False}
+
+
+def _dataset(loaded: datasets.Dataset | datasets.DatasetDict, name: str, wanted: _Wanted, split: str | None) -> Table:
     import datasets
 
     if isinstance(loaded, datasets.DatasetDict):
@@ -344,16 +374,13 @@ def _dataset(
         loaded, name = loaded[chosen], f"{name} [{chosen}]"
     elif split is not None and split != str(loaded.split):
         raise SettingError(f"split {split!r} was asked of {name}, which is one split already: leave it out")
-    check_columns(name, loaded.column_names, wanted)
-    for column in wanted:  # images and recordings stay encoded: their own tasks decode them and name one that fails
+    there = [column for column in (*wanted.names, *wanted.optional) if column in loaded.column_names]
+    for column in there:  # images and recordings stay encoded: their own tasks decode them and name one that fails
         if getattr(feature := loaded.features[column], "decode", False):
             loaded = loaded.cast_column(column, replace(feature, decode=False))
     plain = loaded.with_format(None)  # not tensors
-    return Table(
-        name,
-        {column: list(plain[column]) for column in wanted},
-        class_names=_class_names(loaded.features, label_column),
-    )
+    names = _class_names(loaded.features, wanted.label)
+    return wanted.table(name, loaded.column_names, lambda column: list(plain[column]), class_names=names)
 
 
 def _class_names(features: Any, label_column: str) -> list[str] | None:

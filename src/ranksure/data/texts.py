@@ -7,6 +7,7 @@ import json
 import math
 import numbers
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import pandas as pd
 
-from ranksure.data.samples import Samples, listed
+from ranksure.data.samples import Samples, listed, number_of, value_of
 from ranksure.data.tables import Table, read_source
 from ranksure.errors import DataError, SettingError, shown
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 MAX_CHARACTERS = 100_000
 MAX_CLASSES = 1000
+LARGEST_TARGET = 1e15
+"""Of regression: its square, summed over a billion rows, is a float32 yet."""
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d{1,4})?", re.ASCII | re.IGNORECASE)
 _NOT_FINITE = re.compile(r"[+-]?(nan|inf|infinity)", re.IGNORECASE)
@@ -62,8 +65,8 @@ def load_rows(
             ``datasets.save_to_disk`` wrote; a Hub id (``owner/name``, or ``owner/name:configuration``); a data frame; a
             data set.
         text_column: the column of texts.
-        label_column: the column of labels: strings, integers or booleans, or floats for regression. Numbers written as
-            strings or floats (``"1"``, ``1.0``) are the integers they equal; strings lose white space at their ends.
+        label_column: the column of labels: strings, integers or booleans, or floats for regression. Strings stay as
+            they are (``02116`` is not ``2116``, ``1.0`` not ``1``), and a class is called by them.
         text_pair_column: the column of second texts (entailment, paraphrase), or None.
         split: which split of a Hub or saved data set; by default ``train``, or the only one.
         regression: read labels as finite floats, for the squared error.
@@ -91,7 +94,7 @@ def load_rows(
     else:
         labels, names = classes(table, label_column)
         content = [names[label] for label in labels]
-        notes += absent_classes(table, labels, names)
+        notes += [*kept_apart(names), *absent_classes(table, labels, names)]
     columns = {column: _texts(table, column) for column in wanted if column != label_column}
     sha256 = table.sha256 or content_hash([*columns.values(), content])
     cut = {column: _truncated(texts, column, notes) for column, texts in columns.items()}
@@ -167,13 +170,18 @@ def classes(table: Table, column: str) -> tuple[list[int], list[str]]:
     if table.class_names is not None:
         labels, names = _class_label_ids(table, column, table.class_names), table.class_names
     else:
-        keys = _plain(table, column)
-        if any(isinstance(key, str) for key in keys):
-            keys = [str(key) for key in keys]  # numbers among words are words
-        distinct = sorted(set(keys))
+        values = _label_values(table, column)
+        _check_missing_words(table, column, values)
+        _check_types(table, column, values)
+        keys = [str(value) for value in values]
+        as_numbers = {key: number_of(key) for key in keys}
+        if any(number is None for number in as_numbers.values()):
+            distinct = sorted(as_numbers)
+        else:
+            distinct = sorted(as_numbers, key=lambda key: (as_numbers[key], key))
         _check_class_count(table, column, distinct, len(keys))
         ids = {key: i for i, key in enumerate(distinct)}
-        labels, names = [ids[key] for key in keys], [str(key) for key in distinct]
+        labels, names = [ids[key] for key in keys], distinct
     present = set(labels)
     if len(present) == 1:
         raise DataError(
@@ -183,6 +191,17 @@ def classes(table: Table, column: str) -> tuple[list[int], list[str]]:
     return labels, names
 
 
+def kept_apart(names: Sequence[str]) -> list[str]:
+    """A sentence on classes whose names differ in spelling only, if any: they may be one."""
+    spelt: dict[Any, list[str]] = {}
+    for name in names:
+        spelt.setdefault(value_of(unicodedata.normalize("NFKC", name).casefold()), []).append(name)
+    alike = next((group for group in spelt.values() if len(group) > 1), None)
+    if alike is None:
+        return []
+    return [f"{listed(alike)} are {len(alike)} classes, as the data has them: write them alike if they are one."]
+
+
 def absent_classes(table: Table, labels: Sequence[int], names: Sequence[str]) -> list[str]:
     """A sentence on named classes that have no row, if any."""
     absent = sorted(set(range(len(names))) - set(labels))
@@ -190,14 +209,15 @@ def absent_classes(table: Table, labels: Sequence[int], names: Sequence[str]) ->
 
 
 def _check_class_count(table: Table, column: str, distinct: Sequence[Any], n_rows: int) -> None:
-    fractions = any(isinstance(key, float) for key in distinct)
+    measured = all(_NUMBER.fullmatch(key) for key in distinct)
+    fractions = measured and not all(float(key).is_integer() for key in distinct)
     # Measurements rarely repeat; names and whole numbers that never do are identifiers.
     no_classes = len(distinct) > max(2, n_rows / 2) if fractions else len(distinct) == n_rows > 20
     if len(distinct) > MAX_CLASSES or no_classes:
         found = f"{len(distinct):,} different labels in {n_rows:,} rows"
         examples = ", ".join(shown(str(key), 20) for key in distinct[:3])
         cure = "choose another label column"
-        if not isinstance(distinct[0], str):
+        if measured:
             cure = f"for regression use `loss` squared-error, else {cure}"
         raise DataError(
             f"{table.name}: column {column!r} has {found} ({examples}, ...), which are not classes (at most "
@@ -220,44 +240,37 @@ def _class_label_ids(table: Table, column: str, names: list[str]) -> list[int]:
 def _targets(table: Table, column: str) -> list[float]:
     if table.class_names is not None:
         raise DataError(f"{table.name}: column {column!r} holds classes ({listed(table.class_names)}), not numbers")
+    values = _label_values(table, column)
+    _check_missing_words(table, column, values)
     targets = []
-    for index, value in enumerate(_plain(table, column)):
-        if isinstance(value, str):
+    for index, value in enumerate(values):
+        if isinstance(value, bool) or (isinstance(value, str) and not _NUMBER.fullmatch(value.strip())):
             raise DataError(
                 f"{table.row(index)}, column {column!r}: {shown(value)} is not a number, as regression needs; "
                 "correct it, or use a classification loss"
             )
         targets.append(float(value))
+        if abs(targets[-1]) > LARGEST_TARGET:
+            raise _bad_label(
+                table, column, index, value, f"is beyond {LARGEST_TARGET:g}, where its squared error overflows"
+            )
     if len(set(targets)) == 1:
         raise DataError(f"{table.name}: every row has the target {targets[0]} in column {column!r}; nothing to learn")
     return targets
 
 
-def _plain(table: Table, column: str) -> list[str | int | float]:
-    """Labels as strings, integers, or floats that are not whole; never missing, never infinite."""
-    values = table.columns[column]
-    keys = [_key(table, column, index, value) for index, value in enumerate(values)]
-    strings = {key.lower() for key in keys if isinstance(key, str)}
-    if strings <= {"true", "false"}:  # however a CSV spells them, they are the booleans of a Parquet file
-        return [key.capitalize() if isinstance(key, str) else key for key in keys]
-    if strings <= _MISSING and not all(isinstance(key, str) for key in keys):  # words for "missing" among numbers
-        index = next(i for i, key in enumerate(keys) if isinstance(key, str))
-        raise _bad_label(table, column, index, values[index], "is missing")
-    return keys
+def _label_values(table: Table, column: str) -> list[str | bool | int | float]:
+    """Labels as they are: strings, booleans, integers, and floats that are not whole; none missing or infinite."""
+    return [_label_value(table, column, index, value) for index, value in enumerate(table.columns[column])]
 
 
-def _key(table: Table, column: str, index: int, value: object) -> str | int | float:
-    if isinstance(value, (bool, np.bool_)):
-        return str(bool(value))
+def _label_value(table: Table, column: str, index: int, value: object) -> str | bool | int | float:
     if isinstance(value, str):
-        value = value.strip()
-        if not value:
+        if not value or value.isspace():
             raise _bad_label(table, column, index, None, "is missing")
-        if _NOT_FINITE.fullmatch(value):
-            raise _bad_label(table, column, index, value, "is not finite")
-        if len(value) > 100 or not _NUMBER.fullmatch(value):
-            return value
-        value = int(value) if value.lstrip("+-").isdigit() else float(value)
+        return value
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
     if isinstance(value, numbers.Integral):
         return int(value)
     if _is_missing(value) and not isinstance(value, numbers.Real):
@@ -270,6 +283,38 @@ def _key(table: Table, column: str, index: int, value: object) -> str | int | fl
     if isinstance(value, (list, tuple, dict, set, np.ndarray)):
         raise _bad_label(table, column, index, value, "is a list: one label per row is needed")
     raise _bad_label(table, column, index, value, f"is of type {type(value).__name__}, not a string or number")
+
+
+def _check_missing_words(table: Table, column: str, values: Sequence[object]) -> None:
+    """Among numbers, words such as ``NA`` and ``nan`` mark what is missing; among words they are names."""
+    words = {index: value.strip() for index, value in enumerate(values) if isinstance(value, str)}
+    odd: dict[int, tuple[object, str]] = {}
+    for index, word in words.items():
+        if _NUMBER.fullmatch(word):
+            if not math.isfinite(float(word)):
+                odd[index] = float(word), "is not finite"
+        elif _NOT_FINITE.fullmatch(word):
+            odd[index] = word, "is not finite"
+        elif word.lower() in _MISSING:
+            odd[index] = word, "is missing"
+        else:
+            return
+    if odd and len(odd) < len(values) and not any(isinstance(value, bool) for value in values):
+        index = min(odd)
+        raise _bad_label(table, column, index, *odd[index])
+
+
+def _check_types(table: Table, column: str, values: Sequence[object]) -> None:
+    """No class name may stand for both a text and a number."""
+    first: dict[str, int] = {}
+    for index, value in enumerate(values):
+        other = first.setdefault(str(value), index)
+        if isinstance(value, str) is not isinstance(values[other], str):
+            kinds = ["text" if isinstance(values[i], str) else type(values[i]).__name__ for i in (other, index)]
+            raise DataError(
+                f"{table.row(index)}, column {column!r}: the label {shown(str(value))} is of type {kinds[1]} here and "
+                f"of type {kinds[0]} in row {other + 1}; write one class in one way"
+            )
 
 
 def _bad_label(table: Table, column: str, index: int, value: object, what: str) -> DataError:

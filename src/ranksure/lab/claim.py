@@ -7,63 +7,15 @@ whose words are written out; nothing else has to know of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from ranksure.progress import Reporter, Silent
+from ranksure.records.claims import Check, Curve, Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-Item = TypeVar("Item")
-
-
-@dataclass(frozen=True)
-class Check:
-    """One part of a claim, and whether the measurement agrees with it.
-
-    Attributes:
-        claim: what is claimed, in a sentence.
-        measured: what was measured, in a sentence with its numbers.
-        holds: whether the two agree, decided by the numbers.
-    """
-
-    claim: str
-    measured: str
-    holds: bool
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A line of a figure.
-
-    Attributes:
-        label: such as ``rank 4``.
-        x: steps, samples or lambdas.
-        y: values.
-        group: the panel it belongs to.
-        spread: standard deviation of every value over seeds; None where there is one run.
-    """
-
-    label: str
-    x: Sequence[float]
-    y: Sequence[float]
-    group: str = ""
-    spread: Sequence[float] | None = None
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows under named columns."""
-
-    columns: Sequence[str] = ()
-    rows: Sequence[Sequence[Any]] = ()
-
-    @classmethod
-    def of(cls, items: Iterable[Item], columns: Mapping[str, Callable[[Item], Any]]) -> Table:
-        """One row for each item: what the function of every column says of it."""
-        return cls(list(columns), [[value(item) for value in columns.values()] for item in items])
 
 
 @dataclass(frozen=True)

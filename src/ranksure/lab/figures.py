@@ -77,7 +77,7 @@ def curve_panels(
     x: str,
     y: str,
     height: float = 2.7,
-    transform: Callable[[Curve], Sequence[float]] = lambda curve: curve.y,
+    transform: Callable[[Curve], Sequence[float | None]] = lambda curve: curve.y,
     y_scale: str = "linear",
     level: Mapping[str, float] | float | None = None,
     level_label: str = "",
@@ -92,8 +92,8 @@ def curve_panels(
         height: inches of a row.
         transform: what is drawn of a curve.
         y_scale: ``log`` or ``linear``.
-        level: a horizontal line, one for all panels or by group.
-        level_label: its label.
+        level: a horizontal line, one for all panels or by group; ``level_label`` names it.
+        level_label: see ``level``.
         markers: draw the points.
     """
     groups: dict[str, list[Curve]] = {}
@@ -116,7 +116,7 @@ def curve_panels(
         _x_axis(axis, [value for curve in mine for value in curve.x], markers)
         if y_scale == "log":
             axis.set_yscale("log")
-        elif all(float(value).is_integer() for curve in mine for value in curve.y):
+        elif all(value is not None and float(value).is_integer() for curve in mine for value in curve.y):
             axis.yaxis.get_major_locator().set_params(integer=True)  # ranks
         if index >= len(groups) - columns:
             axis.set_xlabel(x)
@@ -126,14 +126,14 @@ def curve_panels(
     return figure
 
 
-def _curve(axis: Axes, curve: Curve, values: Sequence[float], place: int, markers: bool) -> Any:
+def _curve(axis: Axes, curve: Curve, values: Any, place: int, markers: bool) -> Any:
     """A line in the style of its place among the labels."""
     style: Any = {"color": COLOURS[place % len(COLOURS)], "linestyle": ("-", "--", ":")[place // len(COLOURS) % 3]}
     if markers:
         style["marker"] = _MARKERS[place % len(_MARKERS)]
     (handle,) = axis.plot(curve.x, values, label=curve.label, **style)
     if curve.spread is not None:
-        y, spread = np.asarray(values), np.asarray(curve.spread)
+        y, spread = np.asarray(values, float), np.asarray(curve.spread, float)
         axis.fill_between(curve.x, y - spread, y + spread, color=style["color"], alpha=0.15, lw=0)
     return handle
 

@@ -26,7 +26,6 @@ class LabOptions(Settings):
     json: Annotated[bool, Option("The record on standard output, all else on error.", OUTPUT)] = False
 
     def run(self, reporter: Reporter) -> "Run":
-        """How claims are measured."""
         from ranksure.lab.claim import Run
 
         return Run(self.full, seed=self.seed, reporter=reporter)

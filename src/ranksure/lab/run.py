@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import ast
 import csv
+import difflib
 import io
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
@@ -18,8 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from ranksure.errors import SettingError
-from ranksure.lab.claim import Claim, Finding, Run, Table
-from ranksure.lab.output import json_bytes, near, plain, write_whole
+from ranksure.files import write_together, writing
+from ranksure.lab.claim import Claim, Finding, Run
+from ranksure.records.claims import ClaimRecord, LabRecord, Reference, ReproductionRecord, Table
+from ranksure.records.record import encoded
+
+
+def near(name: str, known: Iterable[str], *also: str) -> str:
+    """A hint for a name that is not known: those like it, or all."""
+    close = difflib.get_close_matches(name, [*known, *also], n=2, cutoff=0.4)
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    return f"there are {', '.join(known)}" + "".join(f", or {other}" for other in also)
 
 
 @dataclass(frozen=True)
@@ -93,7 +104,7 @@ def _words(path: Path) -> dict[str, Any]:
     raise ValueError(f"{path} has no CLAIM = Claim(title=..., claim=..., source=..., measure=...)")
 
 
-def measure(shelf: Shelf, name: str, run: Run, command: str = "") -> tuple[Finding, dict[str, Any]]:
+def measure(shelf: Shelf, name: str, run: Run, command: str = "") -> tuple[Finding, ClaimRecord]:
     """Measure a claim.
 
     Returns:
@@ -106,59 +117,60 @@ def measure(shelf: Shelf, name: str, run: Run, command: str = "") -> tuple[Findi
     with style():
         finding = claim.measure(run)
     summary = [check.measured for check in finding.checks]
-    numbers = finding.numbers
-    record = {
-        "schema": 1,
-        "kind": shelf.command,
+    common: dict[str, Any] = {
+        "command": command or f"ranksure {shelf.command} {name}",
+        "versions": {"python": platform.python_version(), **{package: version(package) for package in _PACKAGES}},
         "name": name,
         "title": claim.title,
         "claim": claim.claim,
+        "verdict": finding.verdict(shelf.verdicts),
         "source": claim.source,
         "where": claim.source,
-        "settings": {**run.to_json(), "missing": finding.missing},
-        "axes": finding.axes,
-        "curves": [{key: value for key, value in vars(curve).items() if value is not None} for curve in finding.curves],
-        "reference": {"label": "certified optimum", "value": None, "per_group": finding.reference},
-        "table": vars(finding.table),
+        "settings": {**run.to_json(), "missing": list(finding.missing)},
+        "checks": list(finding.checks),
+        "curves": list(finding.curves),
+        "axes": dict(finding.axes),
+        "reference": Reference("certified optimum", None, dict(finding.reference)),
+        "table": finding.table,
         "summary": [*summary, *finding.missing],
-        "checks": [{**vars(check), "holds": bool(check.holds)} for check in finding.checks],
-        **({"numbers": numbers} if shelf is PAPER else {"measured": {"summary": summary, **numbers}}),
-        "verdict": finding.verdict(shelf.verdicts),
-        "size": run.size("small", "default", "full"),
         "seed": run.seed,
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in _PACKAGES}},
-        "command": command or f"ranksure {shelf.command} {name}",
+        "size": run.size("small", "default", "full"),
         "seconds": round(time.perf_counter() - began, 2),
         "parts": {kind: count - before[kind] for kind, count in run.parts_count().items()},
     }
-    return finding, plain(record)
+    if shelf is PAPER:
+        return finding, ReproductionRecord(**common, numbers=dict(finding.numbers))
+    return finding, LabRecord(**common, measured={"summary": summary, **finding.numbers})
 
 
 _PACKAGES = ("ranksure", "torch", "transformers", "peft", "numpy", "scipy")
 
 
-def write(out: Path, finding: Finding, record: dict[str, Any]) -> list[Path]:
+def write(out: Path, finding: Finding, record: ClaimRecord) -> list[Path]:
     """Write ``NAME.json`` and ``NAME.png`` into ``out``, with a table ``NAME.csv`` and ``NAME.svg``, too.
 
-    Each is there whole or not at all.
+    All of them are there, of one measurement, or none.
 
     Raises:
         SettingError: the folder cannot be written.
     """
     from ranksure.lab.figures import image, style
 
-    name, table = record["name"], finding.table
+    name, table = record.name, finding.table
     with style():
         content = {f"{name}.{kind}": image(finding.figure, kind) for kind in ("png", *["svg"] * bool(table.columns))}
     if table.columns:
         content[f"{name}.csv"] = table_csv(table).encode()
     # Last: where the record is, its figures are.
-    content[f"{name}.json"] = json_bytes(record)
+    content[f"{name}.json"] = encoded(record)
     for file in content:
         if (out / file).is_dir():
             raise SettingError(f"`out` {out} cannot be written: {file} is a folder")
-    for file, data in content.items():
-        write_whole(out / file, data)
+    try:
+        with writing(out):
+            write_together(out, content)
+    except OSError as error:
+        raise SettingError(f"`out` {out} cannot be written: {error.strerror or error}") from None
     return [out / file for file in reversed(content)]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -19,11 +20,43 @@ from ranksure.choices import Weighting
 from ranksure.errors import CaptureError, DataError, SettingError
 from ranksure.loss_terms import CHUNK_VALUES, Terms, batch_terms, is_shifted, kind_of, token_places
 from ranksure.losses import CrossEntropy, Kind, get_loss
-from ranksure.network.logits import Batch, device_of, logits_in, to_device, unlabelled
+from ranksure.network.logits import Batch, device_of, logits_in, not_finite, to_device, unlabelled
 from ranksure.network.targets import base_layer, base_network
 
 _TEXT_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
 _WORDS = 8  # tokens of a text on which the model's own loss is looked at
+_LABELS = 16  # classes on which it is looked at
+_ROUTER_LOSS = re.compile(r"(aux|router|moe|z).*loss.*(coef|weight|alpha)")
+
+
+class OtherLossError(SettingError):
+    """The model computes another loss than the one that was found for it."""
+
+
+def check_own_loss(model: nn.Module, batch: Batch, kind: Kind | None = None, counted: bool = False) -> None:
+    """The loss that a model computes itself is the mean of its terms.
+
+    Args:
+        model: the network, in evaluation mode.
+        batch: rows with ``labels``, of which a few are looked at.
+        kind: which loss; by the model's own rules by default.
+        counted: it must divide by ``num_items_in_batch``, too: a Trainer that accumulates adds such losses up.
+
+    Raises:
+        OtherLossError: it is another.
+    """
+    forward = Forward(model, kind)
+    inputs, labels = forward.split(batch)
+    few = forward.check_loss(inputs, labels)
+    if counted and few is not None:
+        with torch.no_grad():
+            one, two = (float(model(**few, num_items_in_batch=torch.tensor(n)).loss) for n in (1, 2))
+        if math.isclose(one, two, rel_tol=1e-3):
+            raise OtherLossError(
+                "the model's loss does not divide by the number of rows of a step, so the Trainer adds up those of "
+                "the accumulated batches, which changes what the penalty weighs; pass "
+                "compute_loss_func=ranksure.mean_loss_function(...)"
+            )
 
 
 class Forward:
@@ -38,6 +71,7 @@ class Forward:
 
     Attributes:
         weight: total weight of the terms seen; ``total`` is the weighted sum of their losses, ``n_samples`` their rows.
+        last: of the last batch, the row of each term and its loss.
 
     Raises:
         SettingError: unknown weighting.
@@ -61,6 +95,7 @@ class Forward:
         self.n_samples = 0
         self._check = check and kind is None
         self._head = _output_embeddings(self.base, set(targets))
+        self.last: tuple[Tensor, Tensor] = torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.float64)
         self._losses: list[Tensor] = []
         self._weights: list[Tensor] = []
 
@@ -69,9 +104,14 @@ class Forward:
         """Mean loss so far."""
         return self.total / self.weight
 
+    @property
+    def losses(self) -> Tensor:
+        """Every term's loss so far, float64 ``(T,)``, on the CPU; the first rows' first."""
+        return torch.cat([torch.zeros(0, dtype=torch.float64), *self._losses])
+
     def terms(self) -> Terms:
         """All terms, with weights that sum to one."""
-        return Terms(self.kind or CrossEntropy.name, torch.cat(self._losses), torch.cat(self._weights) / self.weight)
+        return Terms(self.kind or CrossEntropy.name, self.losses, torch.cat(self._weights) / self.weight)
 
     def losses_only(self, batch: Batch) -> None:
         """Add a batch's terms, without gradients.
@@ -79,10 +119,10 @@ class Forward:
         Raises:
             DataError: no labels, labels that do not fit, or logits that are not finite.
         """
-        inputs, labels = self._split(batch)
+        inputs, labels = self.split(batch)
         with torch.no_grad():
             output, streamed = self._run(inputs, labels, lambda: None)
-            self._add_terms(output, labels, streamed, gradient=False)
+            self._add_terms(output, inputs, labels, streamed, gradient=False)
 
     def gradients(self, batch: Batch, restart: Callable[[], None], backward: Callable[[], None]) -> None:
         """Add a batch's terms, and propagate the gradient of their weighted sum back.
@@ -94,14 +134,14 @@ class Forward:
             DataError: as :meth:`losses_only`.
             SettingError: the model computes another loss than the one that was found for it.
         """
-        inputs, labels = self._split(batch)
+        inputs, labels = self.split(batch)
         if self._check:
             self._check = False
-            self._check_loss(inputs, labels)
+            self.check_loss(inputs, labels)
             restart()
         with torch.enable_grad():
             output, streamed = self._run(inputs, labels, restart)
-        found = self._add_terms(output, labels, streamed, gradient=True)
+        found = self._add_terms(output, inputs, labels, streamed, gradient=True)
         if found is None:
             return
         root, seed = found
@@ -144,13 +184,16 @@ class Forward:
         return _logits(self.model, inputs), False
 
     def _add_terms(
-        self, output: Tensor, labels: Tensor, streamed: bool, gradient: bool
+        self, output: Tensor, inputs: Batch, labels: Tensor, streamed: bool, gradient: bool
     ) -> tuple[Tensor, Tensor] | None:
         """Add a batch's terms; for gradients the tensor to start from, and what comes in there."""
         labels = labels.to(output.device)
         self.n_samples += len(output)
+        self.last = self.last[0][:0], self.last[1][:0]
         if streamed:
             return self._add_streamed(output, labels, gradient)
+        if output.dim() == 2 and not bool(torch.isfinite(output).all()):
+            raise DataError(not_finite("on this data", inputs))
         kind = self.kind = self.kind or kind_of(getattr(self.base, "config", None), labels, output)
         found = batch_terms(kind, output, labels, is_shifted(self.base) if output.dim() == 3 else False)
         per_row = self._add(found.rows, len(output), found.losses)
@@ -205,14 +248,16 @@ class Forward:
 
     def _add(self, rows: Tensor, n: int, losses: Tensor) -> Tensor:
         per_row = self._row_weights(rows, n)
-        weights, losses = per_row[rows.cpu()], losses.cpu()
+        rows, losses = rows.cpu(), losses.cpu()
+        weights, self.last = per_row[rows], (rows, losses)
         self._losses.append(losses)
         self._weights.append(weights)
         self.weight += float(weights.sum())
         self.total += float((weights * losses).sum())
         return per_row
 
-    def _split(self, batch: Batch) -> tuple[dict[str, Any], Tensor]:
+    def split(self, batch: Batch) -> tuple[dict[str, Any], Tensor]:
+        """A batch's inputs on the model's device, and its labels."""
         if not isinstance(batch, Mapping):
             raise DataError(f"a batch is a mapping of tensors with 'labels', not a {type(batch).__name__}")
         found = [key for key in ("labels", "label") if isinstance(batch.get(key), Tensor)]
@@ -220,13 +265,17 @@ class Forward:
             raise DataError("a batch has no 'labels' tensor: the certificate needs the loss that was trained")
         return to_device(unlabelled(batch), device_of(self.model)), batch[found[0]]
 
-    def _check_loss(self, inputs: dict[str, Any], labels: Tensor) -> None:
-        """Compare with the loss that the model computes itself, on at most two rows."""
+    def check_loss(self, inputs: dict[str, Any], labels: Tensor) -> dict[str, Any] | None:
+        """Compare with the loss that the model computes itself, on a few rows, which are returned if it does.
+
+        Raises:
+            OtherLossError: it is another.
+        """
         if "labels" not in inspect.signature(self.base.forward).parameters:
-            return
+            return None
+        chosen, own_labels = (part.to(device_of(self.model)) for part in _few_rows(labels, _classes(self.base)))
         rows = labels.shape[0]
-        few = {k: v[:2] if isinstance(v, Tensor) and v.dim() and len(v) == rows else v for k, v in inputs.items()}
-        own_labels = labels[:2].to(device_of(self.model))
+        few = {k: v[chosen] if isinstance(v, Tensor) and v.dim() and len(v) == rows else v for k, v in inputs.items()}
         ids = few.get("input_ids")
         a_text = getattr(self.base, "loss_type", None) != "ForTokenClassification" and few.keys() <= _TEXT_INPUTS
         flat = all(isinstance(value, Tensor) and value.dim() == 2 for value in few.values())  # packed rows are not
@@ -238,19 +287,67 @@ class Forward:
         config = getattr(self.base, "config", None)
         stated = getattr(config, "problem_type", None)
         with torch.no_grad():
-            own = getattr(self.model(**few, labels=own_labels), "loss", None)
+            output = self.model(**few, labels=own_labels)
+        own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if hasattr(config, "problem_type"):
             config.problem_type = stated  # transformers writes there what it finds  # pyright: ignore
+        if router_loss(self.base) or (isinstance(own, Tensor) and _has_router_loss(self.base, output)):
+            raise OtherLossError(
+                "the model adds an auxiliary loss of its router to its own: say which part of it to certify (loss=)"
+            )
         if not isinstance(own, Tensor) or own.numel() != 1 or not bool(torch.isfinite(own)):
-            return
-        ours = Forward(self.model, None, "token")
+            return None
+        ours = Forward(self.model, self.kind, "token")
         ours.losses_only({**few, "labels": own_labels})
         exact = next(self.base.parameters()).dtype in (torch.float32, torch.float64)
-        if not math.isclose(float(own), ours.mean, rel_tol=1e-3 if exact else 0.05, abs_tol=1e-5 if exact else 0.05):
-            raise SettingError(
+        if not math.isclose(float(own), ours.mean, rel_tol=1e-4 if exact else 0.05, abs_tol=1e-5 if exact else 0.05):
+            raise OtherLossError(
                 f"the model's own loss is {float(own):.5g} on the first rows, but their mean {ours.kind} loss is "
                 f"{ours.mean:.5g}: it trains with another loss; say which part of it to certify (loss=)"
             )
+        return {**few, "labels": own_labels}
+
+
+def router_loss(base: nn.Module) -> bool:
+    """Whether a mixture's configuration has the model add an auxiliary loss of its router, by any coefficient."""
+    config: Any = getattr(base, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if not (getattr(config, "output_router_logits", False) or getattr(text, "output_router_logits", False)):
+        return False
+    return _coefficient(text) != 0
+
+
+def _coefficient(config: Any) -> float:
+    """The largest coefficient of a router's loss in a configuration; 1 where it names none."""
+    named = {name: value for name, value in vars(config).items() if _ROUTER_LOSS.search(name)}
+    found = [abs(float(value)) for value in named.values() if isinstance(value, (int, float))]
+    return max(found, default=1.0)
+
+
+def _has_router_loss(base: nn.Module, output: Any) -> bool:
+    """Whether an output says that its loss holds one."""
+    config: Any = getattr(base, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return isinstance(getattr(output, "aux_loss", None), Tensor) and (text is None or _coefficient(text) != 0)
+
+
+def _few_rows(labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """Rows on which a loss shows what it is, and labels: two rows, or one for every class, whatever rows there are.
+
+    Class weights do not show where all rows are of one class.
+    """
+    if labels.dim() != 1 or labels.is_floating_point() or classes < 2:
+        return torch.arange(min(2, len(labels))), labels[:2]
+    each = torch.arange(min(classes, _LABELS))
+    return each % len(labels), each.to(labels.dtype)
+
+
+def _classes(base: nn.Module) -> int:
+    """How many classes a transformers classifier has; 0 where it does not say."""
+    config: Any = getattr(base, "config", None)
+    stated = getattr(config, "num_labels", 0)
+    choices = type(base).__name__.endswith("MultipleChoice")  # as many as a row has
+    return stated if isinstance(stated, int) and not choices else 0
 
 
 def _logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:

@@ -23,6 +23,7 @@ from ranksure.losses import Kind
 from ranksure.network.batch_losses import Forward, Weighting
 from ranksure.network.hooks import Streamed, input_tokens, output_tokens
 from ranksure.network.logits import Batch, frozen
+from ranksure.network.row_losses import LossCheck
 from ranksure.network.targets import base_layer, block_shape
 
 Progress = Callable[[int], None]
@@ -81,6 +82,7 @@ def gradient_pass(
         DataError: no batch, no labels, labels that do not fit, or logits that are not finite.
         SettingError: several passes over an iterator, or a loss that is not the model's own.
         CaptureError: no module that the loss reaches, or a network that is not deterministic.
+        RowsInteract: the mean loss depends on how rows are put into batches.
         MemoryBudgetError: one gradient alone is larger than the budget.
     """
     groups = _groups(modules, memory_bytes)
@@ -95,7 +97,9 @@ def gradient_pass(
         hooks = Streamed(sums.modules, sums.add)
         forward = Forward(model, kind, weighting, sums.modules.values(), check=first is None)
         left = memory_bytes - sum(map(_bytes, sums.modules.values()))
-        stream(forward, batches, hooks, lambda: progress(next(done)), around(model, modules.values(), left))
+        check = LossCheck(batches) if first is None else None
+        inside = around(model, modules.values(), left)
+        stream(forward, batches, hooks, lambda: progress(next(done)), inside, check)
         first = _agreeing(first, forward)
         for name in group:
             g = sums.pop(name).div_(forward.weight)
@@ -116,15 +120,25 @@ def stream(
     hooks: Streamed,
     done: Callable[[], None],
     around: AbstractContextManager[object] | None = None,
+    check: LossCheck | None = None,
 ) -> None:
-    """A backward pass of every batch's loss with the hooks on, the network frozen; ``done`` is called after each."""
-    with frozen(forward.model), around or nullcontext(), ExitStack() as stack:
-        hooks.attach(stack)
-        for batch in batches:
-            hooks.start()
-            forward.gradients(batch, hooks.start, hooks.backward)
-            hooks.finish()
-            done()
+    """A backward pass of every batch's loss with the hooks on, the network frozen; ``done`` is called after each.
+
+    Raises:
+        RowsInteract: ``check`` finds that a row's loss depends on its batch.
+    """
+    with frozen(forward.model), around or nullcontext():
+        with ExitStack() as stack:
+            hooks.attach(stack)
+            for batch in batches:
+                hooks.start()
+                forward.gradients(batch, hooks.start, hooks.backward)
+                hooks.finish()
+                if check is not None:
+                    check.see(batch, forward)
+                done()
+        if check is not None:
+            check.finish(forward)
 
 
 def _agreeing(first: Forward | None, forward: Forward) -> Forward:

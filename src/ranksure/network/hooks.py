@@ -8,7 +8,7 @@ and gradient checkpointing of either kind.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -97,8 +97,9 @@ class Streamed(Hooks):
         for name, count in self._waiting.items():
             if count > 0:
                 raise CaptureError(
-                    f"target module {name} got no gradient in {count} of its uses: a reentrant checkpoint cuts it off "
-                    "(call model.enable_input_require_grads(), or turn checkpointing off)"
+                    f"target module {name} got no gradient in {count} of its uses: the network itself takes none there "
+                    "(torch.no_grad), or a reentrant checkpoint cuts it off (call model.enable_input_require_grads(), "
+                    "or turn checkpointing off)"
                 )
 
     def seen(self, name: str, x: Tensor) -> Callable[[Tensor], None] | None:
@@ -163,17 +164,16 @@ class Recorder(Hooks):
         }
 
     def _of(self, name: str, n_backward: int) -> list[_Use]:
-        """A module's uses; of what a reentrant checkpoint ran again, the first replay with all replays' gradients."""
+        """A module's uses, if any; of what a checkpoint ran again, the first replay with all replays' gradients."""
         uses, replayed = self._uses[name], self._replayed[name]
-        if not uses:
-            raise CaptureError(f"target module {name} was never used in the forward pass; leave it out")
         if not any(use.pending for use in uses):
             return uses
         count = len(uses)
         if not all(use.pending for use in uses) or len(replayed) != n_backward * count:
             raise CaptureError(
-                f"target module {name} was run {count} times forward but {len(replayed)} times again for "
-                f"{n_backward} backward passes; turn gradient checkpointing off (or use_reentrant=False)"
+                f"target module {name} was run {count} times forward, not each with gradients, and {len(replayed)} "
+                f"times again for {n_backward} backward passes: the network itself takes no gradients there "
+                "(torch.no_grad; leave it out), or a reentrant checkpoint cuts it off (use_reentrant=False)"
             )
         for index, use in enumerate(replayed[count:]):
             replayed[index % count].grads.extend(use.grads)
@@ -210,6 +210,13 @@ def input_tokens(module: nn.Module, x: Tensor) -> Tensor:
         columns = F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)
         return columns.transpose(1, 2).reshape(-1, columns.shape[1])
     return x.reshape(-1, x.shape[-1])
+
+
+def leading_shape(module: nn.Module, grad: Tensor) -> Sequence[int]:
+    """The shape whose product is the number of rows of :func:`output_tokens`."""
+    if isinstance(base_layer(module), nn.Conv2d):
+        return grad.shape[0], grad[0, 0].numel()
+    return grad.shape[:-1]
 
 
 def output_tokens(module: nn.Module, grad: Tensor) -> Tensor:

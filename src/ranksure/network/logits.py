@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from ranksure.errors import CaptureError
 
@@ -83,19 +84,32 @@ def device_of(model: nn.Module) -> torch.device:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode with no parameter requiring gradients; restores both."""
+    """Evaluation mode with no parameter requiring gradients and no cache for generation; restores all.
+
+    A recurrent network writes its cache in place, which no gradient can be taken through (RWKV in evaluation mode).
+    """
     training = [(module, module.training) for module in model.modules()]
     requires = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    every: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in every if _caches(config)}
     try:
         model.eval()
+        for config in configs.values():
+            config.use_cache = False
         for parameter, _ in requires:
             parameter.requires_grad_(False)
         yield
     finally:
+        for config in configs.values():
+            config.use_cache = True
         for module, mode in training:
             module.training = mode
         for parameter, flag in requires:
             parameter.requires_grad_(flag)
+
+
+def _caches(config: Any) -> bool:
+    return isinstance(config, PreTrainedConfig) and getattr(config, "use_cache", None) is True
 
 
 def predict(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
@@ -107,18 +121,12 @@ def predict(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def check_same_logits(first: Tensor, second: Tensor) -> None:
-    """Two passes over the same rows must agree.
-
-    Raises:
-        CaptureError: they differ beyond rounding, or are not finite.
-    """
-    if not bool(torch.isfinite(first).all()):
-        raise CaptureError("the network's logits are not finite (NaN or infinity) on the first batch")
-    difference = float((first.double() - second.double()).abs().max())
-    scale = 1 + float(first.double().abs().max())
-    if difference > 64 * torch.finfo(first.dtype).eps * scale:
-        raise CaptureError(
-            f"the network is not deterministic in evaluation mode: two passes over one batch differ by "
-            f"{difference:.2g}; turn off dropout or sampling that ignores model.eval()"
-        )
+def not_finite(where: str, batch: Batch) -> str:
+    """The refusal of logits that are NaN or infinite; padding can be why."""
+    mask = batch.get("attention_mask")
+    padded = isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.all())
+    why = (
+        ": its rows are padded, and eager attention gives NaN where a place can look at padding only; load the model "
+        'with attn_implementation="sdpa", or pad on the right'
+    )
+    return f"the network's logits {where} are not finite (NaN or infinity){why * padded}"

@@ -181,6 +181,10 @@ class TangentOperator:
         """The operator with every gradient ``G`` of a named block replaced by ``L G R^T``, for ``(L, R)``."""
         return self.stored().congruent(maps)
 
+    def scaled(self, by: Mapping[str, float]) -> TangentOperator:
+        """The operator with every gradient of a named block times a number."""
+        return self.stored().scaled(by)
+
     def reduced(self) -> tuple[TangentOperator, SpanBases]:
         """The same problem on smaller blocks where that is exact, in float64 where it can be, and the way back."""
         return (self.to(torch.float64) if self.is_stored else self), SpanBases()

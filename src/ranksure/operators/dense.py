@@ -54,6 +54,9 @@ class DenseOperator(TangentOperator):
         moved = {name: left @ self._jacobians[name] @ right.T for name, (left, right) in maps.items()}
         return DenseOperator({**self._jacobians, **moved})
 
+    def scaled(self, by: Mapping[str, float]) -> DenseOperator:
+        return DenseOperator({name: g * by[name] if name in by else g for name, g in self._jacobians.items()})
+
     @property
     def nbytes(self) -> int:
         return self.dense_nbytes

@@ -92,6 +92,13 @@ class FactoredOperator(TangentOperator):
                     groups.append(Group(inputs, right.shape[0], group.sample, {name: group.outputs[name] @ left.T}))
         return FactoredOperator(groups, self.n_samples, list(self.shapes))
 
+    def scaled(self, by: Mapping[str, float]) -> FactoredOperator:
+        groups = [
+            Group(g.inputs, g.width, g.sample, {n: b * by[n] if n in by else b for n, b in g.outputs.items()})
+            for g in self.groups
+        ]
+        return FactoredOperator(groups, self.n_samples, list(self.shapes))
+
     def reduced(self) -> tuple[FactoredOperator, SpanBases]:
         groups, bases = reduce_groups(self.groups)
         return FactoredOperator(groups, self.n_samples, list(self.shapes)), bases

@@ -7,6 +7,7 @@ update enters through a hook on that module, so a tied weight is moved in this m
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -43,8 +44,15 @@ class MatrixFreeOperator(TangentOperator):
         dtype, device = next(model.parameters()).dtype, device_of(model)
         super().__init__(shapes, sum(self._rows), contrasts.shape[1], dtype, device)
         self.contrasts = contrasts.to(device, dtype)
+        self._scales = dict.fromkeys(shapes, 1.0)
+
+    def scaled(self, by: Mapping[str, float]) -> MatrixFreeOperator:
+        other = copy.copy(self)
+        other._scales = {name: scale * by.get(name, 1.0) for name, scale in self._scales.items()}
+        return other
 
     def apply(self, delta: Delta) -> Tensor:
+        delta = {name: d * self._scales[name] for name, d in delta.items()}
         sides = {name: (lambda x, m=self.targets[name], d=d: side_path(m, x, d)) for name, d in delta.items()}
         return self._forward_mode(sides)
 
@@ -64,7 +72,7 @@ class MatrixFreeOperator(TangentOperator):
             for name, grad in zip(deltas, grads, strict=True):
                 if grad is not None:  # pyright: ignore[reportUnnecessaryComparison] (allow_unused gives None)
                     total[name] += grad
-        return total
+        return {name: grad * self._scales[name] for name, grad in total.items()}
 
     def adjoint_error(self, residual: Tensor) -> dict[str, float]:
         """An estimate, not a bound: the network's own rounding cannot be bounded from outside."""

@@ -1,4 +1,4 @@
-"""Exact reduction of a factored operator to the span of its tokens.
+"""Exact reduction of a factored operator to the span of its tokens, and the way back from there.
 
 Every optimum has its columns in the span of the output gradients and its rows in the span of the
 inputs, because the component outside changes no prediction and only adds nuclear norm. Where a span
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ranksure.factors import Factors
+from ranksure.factors import Factors, multiplied
 from ranksure.operators.tokens import Group
 
 _WORTH = 0.75  # reduce a side only when it shrinks to this share or less
@@ -21,33 +21,36 @@ _WORTH = 0.75  # reduce a side only when it shrinks to this share or less
 
 @dataclass(frozen=True)
 class SpanBases:
-    """Orthonormal bases by block; ``None`` or absent where a side is not reduced.
+    """Orthonormal bases by block, ``None`` or absent where a side is not reduced, and scales.
 
     ``left[name]`` is ``(m, m')``. A right basis is ``(n, n')``, or for embeddings the ``(n',)`` row
-    numbers that occur.
+    numbers that occur. An update inside is the one outside, in these bases, times ``scales[name]`` (1 where absent).
     """
 
     left: dict[str, Tensor | None] = field(default_factory=dict)
     right: dict[str, Tensor | None] = field(default_factory=dict)
     widths: dict[str, int] = field(default_factory=dict)
+    scales: dict[str, float] = field(default_factory=dict)
 
     @property
     def is_trivial(self) -> bool:
-        """Whether no side of any block is reduced."""
-        return all(basis is None for basis in (*self.left.values(), *self.right.values()))
+        """Whether no side of any block is reduced, and none scaled."""
+        return not self.scales and all(basis is None for basis in (*self.left.values(), *self.right.values()))
 
     def lift(self, factors: Factors) -> Factors:
         """Factors of the reduced blocks as factors of the full ones."""
-        return {
+        up = {
             name: (self._up(self.left.get(name), u, None), self._up(self.right.get(name), v, self.widths.get(name)))
             for name, (u, v) in factors.items()
         }
+        return multiplied(up, {name: 1 / scale for name, scale in self.scales.items()})
 
     def restrict(self, factors: Factors) -> Factors:
         """Projection of full factors onto the spans (predictions on the data are unchanged)."""
-        return {
+        down = {
             name: (_down(self.left.get(name), u), _down(self.right.get(name), v)) for name, (u, v) in factors.items()
         }
+        return multiplied(down, self.scales)
 
     @staticmethod
     def _up(basis: Tensor | None, x: Tensor, width: int | None) -> Tensor:

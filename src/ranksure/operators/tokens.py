@@ -18,19 +18,12 @@ _CHUNK_BYTES = 256 << 20  # held at once by what goes through memory in parts
 
 @dataclass(frozen=True)
 class Group:
-    """Tokens of one input, packed by sample, and the blocks that read them.
+    """Tokens of one input, packed by sample, and the blocks that read them."""
 
-    Attributes:
-        inputs: ``(T, n)`` layer inputs, or ``(T,)`` integer indices for an embedding (one-hot rows).
-        width: ``n``.
-        sample: ``(T,)`` sample of each token, non-decreasing.
-        outputs: block name -> ``(T, C, m)`` gradients at the layer's output.
-    """
-
-    inputs: Tensor
-    width: int
-    sample: Tensor
-    outputs: Mapping[str, Tensor]
+    inputs: Tensor  # `(T, n)` layer inputs, or `(T,)` integer indices for an embedding (one-hot rows)
+    width: int  # `n`
+    sample: Tensor  # `(T,)` sample of each token, non-decreasing
+    outputs: Mapping[str, Tensor]  # block name -> `(T, C, m)` gradients at the layer's output
 
     @property
     def is_index(self) -> bool:
@@ -62,11 +55,8 @@ class Group:
 
 
 class Packed:
-    """A group with where each sample's tokens lie: sums over samples, and what needs pairs of a sample's tokens.
-
-    Args:
-        group: the tokens.
-        n_samples: ``N``; samples may have no token.
+    """A group with where each sample's tokens lie (there may be none): sums over samples, and pairs of a sample's
+    tokens.
     """
 
     def __init__(self, group: Group, n_samples: int) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from ranksure.adapters.export import check_exportable
 from ranksure.capture import estimate_bytes
 from ranksure.certificate import lambda_max
 from ranksure.data.samples import Samples
-from ranksure.errors import DataError, SettingError, TargetError
+from ranksure.errors import DataError, SettingError, TargetError, one_line
 from ranksure.losses import Loss, accuracy, get_loss
 from ranksure.network.logits import device_of, frozen, logits_of, to_device
 from ranksure.network.targets import block_shape
@@ -22,7 +23,7 @@ from ranksure.progress import Clock
 from ranksure.tasks.head import HeadFit
 from ranksure.tasks.linearise import HeldOut, accuracy_of_head
 from ranksure.tasks.linearise import linearise as linearise_task
-from ranksure.tasks.load import load_samples, load_task
+from ranksure.tasks.load import load_samples, load_task, loss_for
 from ranksure.tasks.options import ModelOptions, RowOptions, values_of
 from ranksure.tasks.task import Task
 
@@ -84,10 +85,12 @@ def prepare(model: Any, data: Any, settings: PlanSettings, tokenizer: Any, clock
         RanksureError: whatever in the input cannot be used, in one line.
     """
     with clock.stage("load", "Reading data and model"):
-        rows = read_samples(data, settings, settings.split)
-        evaluation = (
-            None if settings.eval_data is None else read_samples(settings.eval_data, settings, settings.eval_split)
-        )
+        said: list[str] = []
+        name = loss_for(settings.task, model, settings, said)
+        settings, loss = replace(settings, loss=name), get_loss(name)
+        rows, evaluation = read_samples(data, settings, settings.split), None
+        if settings.eval_data is not None:
+            evaluation = read_samples(settings.eval_data, settings, settings.eval_split)
         if settings.samples > len(rows):
             raise SettingError(
                 f"`samples` {settings.samples} is more than the {len(rows)} rows of {rows.source}; ask for fewer"
@@ -102,12 +105,15 @@ def prepare(model: Any, data: Any, settings: PlanSettings, tokenizer: Any, clock
             train = shuffled.subset(range(settings.samples))
         if evaluation is not None and rows.label_names is not None:
             evaluation = evaluation.with_label_names(rows.label_names)
+        task.settle_padding(train)
         targets = task.targets(settings.target_modules, settings.layers_to_transform)
         _check_ranks(targets, settings)
+        if not settings.merged:
+            check_exportable(task.adapted, list(targets), head=task.saved_modules, task_type=task.peft_task_type)
         split = _split(shuffled, train, evaluation, settings)
-        notes = [*rows.notes, *(evaluation.notes if evaluation else []), *task.notes]
+        notes = [*rows.notes, *(evaluation.notes if evaluation else []), *said, *task.notes]
         notes += [*_overlap(split), *task.remarks(train), *_absent_classes(train)]
-    return Prepared(settings, task, get_loss(settings.loss), split, targets, notes)
+    return Prepared(settings, task, loss, split, targets, notes)
 
 
 def _absent_classes(train: Samples) -> list[str]:
@@ -126,11 +132,12 @@ def _absent_classes(train: Samples) -> list[str]:
 
 
 def read_samples(data: Any, settings: PlanSettings, split: str | None) -> Samples:
-    """Labelled inputs of the settings' task.
+    """Labelled inputs of the settings' task; its loss, which must be settled, says what labels are.
 
     Raises:
         RanksureError: whatever in them cannot be used, in one line.
     """
+    assert settings.loss is not None
     options = {**values_of(settings, RowOptions), "split": split}
     return load_samples(settings.task, data, regression=not get_loss(settings.loss).of_classes, **options)
 
@@ -183,9 +190,8 @@ def estimate(prepared: Prepared) -> Estimate:
     batches = [task.batches_by_length(r)[0] for r in rows]
     tokens = [sum(map(task.tokens, group)) for group in batches]
     contrasts = prepared.loss.effective_outputs(task.n_outputs)
-    itemsize = 2 if settings.capture_dtype == "bfloat16" else 4
     sizes = [
-        estimate_bytes(prepared.targets, len(r), count / len(r), contrasts, itemsize)
+        estimate_bytes(prepared.targets, len(r), count / len(r), contrasts)
         for r, count in zip(rows, tokens, strict=True)
     ]
     weights = sum(p.numel() * p.element_size() for p in task.model.parameters())
@@ -213,16 +219,25 @@ def estimate(prepared: Prepared) -> Estimate:
 def linearise(prepared: Prepared, clock: Clock) -> Linearised:
     """Fit the head where it is new, and capture training and held-out rows."""
     task, loss, split = prepared.task, prepared.loss, prepared.split
-    dtype = getattr(torch, prepared.settings.capture_dtype)
     held = (split.select, split.report)
-    found = linearise_task(task, prepared.targets, split.train, loss, held_out=held, dtype=dtype, clock=clock)
+    found = linearise_task(task, prepared.targets, split.train, loss, held_out=held, clock=clock)
+    prepared.notes += found.notes
     select, report = found.held_out
-    pooling: dict[str, float | None] = {}
     # Poolings are compared where lambda is chosen: a user who follows the comparison has not used up the report rows.
     judge = select or report
-    if found.head is not None and judge is not None and loss.of_classes:
-        with clock.stage("head", "Comparing poolings") as advance:
-            pooling[task.pooling] = accuracy(judge.base_logits, judge.labels, loss)
-            if (other := task.alternative()) is not None:
-                pooling[other.pooling] = accuracy_of_head(other, split.train, judge, advance)
+    compared = found.head is not None and judge is not None and loss.of_classes
+    pooling = _poolings(prepared, judge, clock) if compared and judge is not None else {}
     return Linearised(prepared, found.problem, select, report, found.head, pooling, lambda_max(found.problem))
+
+
+def _poolings(prepared: Prepared, judge: HeldOut, clock: Clock) -> dict[str, float | None]:
+    """Accuracy before any adapter by pooling; one that this network cannot have is named in the plan's notes."""
+    task = prepared.task
+    out = {task.pooling: accuracy(judge.base_logits, judge.labels, judge.loss)}
+    with clock.stage("head", "Comparing poolings") as advance:
+        try:
+            if (other := task.alternative()) is not None:
+                out[other.pooling] = accuracy_of_head(other, prepared.split.train, judge, advance)
+        except Exception as error:  # of any library: the plan needs none of this
+            prepared.notes.append(f"The other pooling was not compared: {one_line(error)}")
+    return out

@@ -23,14 +23,18 @@ _START_BUDGET = 4e11  # floating-point operations spent on random starts of one 
 
 @dataclass
 class TableRow:
-    """What one uniform rank reaches; see ``RankTable``."""
+    """What one uniform rank reaches; see ``RankTable``.
+
+    ``stationary`` and ``negative_curvature`` are None where they were not looked at: at the optimum itself, which its
+    gap judges.
+    """
 
     rank: int
     requested: bool
     factors: Factors
     certificate: Certificate
     starts: int
-    stationary: bool
+    stationary: bool | None
     negative_curvature: int | None
     seconds: float
     captured: tuple[float, float] = (0.0, 0.0)
@@ -138,7 +142,7 @@ def _solve_row(
     ranks = clipped(problem, rank)
     solution = table.solution
     if all(solution.ranks[name] <= allowed for name, allowed in ranks.items()):  # the optimum itself fits
-        return TableRow(rank, requested, solution.factors, solution.certificate, 1, True, 0, 0.0)
+        return TableRow(rank, requested, solution.factors, solution.certificate, 1, None, None, 0.0)
     found: FixedRank = solve_fixed_rank(
         problem,
         ranks,
@@ -202,7 +206,7 @@ def smallest_pattern(
 ) -> tuple[dict[str, int], Solution]:
     """Smallest rank of every module found to capture ``share``, counted in parameters.
 
-    Directions are ordered by singular value; bisection finds how many of the largest suffice after
+    Directions are ordered by their penalty; bisection finds how many of the largest suffice after
     solving again, and then each module in turn gives up its last direction where the rest make up
     for it.
 
@@ -211,7 +215,9 @@ def smallest_pattern(
     """
     values = singular_values(solution.factors)
     order = sorted(
-        ((float(s), name) for name, column in values.items() for s in column), key=lambda pair: pair[0], reverse=True
+        ((problem.penalty[name] * float(s), name) for name, column in values.items() for s in column),
+        key=lambda pair: pair[0],
+        reverse=True,
     )
     best_ranks, best = dict(ranks_of(solution.factors)), solution
 
@@ -236,7 +242,7 @@ def smallest_pattern(
         left = [name for name, rank in best_ranks.items() if rank > 0 and name not in stuck]
         if not left or sum(best_ranks.values()) <= 1:
             return best_ranks, best
-        weakest = min(left, key=lambda name: _last_value(best, name))
+        weakest = min(left, key=lambda name: problem.penalty[name] * _last_value(best, name))
         fewer = {**best_ranks, weakest: best_ranks[weakest] - 1}
         found = captures(problem, solution, fewer, share, best.factors)
         tried += 1

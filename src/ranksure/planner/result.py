@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +14,14 @@ from peft import LoraConfig
 from ranksure.adapters.config import axolotl_yaml, config_snippet, lora_config
 from ranksure.adapters.export import export_adapter, export_mean_pooled
 from ranksure.adapters.export_merged import export_merged
-from ranksure.errors import SettingError
+from ranksure.errors import AdapterError, SettingError, one_line
 from ranksure.factors import Factors
-from ranksure.files import staged_folder
+from ranksure.files import is_left, staged_folder
+from ranksure.options import spoken
+from ranksure.planner.solved import SOLVED, write_solved
 from ranksure.records.plan import Generalization, Plan
 from ranksure.records.record import encoded, plain
+from ranksure.records.task import task_record, write_task
 from ranksure.tasks.text import MeanPooled
 from ranksure.theory.generalization import GeneralizationBound
 
@@ -32,7 +36,7 @@ transferred and the first failure is at 0.96; among its scored cases one failed 
 """
 
 
-_OWN = {"plan.json", "report.html", "lora_config.py", "axolotl.yaml", "adapter", "merged", "weak-decay"}
+_OWN = {"plan.json", SOLVED, "report.html", "lora_config.py", "axolotl.yaml", "adapter", "merged", "weak-decay"}
 _OWN_ADAPTER = {"task.json", "adapter_config.json", "adapter_model.safetensors", "README.md", "head.safetensors"}
 
 
@@ -45,7 +49,7 @@ def check_replaceable(folder: str | os.PathLike[str]) -> None:
     out = Path(folder)
     if out.exists() and not out.is_dir():
         raise SettingError(f"`out` {out} is a file; name a folder")
-    found = sorted(entry.name for entry in out.iterdir()) if out.is_dir() else []
+    found = sorted(entry.name for entry in out.iterdir() if not is_left(entry.name)) if out.is_dir() else []
     if not found:
         return
     foreign = [name for name in found if name not in _OWN]
@@ -64,7 +68,7 @@ def check_replaceable(folder: str | os.PathLike[str]) -> None:
 def _is_plan(path: Path) -> bool:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and "schema" in content and "recommended" in content
 
@@ -127,7 +131,7 @@ class PlanResult:
         task = self._prepared.task
         return lora_config(
             ranks,
-            model=task.adapted,
+            model=None if self._prepared.settings.merged else task.adapted,
             task_type=task.peft_task_type,
             modules_to_save=task.saved_modules,
             uniform=len(set(ranks.values())) == 1,
@@ -229,13 +233,17 @@ class PlanResult:
 
     def to_json(self) -> str:
         """``plan.json`` as text; infinite values become null."""
-        record = replace(self.record, sentences=self.sentences(), warnings=self.warnings)
+        warnings, notes = self.warnings, self.record.notes
+        if self.record.command is not None:  # whose reader knows options, not arguments
+            warnings, notes = list(map(spoken, warnings)), list(map(spoken, notes))
+        record = replace(self.record, sentences=self.sentences(), warnings=warnings, notes=notes)
         return encoded(record, indent=2).decode()
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write ``plan.json``, the configuration and the solved update; the folder appears whole or not at all.
 
-        An earlier plan in the folder is replaced; a folder that holds anything else is refused.
+        An earlier plan in the folder is replaced; a folder that holds anything else is refused. Where the export alone
+        fails, the folder holds ``plan.json`` and the optimum, with which the export can be repeated.
 
         Raises:
             SettingError: the folder holds something that no plan wrote.
@@ -244,13 +252,31 @@ class PlanResult:
         """
         out = Path(folder)
         check_replaceable(out)
+        failure: Exception | None = None
         with staged_folder(out, "plan.json") as stage:
             (stage / "plan.json").write_text(self.to_json(), encoding="utf-8")
             if not self.is_zero:
-                (stage / "lora_config.py").write_text(self._notes() + self.snippet(), encoding="utf-8")
-                (stage / "axolotl.yaml").write_text(self._axolotl(), encoding="utf-8")
-                self._export(stage, out)
+                write_solved(stage, self.factors, self._prepared.task)
+                failure = self._try_export(stage, out)
+        if failure is not None:
+            raise AdapterError(
+                f"the plan is solved and kept in {out}, but its update could not be written: {one_line(failure)}; ask "
+                "the same again, with `merged` if you like, and only that is repeated"
+            ) from failure
         return out
+
+    def _try_export(self, stage: Path, out: Path) -> Exception | None:
+        """Write the configuration and the update in place of the bare optimum, or return why that stays."""
+        try:
+            (stage / "lora_config.py").write_text(self._notes() + self.snippet(), encoding="utf-8")
+            (stage / "axolotl.yaml").write_text(self._axolotl(), encoding="utf-8")
+            self._export(stage, out)
+        except Exception as error:  # PEFT, transformers and the disk have their own: nothing solved is lost to one
+            for name in ("adapter", "merged"):
+                shutil.rmtree(stage / name, ignore_errors=True)
+            return error
+        (stage / SOLVED).unlink()
+        return None
 
     def _notes(self) -> str:
         """Comments above the configuration: what it is for, and what it does not say."""
@@ -264,12 +290,18 @@ class PlanResult:
             lines.append("Made for its own fitted head, frozen: ranksure.install_planned_head(peft_model, PLAN).")
         if task.label_names:
             lines.append(f"Labels by id: {dict(enumerate(task.label_names))}; num_labels={task.n_outputs}.")
+        loss = self._prepared.loss
+        if loss.term == "output":
+            lines.append(f"Loss: {loss.name}; in transformers problem_type={loss.problem_type!r}, labels as floats.")
         return "".join(f"# {line}\n" for line in lines)
 
     def _axolotl(self) -> str:
         task, advice = self._prepared.task, self.record.recommended
         return axolotl_yaml(
-            advice.rank_pattern, weight_decay=self.record.weight_decay, modules_to_save=task.saved_modules
+            advice.rank_pattern,
+            weight_decay=self.record.weight_decay,
+            modules_to_save=task.saved_modules,
+            model=None if self._prepared.settings.merged else task.adapted,
         )
 
     def _usage(self) -> str:
@@ -306,18 +338,17 @@ class PlanResult:
         if isinstance(task.model, MeanPooled):
             head = task.model.head
             export_mean_pooled(task.adapted, self.factors, head.weight, head.bias, stage / "adapter", **common)
-            task.write_record(stage / "adapter")
-            return
-        export_adapter(
-            task.adapted,
-            self.factors,
-            stage / "adapter",
-            head=task.saved_modules,
-            num_labels=task.n_outputs if task.head else None,
-            task_type=task.peft_task_type,
-            **common,
-        )
-        task.write_record(stage / "adapter")
+        else:
+            export_adapter(
+                task.adapted,
+                self.factors,
+                stage / "adapter",
+                head=task.saved_modules,
+                num_labels=task.n_outputs if task.head else None,
+                task_type=task.peft_task_type,
+                **common,
+            )
+        write_task(stage / "adapter", task_record(task, self._prepared.loss.name))
 
 
 def _every(n: int) -> str:

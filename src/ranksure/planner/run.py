@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ranksure.adapters.config import lora_config
 from ranksure.capture import check_memory
@@ -120,7 +120,7 @@ def run_plan(prepared: Prepared, clock: Clock) -> PlanResult:
         optimum=_optimum_record(solution),
         ranks=[_row_record(problem, row, figures) for row in ranks.table.rows],
         heldout=heldout,
-        recommended=_recommended(problem, ranks, lam, heldout_rank),
+        recommended=_recommended(problem, ranks, lam, heldout_rank, None if options.merged else task.adapted),
         subsets=subsets,
         extrapolation=extrapolation,
         linearity=linearity,
@@ -333,7 +333,9 @@ def _row_record(problem: Problem, row: TableRow, figures: _Figures) -> RankRow:
     )
 
 
-def _recommended(problem: Problem, ranks: _Ranks, lam: float, heldout_rank: int | None) -> Recommended:
+def _recommended(
+    problem: Problem, ranks: _Ranks, lam: float, heldout_rank: int | None, model: nn.Module | None
+) -> Recommended:
     kept = {name: rank for name, rank in ranks.pattern.items() if rank > 0}
     # Every target, though the linearised network may need fewer: a trained network often uses those too.
     uniform = clipped(problem, ranks.smallest) if ranks.smallest else {}
@@ -343,9 +345,9 @@ def _recommended(problem: Problem, ranks: _Ranks, lam: float, heldout_rank: int 
         rank_pattern=uniform,
         alpha_pattern=dict(uniform),
         target_modules=list(uniform),
-        peft=_exact_fields(uniform),
+        peft=_exact_fields(uniform, model),
         linear_pattern=kept,
-        linear_peft=_exact_fields(kept),
+        linear_peft=_exact_fields(kept, model),
         weight_decay=lam,
         heldout_r=heldout_rank,
         parameters_uniform=parameters(problem, uniform),
@@ -356,13 +358,14 @@ def _recommended(problem: Problem, ranks: _Ranks, lam: float, heldout_rank: int 
     )
 
 
-def _exact_fields(kept: dict[str, int]) -> dict[str, Any] | None:
+def _exact_fields(kept: dict[str, int], model: nn.Module | None) -> dict[str, Any] | None:
     """Ranks as ``LoraConfig`` fields that match these modules only (a plain name also matches by suffix)."""
     if not kept:
         return None
-    config = lora_config(kept, uniform=len(set(kept.values())) == 1)
+    config = lora_config(kept, model=model, uniform=len(set(kept.values())) == 1)
     names = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")
-    return {name: getattr(config, name) for name in names}
+    fields = {name: getattr(config, name) for name in names}
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
 
 
 def _generalization(lin: Linearised, problem: Problem, advance: Advance) -> Generalization:

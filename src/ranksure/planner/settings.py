@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from ranksure.errors import SettingError
 from ranksure.options import COMMON, DATA, MODEL, OUTPUT, SEED, SOLVER, Option, plain, whole
@@ -79,9 +79,6 @@ class PlanSettings(TaskOptions):
     random_starts: Annotated[
         int | None, Option("Random starts per rank (default: as the size allows).", SOLVER, check=whole(0))
     ] = None
-    capture_dtype: Annotated[
-        Literal["float32", "bfloat16"], Option("Storage of captured factors: float32 or bfloat16.", SOLVER)
-    ] = "float32"
     batch_size: Annotated[int, Option("Rows per batch.", MODEL, check=whole(1))] = 32
     seed: Annotated[int, Option("Seed of the shuffle and of random starts.", DATA, check=SEED)] = 0
     uniform: Annotated[

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -62,6 +62,26 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class FirstSlope:
+    """At the base weights, without the adapter's update; what the ball of a run without a penalty is measured by.
+
+    Attributes:
+        loss: mean loss.
+        slope: ``max_j ||g_j||_op``, an upper bound.
+        key: checksum of the weights and rows; None where they were read from a stream.
+    """
+
+    loss: float
+    slope: float
+    key: str | None = None
+
+    @property
+    def length(self) -> float:
+        """The nuclear norm at which this slope would use up this loss; 0 where there is no slope."""
+        return self.loss / self.slope if self.slope > 0 else 0.0
+
+
+@dataclass(frozen=True)
 class RunCertificate:
     """The certificate of a LoRA run.
 
@@ -78,6 +98,8 @@ class RunCertificate:
         training_gain_bound: no update that training at this rank can follow from here to first order (by at most the
             radius, without a penalty) lowers it by more (a bound).
         radius: radius of the nuclear-norm ball searched; None where a penalty takes its place.
+        inner: ``sum_j <g_j, delta_j>``, an upper bound.
+        first: where the run began; taken without a penalty only.
         tolerance: share of the objective below which a gain counts as none.
         passes: gradient passes over the data.
         forward_passes: forward passes beside them: without the adapter, and of the probes.
@@ -100,6 +122,8 @@ class RunCertificate:
     rank_gain_bound: float | None = None
     training_gain_bound: float | None = None
     radius: float | None = None
+    inner: float | None = None
+    first: FirstSlope | None = None
     weight_decay: float | None = None
     lam: float | None = None
     loss_kind: str | None = None
@@ -122,9 +146,11 @@ class RunCertificate:
     schema: int = SCHEMA
 
     @classmethod
-    def not_checked(cls, adapter: str, outside: list[str], reasons: list[str], tolerance: float) -> RunCertificate:
+    def not_checked(
+        cls, adapter: str, outside: list[str], reasons: list[str], tolerance: float, notes: Sequence[str] = ()
+    ) -> RunCertificate:
         """A certificate that says why there is none."""
-        return cls("not-checked", adapter, tolerance, outside=outside, reasons=reasons)
+        return cls("not-checked", adapter, tolerance, outside=outside, reasons=reasons, notes=list(notes))
 
     @property
     def objective(self) -> float | None:
@@ -148,9 +174,10 @@ class RunCertificate:
         out = [_VERDICT[self.verdict].format(**self._words()), self._gains()]
         if self.radius is not None:
             out.append(
-                "Without a weight decay the second bound is over updates whose nuclear norm is at most this run's own "
-                f"({self.radius:.3g}): the same amount of change, put anywhere; the first is over moves of at most "
-                "that size from here. AdamW's decoupled decay is no penalty and counts as none."
+                "Without a weight decay the second bound is over updates of a nuclear norm of at most "
+                f"{self.radius:.3g}, put anywhere: this run's own, or the length at which the slope at its start would "
+                "use up the loss, if that is more. The first is over moves of at most that size from here. AdamW's "
+                "decoupled decay is no penalty and counts as none."
             )
         if self.objective and self.imbalance > 0.1 * self.tolerance * self.objective:
             out.append(
@@ -163,14 +190,22 @@ class RunCertificate:
             out.append(f"The loss does not depend on: {_list(self.unreached)}. Their updates do nothing.")
         return out
 
+    def says_nothing(self, gain: float | None) -> bool:
+        """Whether a bound allows all of the objective to go, which is never negative."""
+        return gain is not None and self.objective is not None and gain >= 0.999 * self.objective > 0
+
     def _gains(self) -> str:
         training, rank = self.training_gain_bound or 0.0, self.rank_gain_bound or 0.0
-        share = rank / self.objective if self.objective else math.inf
-        return (
+        share = f" ({rank / self.objective:.1%} of it)" if self.objective else ""
+        text = (
             "On the network re-linearised at these weights, training on at this rank can lower the objective by at "
-            f"most {training:.3g} to first order, and any update of any rank by at most {rank:.3g} ({share:.1%} of "
-            f"it): both are bounds. Below {self.tolerance:.0%} of the objective a gain counts as none."
+            f"most {training:.3g} to first order, and any update of any rank by at most {rank:.3g}{share}: both are "
+            f"bounds. Below {self.tolerance:.0%} of the objective a gain counts as none."
         )
+        empty = [name for name, gain in (("first", training), ("second", rank)) if self.says_nothing(gain)]
+        if empty:
+            text += f" The {' and the '.join(empty)} says nothing: the objective cannot fall by more than itself."
+        return text
 
     def _unfinished(self) -> str:
         """Why training on can still gain."""

@@ -66,7 +66,6 @@ class Optimum(Struct, kw_only=True, frozen=True):
 
     @property
     def is_zero(self) -> bool:
-        """Whether it is no update at all."""
         return not any(self.ranks.values())
 
     @property

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol, TypeVar
 
 import msgspec
-from msgspec import Meta
+from msgspec import Meta, inspect
 
 from ranksure.errors import DataError
 
@@ -75,7 +76,7 @@ def plain(record: Any) -> Any:
 
 
 def encoded(record: Any, indent: int = 1) -> bytes:
-    """JSON text with a newline at its end; what is not finite becomes null."""
+    """JSON text with a newline at its end; what is not finite becomes null, and is read again as NaN."""
     return msgspec.json.format(msgspec.json.encode(record), indent=indent) + b"\n"
 
 
@@ -115,9 +116,33 @@ def checked(content: Any, kind: type[T], path: Path) -> T:
             f"{path} has {found}; this version of ranksure reads schema {schema}: make it again, or update ranksure"
         )
     try:
-        return msgspec.convert(content, kind)
+        return msgspec.convert(_with_nan(content, inspect.type_info(kind)), kind)
     except msgspec.ValidationError as error:
         raise DataError(f"{path} is damaged: {_fault(str(error))}; make it again, or move it away") from None
+
+
+def _with_nan(content: Any, kind: inspect.Type) -> Any:
+    """NaN for null wherever a number must be: so a number that is not finite is written."""
+    match kind:
+        case inspect.Metadata():
+            return _with_nan(content, kind.type)
+        case inspect.FloatType(gt=None, ge=None, lt=None, le=None):
+            return math.nan if content is None else content
+        case inspect.StructType() | inspect.DataclassType() if isinstance(content, dict):
+            fields = {field.encode_name: field.type for field in kind.fields}
+            return {key: _with_nan(value, fields[key]) if key in fields else value for key, value in content.items()}
+        case inspect.DictType() if isinstance(content, dict):
+            return {key: _with_nan(value, kind.value_type) for key, value in content.items()}
+        case inspect.ListType() if isinstance(content, list):
+            return [_with_nan(value, kind.item_type) for value in content]
+        case inspect.TupleType() if isinstance(content, list) and len(content) == len(kind.item_types):
+            return [_with_nan(value, item) for value, item in zip(content, kind.item_types, strict=True)]
+        case inspect.UnionType() if content is not None:
+            for part in kind.types:
+                content = _with_nan(content, part)
+        case _:
+            pass
+    return content
 
 
 def _loss_of(content: dict[str, Any]) -> str | None:

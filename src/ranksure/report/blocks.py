@@ -19,39 +19,19 @@ class Status(Enum):
     ESTIMATED = ("estimated", "Estimated", "Measured or fitted on the rows at hand. No proof.")
     NOT_CHECKED = ("not-checked", "Not checked", "Nothing was established either way.")
 
-    @property
-    def key(self) -> str:
-        """Name in the style sheet."""
-        return self.value[0]
-
-    @property
-    def text(self) -> str:
-        """Name on the page."""
-        return self.value[1]
-
-    @property
-    def meaning(self) -> str:
-        """In a sentence."""
-        return self.value[2]
+    def __init__(self, key: str, text: str, meaning: str) -> None:
+        self.key, self.text, self.meaning = key, text, meaning  # in the style sheet, on the page, in a sentence
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table; cells are text already.
+    """A table; cells are text already."""
 
-    Attributes:
-        caption: what it holds.
-        columns: headings; the first column heads its rows.
-        rows: cells.
-        words: indices of columns that are words, not numbers (the first one is).
-        more: a sentence about what was left out.
-    """
-
-    caption: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    words: frozenset[int] = frozenset()
-    more: str = ""
+    caption: str  # what it holds
+    columns: Sequence[str]  # headings; the first column heads its rows
+    rows: Sequence[Sequence[str]]  # cells
+    words: frozenset[int] = frozenset()  # indices of columns that are words, not numbers (the first one is)
+    more: str = ""  # a sentence about what was left out
 
     kind = "table"
 
@@ -63,50 +43,29 @@ class Table:
 
 @dataclass(frozen=True)
 class Key:
-    """One entry of a legend.
+    """One entry of a legend."""
 
-    Attributes:
-        text: what it stands for.
-        colour: a token of the style sheet.
-        marker: a shape (``o s D ^ v P X h``), or empty.
-        line: ``solid``, ``dashed``, ``dotted``, ``dashdot`` or empty.
-        box: a filled box, of a bar or a heat map.
-    """
-
-    text: str
-    colour: str
-    marker: str = ""
-    line: str = ""
-    box: bool = False
+    text: str  # what it stands for
+    colour: str  # a token of the style sheet
+    marker: str = ""  # a shape (`o s D ^ v P X h`), or empty
+    line: str = ""  # `solid`, `dashed`, `dotted`, `dashdot` or empty
+    box: bool = False  # a filled box, of a bar or a heat map
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture with what it says and what it shows.
+    """A picture with what it says and what it shows."""
 
-    Attributes:
-        id: unique on the page.
-        title: the question that it answers.
-        status: worth of its numbers; None for plain counts.
-        summary: the answer, in plain words.
-        alt: what a reader who cannot see it is told.
-        wide: the drawing for wide windows.
-        narrow: the drawing for narrow ones.
-        table: its data.
-        legend: what its marks stand for.
-        note: the small print.
-    """
-
-    id: str
-    title: str
-    status: Status | None
-    summary: str
-    alt: str
-    wide: Markup
-    narrow: Markup
-    table: Table
-    legend: Sequence[Key] = ()
-    note: str = ""
+    id: str  # unique on the page
+    title: str  # the question that it answers
+    status: Status | None  # worth of its numbers; None for plain counts
+    summary: str  # the answer, in plain words
+    alt: str  # what a reader who cannot see it is told
+    wide: Markup  # the drawing for wide windows
+    narrow: Markup  # the drawing for narrow ones
+    table: Table  # its data
+    legend: Sequence[Key] = ()  # what its marks stand for
+    note: str = ""  # the small print
 
     kind = "figure"
 
@@ -129,20 +88,14 @@ def drawn(
 
 @dataclass(frozen=True)
 class Picture:
-    """A raster that another command drew.
-
-    Attributes:
-        source: a ``data:`` address.
-        width: in pixels.
-        height: in pixels.
-    """
+    """A raster that another command drew."""
 
     id: str
     title: str
     alt: str
-    source: str
-    width: int
-    height: int
+    source: str  # a `data:` address
+    width: int  # in pixels
+    height: int  # in pixels
     summary: str = ""
 
     kind = "picture"
@@ -172,18 +125,13 @@ class Facts:
 
 @dataclass(frozen=True)
 class Prose:
-    """A titled table or list that stands on its own.
-
-    Attributes:
-        checks: ``(agrees, claim, measured)``.
-        table: shown open.
-    """
+    """A titled table or list that stands on its own."""
 
     title: str
     status: Status | None = None
     paragraphs: Sequence[str] = ()
-    checks: Sequence[tuple[bool, str, str]] = ()
-    table: Table | None = None
+    checks: Sequence[tuple[bool, str, str]] = ()  # `(agrees, claim, measured)`
+    table: Table | None = None  # shown open
     details: Sequence[Table] = ()
 
     kind = "prose"
@@ -201,26 +149,14 @@ class Tile:
 
 @dataclass
 class Section:
-    """One result.
+    """One result."""
 
-    Attributes:
-        id: unique on the page.
-        what: the kind of result, such as ``Plan``.
-        title: what it is about.
-        answer: the answer, in a sentence.
-        tone: ``good``, ``warn``, ``bad`` or empty.
-        sentences: more of it.
-        warnings: what to know before trusting it.
-        tiles: its main numbers.
-        blocks: figures, tables and text, in order.
-    """
-
-    id: str
-    what: str
-    title: str
-    answer: str
-    tone: str = ""
-    sentences: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    tiles: list[Tile] = field(default_factory=list)
-    blocks: list[Any] = field(default_factory=list)
+    id: str  # unique on the page
+    what: str  # the kind of result, such as `Plan`
+    title: str  # what it is about
+    answer: str  # the answer, in a sentence
+    tone: str = ""  # `good`, `warn`, `bad` or empty
+    sentences: list[str] = field(default_factory=list)  # more of it
+    warnings: list[str] = field(default_factory=list)  # what to know before trusting it
+    tiles: list[Tile] = field(default_factory=list)  # its main numbers
+    blocks: list[Any] = field(default_factory=list)  # figures, tables and text, in order

@@ -21,15 +21,11 @@ def captured(
     verdicts: Sequence[str],
     target: float,
 ) -> None:
-    """Share captured by rank with its interval, and what may still be missing on a logarithmic axis.
+    """Share captured by rank (from 0, no adapter) with its interval, and what may still be missing on a logarithmic
+    axis.
 
-    Args:
-        canvas: to draw on.
-        ranks: from 0, which is no adapter.
-        intervals: share captured, from 0 to 1.
-        missing: certified upper bounds on the share that is not captured; None for rank 0.
-        verdicts: by rank; empty for rank 0.
-        target: share asked for.
+    ``missing`` is certified upper bounds on the share that is not captured, None for rank 0; ``verdicts`` are empty
+    there.
     """
     left, right = canvas.axes(2, height=290)
     _shares(left, intervals, verdicts, target)
@@ -154,33 +150,20 @@ def by_rank(
 
 @dataclass(frozen=True)
 class Level:
-    """One line of a dot plot.
+    """One line of a dot plot."""
 
-    Attributes:
-        text: what it is.
-        value: where its dot is.
-        low: end of a bar from the dot, for a bound; None for none.
-        colour: token.
-        marker: shape.
-    """
-
-    text: str
-    value: float
-    low: float | None = None
-    colour: str = "c0"
-    marker: str = "o"
+    text: str  # what it is
+    value: float  # where its dot is
+    low: float | None = None  # end of a bar from the dot, for a bound; None for none
+    colour: str = "c0"  # token
+    marker: str = "o"  # shape
     shown: str = ""
 
 
 def levels(canvas: Canvas, rows: Sequence[Level], title: str, mark: float | None = None, zero: bool = False) -> None:
-    """Values one below the other, each with its name above it.
+    """Values one below the other, each with its name above it; ``mark`` is a vertical line.
 
-    Args:
-        canvas: to draw on.
-        rows: from top to bottom.
-        title: what the horizontal axis is.
-        mark: a vertical line.
-        zero: whether the axis starts at zero, and bars do too.
+    With ``zero`` the axis starts there, and bars do too.
     """
     step = 46
     (axes,) = canvas.axes(height=step * len(rows) + 34 + 44 + 6, left=16)
@@ -261,15 +244,7 @@ class Curve:
 
 
 def curves(canvas: Canvas, lines: Sequence[Curve], x_name: str, y_name: str, levels_at: Sequence[Curve] = ()) -> None:
-    """Lines over steps, and horizontal ones.
-
-    Args:
-        canvas: to draw on.
-        lines: to draw.
-        x_name: the horizontal axis.
-        y_name: the vertical axis.
-        levels_at: horizontal lines, at the first ``y`` of each.
-    """
+    """Lines over steps, and horizontal ones at the first ``y`` of each of ``levels_at``."""
     (axes,) = canvas.axes(height=300 if not canvas.narrow else 280, left=66)
     for line in lines:
         axes.plot(

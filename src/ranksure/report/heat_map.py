@@ -16,17 +16,11 @@ _LEVELS = 6
 
 @dataclass(frozen=True)
 class Grid:
-    """One heat map.
+    """One heat map."""
 
-    Attributes:
-        title: above it.
-        values: by module; 0 is drawn empty, a missing module not at all.
-        texts: what is written in a cell, where that is not the value.
-    """
-
-    title: str
-    values: Mapping[str, int]
-    texts: Mapping[str, str] | None = None
+    title: str  # above it
+    values: Mapping[str, int]  # by module; 0 is drawn empty, a missing module not at all
+    texts: Mapping[str, str] | None = None  # what is written in a cell, where that is not the value
 
     def text(self, name: str) -> str:
         """What the cell of a module says."""
@@ -50,16 +44,9 @@ def heat_map(
     note: str = "",
     extra: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Figure:
-    """A picture of ranks with a table of the same.
+    """A picture of ranks, one map of the same modules below the other, with a table of the same.
 
-    Args:
-        figure_id: unique on the page.
-        title: the question.
-        status: worth of the numbers.
-        summary: the answer in words.
-        grids: maps of the same modules, one below the other.
-        note: the small print.
-        extra: further columns of the table, by heading and module.
+    ``extra`` is further columns of the table, by heading and module.
     """
     names = list(dict.fromkeys(name for grid in grids for name in grid.values))
     found = places(names)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 NO_LAYER = "–"
 
@@ -24,16 +24,10 @@ def shortened(text: str, most: int) -> str:
 
 
 def places(names: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Layer and label of every module.
+    """Layer and label of every module; no two names share both.
 
-    The layer is the first component that is a number (``encoder.layer.3.attention.query`` is of layer 3); the label
-    is the shortest ending of the name that tells it from others of the layer (``query``).
-
-    Args:
-        names: qualified names.
-
-    Returns:
-        By name: the layer's number as text (:data:`NO_LAYER` without one), and the label; no two names share both.
+    The layer is the first component that is a number (``encoder.layer.3.attention.query`` is of layer 3), as text, or
+    :data:`NO_LAYER`; the label is the shortest ending of the name that tells it from others of the layer (``query``).
     """
     split: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {}
     for name in names:
@@ -59,6 +53,18 @@ def layers(found: dict[str, tuple[str, str]]) -> list[str]:
 def labels(found: dict[str, tuple[str, str]]) -> list[str]:
     """Labels in order of appearance."""
     return list(dict.fromkeys(text for _, text in found.values()))
+
+
+def by_layer(
+    found: dict[str, tuple[str, str]], values: Mapping[str, Iterable[float]]
+) -> tuple[bool, list[str], dict[str, list[tuple[int, float]]]]:
+    """Whether there is one layer only, stops of an axis (layers; of one, its labels), and by label the points there."""
+    one = len(layers(found)) == 1
+    stops = labels(found) if one else layers(found)
+    points: dict[str, list[tuple[int, float]]] = {}
+    for name, place in found.items():
+        points.setdefault(place[1], []).extend((stops.index(place[one]), float(value)) for value in values[name])
+    return one, stops, points
 
 
 def _endings(rows: set[tuple[str, ...]]) -> dict[tuple[str, ...], str]:

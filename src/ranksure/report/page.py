@@ -11,8 +11,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ranksure.errors import SettingError
-from ranksure.files import write_file
+from ranksure.errors import DataError, SettingError, one_line
+from ranksure.files import put_back, write_or_refuse
+from ranksure.options import spoken
 from ranksure.report.blocks import Section, Status
 from ranksure.report.module_places import is_control
 from ranksure.report.records import Found, Record, find
@@ -46,6 +47,7 @@ def write_report(
         DataError: a record that is damaged, or of a schema that this version does not read.
     """
     source = Path(folder)
+    put_back(source)
     path = source / NAME if out is None else Path(out)
     found = find(source)
     if path.is_dir():
@@ -53,7 +55,7 @@ def write_report(
     if path.exists() and not _is_ours(path):
         raise SettingError(f"{path} exists and is no report of ranksure: move it away, or name another file")
     text = _page(source, found, command)
-    _write(path, text)
+    write_or_refuse(path, text.encode(), SettingError)
     return path
 
 
@@ -75,12 +77,22 @@ def _sections(found: Found, command: str | None, detail: bool) -> list[Section]:
     top = [record for record in found.records if record.where in ("", "adapter")]  # a fit writes into the latter
     for index, record in enumerate(found.records, start=1):
         own = command if len(top) == 1 and record is top[0] else None
-        out.append(_builder(record.kind)(record, f"s{index}", own, detail))
+        try:
+            section = _builder(record.kind)(record, f"s{index}", own, detail)
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # no schema says what belongs together
+            raise DataError(
+                f"{record.path} cannot be shown, as its values do not belong together ({type(error).__name__}: "
+                f"{one_line(error)}): make it again, or move it away"
+            ) from error
+        if own or getattr(record.data, "command", None):  # whose reader knows options, not arguments
+            section.sentences = list(map(spoken, section.sentences))
+            section.warnings = list(map(spoken, section.warnings))
+        out.append(section)
     return out
 
 
 def _builder(kind: str) -> Callable[[Record, str, str | None, bool], Section]:
-    from ranksure.report.sections import certify, change, fit, lab, plan, reproduction
+    from ranksure.report.sections import certify, change, claims, fit, plan
 
     plain: dict[str, Callable[..., Section]] = {
         "plan": plan.build,
@@ -91,7 +103,7 @@ def _builder(kind: str) -> Callable[[Record, str, str | None, bool], Section]:
     }
     if kind in plain:
         return lambda record, name, command, detail: plain[kind](record, name, command)
-    return {"lab": lab.build, "reproduce": reproduction.build}[kind]
+    return {"lab": claims.build_lab, "reproduce": claims.build_reproduction}[kind]
 
 
 def _rendered(source: Path, found: Found, sections: list[Section]) -> str:
@@ -146,10 +158,3 @@ def _is_ours(path: Path) -> bool:
             return _MARK in file.read(4096)
     except (OSError, ValueError):
         return False
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        write_file(path, text.encode())
-    except OSError as error:
-        raise SettingError(f"{path} cannot be written: {error.strerror or error}") from None

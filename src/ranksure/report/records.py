@@ -20,44 +20,28 @@ _KNOWN = {f"{kind}.json": kind for kind in ("plan", "certificate", "fit", "grow"
 
 @dataclass(frozen=True)
 class Record:
-    """One result.
+    """One result."""
 
-    Attributes:
-        kind: a key of :data:`KINDS`.
-        path: its file.
-        where: the file's folder, relative to the folder of the report; empty for that folder itself.
-        data: its content, of the kind's type.
-    """
-
-    kind: str
-    path: Path
-    where: str
-    data: Any
+    kind: str  # a key of :data:`KINDS`
+    path: Path  # its file
+    where: str  # the file's folder, relative to the folder of the report; empty for that folder itself
+    data: Any  # its content, of the kind's type
 
     @property
     def folder(self) -> Path:
-        """The folder that it lies in."""
         return self.path.parent
 
 
 @dataclass
 class Found:
-    """What a folder holds.
+    """What a folder holds."""
 
-    Attributes:
-        records: the results, in the order of the page.
-        skipped: JSON files that are no result of this program.
-    """
-
-    records: list[Record] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)  # the results, in the order of the page
+    skipped: list[str] = field(default_factory=list)  # JSON files that are no result of this program
 
 
 def find(folder: Path) -> Found:
-    """All results in a folder and up to three levels below it.
-
-    Args:
-        folder: from ``--out`` of any command, or a folder of several of those.
+    """All results in a folder (the ``--out`` of a command, or of several) and up to three levels below it.
 
     Raises:
         SettingError: no such folder, no result in it, or more than fit one page.

@@ -13,7 +13,7 @@ import numpy as np
 
 from ranksure.errors import DataError
 from ranksure.report.blocks import Figure, Key, Status, Table, drawn
-from ranksure.report.module_places import labels, layers, places
+from ranksure.report.module_places import by_layer, places
 from ranksure.report.svg import INKS, MARKERS, SERIES, Canvas, label, layer_ticks, log_ticks
 from ranksure.report.wording import counted, number
 
@@ -23,13 +23,9 @@ _KEY = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])
 
 
 def singular_values(folder: Path) -> dict[str, np.ndarray] | None:
-    """Singular values of every module's update, in descending order, those that are rounding left out.
+    """Singular values of every module's update in an adapter's folder, descending, those that are rounding left out.
 
-    Args:
-        folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
-
-    Returns:
-        By module; None where there is no such adapter, or one that is not a plain LoRA.
+    None where there is no adapter, or one that is not a plain LoRA.
 
     Raises:
         DataError: the file is damaged.
@@ -39,7 +35,7 @@ def singular_values(folder: Path) -> dict[str, np.ndarray] | None:
         return None
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise DataError(f"{config_path} is damaged, no JSON: write the adapter again, or move it away") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA" or config.get("use_dora"):
         return None
@@ -92,18 +88,13 @@ def _scale(config: dict[str, Any], name: str, rank: int) -> float:
 def spectrum_figure(figure_id: str, folder: Path, status: Status, what: str) -> Figure | None:
     """The singular values of an adapter's updates, by layer; None where there is no adapter to read.
 
-    Args:
-        figure_id: unique on the page.
-        folder: of the adapter.
-        status: worth of the update.
-        what: what it is, such as ``the certified optimum``.
+    ``what`` says what the update is, such as ``the certified optimum``, ``status`` what it is worth.
     """
     found = singular_values(folder)
     total = sum(len(values) for values in found.values()) if found else 0
     if not found or total < 2:
         return None  # one number needs no picture
-    where = places(found)
-    kinds, one_layer = labels(where), len(layers(where)) == 1
+    one_layer, stops, series = by_layer(places(found), found)
     most = max(len(values) for values in found.values())
     used = sum(1 for values in found.values() if len(values))
     largest, place = max((float(values[0]), name) for name, values in found.items() if len(values))
@@ -112,37 +103,29 @@ def spectrum_figure(figure_id: str, folder: Path, status: Status, what: str) -> 
         f"{used} of {counted(len(found), 'module')}, "
         f"at most {most} in one; the largest, {number(largest, '.3g')}, is in {place}."
     )
-    legend = [Key(kind, f"c{index % len(SERIES)}", MARKERS[index % len(MARKERS)]) for index, kind in enumerate(kinds)]
+    legend = [Key(kind, f"c{index % len(SERIES)}", MARKERS[index % len(MARKERS)]) for index, kind in enumerate(series)]
     return drawn(
         figure_id,
-        lambda canvas: _draw(canvas, found, where),
+        lambda canvas: _draw(canvas, one_layer, stops, series),
         "How large is the update in each layer?",
         status,
         summary,
         f"Dots on a logarithmic scale, by {'module' if one_layer else 'layer'}.",
         _table(found, min(most, 8), most),
-        legend if len(kinds) > 1 and not one_layer else (),
+        legend if len(series) > 1 and not one_layer else (),
         note=f"Singular values below {_SMALLEST:g} of the largest are rounding and left out.",
     )
 
 
-def _draw(canvas: Canvas, found: dict[str, np.ndarray], where: dict[str, tuple[str, str]]) -> None:
-    depth, kinds = layers(where), labels(where)
-    one_layer = len(depth) == 1
-    stops = kinds if one_layer else depth
-    spread = 0.0 if one_layer else min(0.6, 0.12 * (len(kinds) - 1))
+def _draw(canvas: Canvas, one_layer: bool, stops: list[str], series: dict[str, list[tuple[int, float]]]) -> None:
+    spread = 0.0 if one_layer else min(0.6, 0.12 * (len(series) - 1))
     (axes,) = canvas.axes(height=280 if not canvas.narrow else 270)
-    for index, kind in enumerate(kinds):
-        shift = spread * (index / max(len(kinds) - 1, 1) - 0.5)
-        points = [
-            (stops.index(kind if one_layer else where[name][0]) + shift, float(value))
-            for name, values in found.items()
-            if where[name][1] == kind
-            for value in values
-        ]
+    for index, points in enumerate(series.values()):
+        shift = spread * (index / max(len(series) - 1, 1) - 0.5)
         if points:
             axes.plot(
-                *zip(*points, strict=True),
+                [x + shift for x, _ in points],
+                [y for _, y in points],
                 MARKERS[index % len(MARKERS)],
                 color=SERIES[index % len(SERIES)],
                 markersize=6 if len(stops) < 30 else 4,

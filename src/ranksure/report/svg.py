@@ -92,13 +92,10 @@ class Canvas:
         self.figure: Figure | None = None
 
     def axes(self, panels: int = 1, *, height: float = 300, columns: int | None = None, left: float = 58) -> list[Axes]:
-        """Panels side by side; one below the other where narrow.
+        """Panels side by side, at most ``columns``; one below the other where narrow.
 
-        Args:
-            panels: how many.
-            height: of one panel, labels included, in pixels.
-            columns: at most so many side by side.
-            left: room for the labels of the vertical axis.
+        Sizes are in pixels: ``height`` is of one panel, labels included, ``left`` is room for those of the vertical
+        axis.
         """
         across = 1 if self.narrow else min(panels, columns or panels)
         down = -(-panels // across)
@@ -179,14 +176,9 @@ def layer_ticks(canvas: Canvas, axes: Axes, stops: Sequence[str]) -> None:
 
 
 def render(name: str, draw: Draw) -> tuple[Markup, Markup]:
-    """Both drawings of a figure.
+    """Both drawings of a figure, ``<svg>`` for wide and for narrow windows, without attributes that the page sets.
 
-    Args:
-        name: unique on the page; part of every identifier.
-        draw: draws on a canvas, whatever its width.
-
-    Returns:
-        ``<svg>`` for wide and for narrow windows, without attributes that the page sets.
+    The name is unique on the page; it is part of every identifier.
     """
     return _one(f"{name}-w", draw, False), _one(f"{name}-n", draw, True)
 

@@ -6,12 +6,15 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 from ranksure.choices import LossOn, Weighting
 from ranksure.errors import SettingError
 from ranksure.options import COMMON, DATA, MODEL, SEED, SOLVER, Option, Settings, whole
-from ranksure.tasks.options import TASKS, RowOptions
+from ranksure.tasks.options import TASKS, RowOptions, loss_option
 
 if TYPE_CHECKING:
     from ranksure.data.samples import Samples
 
 Rows = TypeVar("Rows", bound="Samples")
+
+LOSS_ON = Option("completion (as without it), or all tokens: prompts too.", DATA)
+WEIGHTING = Option("Mean over every token alike (as without it), or every sample alike (causal models).", SOLVER)
 
 
 def _share(value: float) -> str | None:
@@ -25,9 +28,7 @@ class ConversationOptions(Settings):
     prompt_column: Annotated[str, Option("Column of prompts.", DATA)] = "prompt"
     completion_column: Annotated[str, Option("Column of completions.", DATA)] = "completion"
     messages_column: Annotated[str, Option("Column of conversations.", DATA)] = "messages"
-    loss_on: Annotated[LossOn, Option("completion, or all tokens (prompts too), as the run was trained.", DATA)] = (
-        "completion"
-    )
+    loss_on: Annotated[LossOn | None, LOSS_ON] = None
     packing: Annotated[bool, Option("Pack short rows into long sequences that are kept apart.", DATA)] = False
 
 
@@ -36,8 +37,11 @@ class DataSettings(ConversationOptions, RowOptions):
     """How a run's data is read.
 
     ``samples`` rows are chosen by ``seed``. ``by_length`` puts rows of like length together in batches, which pads
-    less; else they are in the data's order.
+    less; else they are in the data's order. What is None is as the adapter's own record says (``task.json``).
     """
+
+    loss: Annotated[str | None, loss_option("as the run was trained")] = None
+    weighting: Annotated[Weighting | None, WEIGHTING] = None
 
     max_length: Annotated[
         int | None, Option("Tokens per row (default: the model's limit, at most 256; 1,024 for causal models).", DATA)
@@ -63,7 +67,7 @@ class DataSettings(ConversationOptions, RowOptions):
         Raises:
             SettingError: says what this is ``instead``.
         """
-        if self.packing or self.loss_on != "completion":
+        if self.packing or self.loss_on == "all":
             raise SettingError(f"`packing` and `loss_on` are for causal language models; {instead}")
 
 
@@ -91,9 +95,6 @@ class PlaceOptions(Settings):
 class CertificateOptions(Settings):
     """How a run is certified."""
 
-    weighting: Annotated[
-        Weighting, Option("Mean over every token alike, or every sample alike (causal models).", SOLVER)
-    ] = "token"
     tolerance: Annotated[
         float, Option("Share of the objective below which a possible gain counts as none.", SOLVER, check=_share)
     ] = 0.05
@@ -104,7 +105,7 @@ class CertificateOptions(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if getattr(self, "packing", False) and self.weighting == "sample":
+        if getattr(self, "packing", False) and getattr(self, "weighting", None) == "sample":
             raise SettingError("`packing` joins rows, which `weighting` sample counts: leave one out")
         if getattr(self, "lam", None) is not None and getattr(self, "weight_decay", None) is not None:
             raise SettingError("give `lam` or `weight_decay`, not both")

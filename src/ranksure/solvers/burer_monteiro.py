@@ -51,7 +51,7 @@ def solve(
 
     """
     began = time.perf_counter()
-    working, bases = problem.reduced
+    working, bases = problem.working
     factors = restricted(working, bases, start)
     evaluations, inner, stalled = 0, 1e-2, 0
     history: list[tuple[float, float]] = []
@@ -94,7 +94,7 @@ def _finished(
     problem: Problem, factors: Factors, state: PointState, tolerance: float, best_dual: float
 ) -> tuple[Factors, PointState]:
     """The point without needless directions, on the full blocks and certified there."""
-    working, bases = problem.reduced
+    working, bases = problem.working
     factors, state = _pruned(working, factors, state, tolerance, best_dual)
     lifted = bases.lift(factors)
     if not bases.is_trivial:  # certified on the stored operator, not on its reduction
@@ -106,7 +106,7 @@ def _improved(
     problem: Problem, factors: Factors, state: PointState, tolerance: float, budget: int
 ) -> tuple[Factors, int]:
     """New directions, then descent over the factors; balanced, with the evaluations used."""
-    working, _ = problem.reduced
+    working, _ = problem.working
     factors = _add_directions(working, factors, state)
     layout = FactorLayout(working.operator.shapes, ranks_of(factors))
     if layout.size == 0:

@@ -46,7 +46,7 @@ def descend(
     """Minimise over factors of the working problem.
 
     Args:
-        problem: its ``reduced`` form is descended.
+        problem: its ``working`` form is descended.
         layout: how rows of ``x`` hold the factors.
         x: starts ``(S, D)``, float64.
         tolerance: gradient norm to reach, in units of :func:`gradient_scale`.
@@ -56,7 +56,7 @@ def descend(
     Returns:
         Points in float64. Where float32 alone met the tolerance, values and norms are float32's.
     """
-    working, _ = problem.reduced
+    working, _ = problem.working
     scale = gradient_scale(working)
     used = 0
     operator = working.operator

@@ -67,7 +67,7 @@ def solve_fixed_rank(
         check_curvature: prove the absence of negative curvature, and leave saddles by it.
     """
     began = time.perf_counter()
-    working, bases = problem.reduced
+    working, bases = problem.working
     shapes = working.operator.shapes
     full_ranks = {name: min(ranks.get(name, 0), *problem.operator.shapes[name], *shapes[name]) for name in shapes}
     layout = FactorLayout(shapes, full_ranks)
@@ -114,7 +114,7 @@ def _starts(
     seed: int,
 ) -> Tensor:
     """The truncated reference and random points at three scales, one at least: ``(S, D)``."""
-    working, bases = problem.reduced
+    working, bases = problem.working
     generator = torch.Generator().manual_seed(seed)
     starts: list[Tensor] = []
     if reference is not None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ranksure.certificate import Certificate, PointState, certify_point
 from ranksure.errors import SettingError
-from ranksure.factors import Delta, Factors
+from ranksure.factors import Delta, Factors, multiplied
 from ranksure.operators.base import TangentOperator, cast_factors, zero_factors
 from ranksure.problem import Problem
 from ranksure.solvers.solution import Solution, Status
@@ -100,13 +100,16 @@ class _Iterates:
         self, problem: Problem, start: Factors, step: float | None, backtracking: bool | None, accelerate: bool
     ) -> None:
         bound_is_sure = step is not None
-        if step is None:
+        self._scales: dict[str, float] = {}
+        if step is None:  # one that is given is meant in the blocks' own units
+            self._scales, problem = problem.scales, problem.equilibrated
             smoothness, bound_is_sure = smoothness_bound(problem)
             step = 1 / (smoothness or 1.0)  # 0: no update changes a logit, and zero is optimal whatever the step
         self.step, self.accelerate = step, accelerate
         self.backtracking = not bound_is_sure if backtracking is None else backtracking
         self.problem = replace(problem, operator=problem.operator.for_dense_updates(_STORED_BYTES))
-        self._start = {**zero_factors(self.problem.operator), **cast_factors(start, self.problem.operator)}
+        start = multiplied(cast_factors(start, self.problem.operator), self._scales)
+        self._start = {**zero_factors(self.problem.operator), **start}
         delta = {name: u @ v.T for name, (u, v) in self._start.items()}
         self.point = self.ahead = _Point(delta, self.problem.operator.apply(delta))
         self.momentum = 1.0
@@ -114,7 +117,8 @@ class _Iterates:
 
     def factors(self) -> Factors:
         """The point as balanced factors; the start's own before the first iteration."""
-        return {name: (p * s.sqrt(), q * s.sqrt()) for name, (p, s, q) in self.parts.items()} or self._start
+        inside = {name: (p * s.sqrt(), q * s.sqrt()) for name, (p, s, q) in self.parts.items()} or self._start
+        return multiplied(inside, {name: 1 / scale for name, scale in self._scales.items()})
 
     def advance(self) -> bool:
         """One iteration; False where the iterates diverged."""

@@ -6,18 +6,24 @@ The head of an image or audio classifier is as new or as trained as a text class
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from ranksure.data.samples import Samples
+from ranksure.data.samples import Samples, matched, value_of
 from ranksure.errors import ModelError, SettingError, one_line
-from ranksure.network.checkpoints import check_checkpoint, device_named, load_weights, quiet
+from ranksure.losses import CrossEntropy, Loss
+from ranksure.network.checkpoints import (
+    base_children,
+    check_checkpoint,
+    device_named,
+    load_weights,
+    loading_as,
+    quiet,
+)
 from ranksure.tasks.options import Loading
 
 
@@ -32,6 +38,7 @@ class Classifier:
         notes: sentences for the user.
         name: folder or Hub id.
         processor: what prepares its inputs.
+        below: those of them that the head reads through, which stay as they were drawn.
     """
 
     model: PreTrainedModel
@@ -40,15 +47,21 @@ class Classifier:
     notes: list[str] = field(default_factory=list)
     name: str = ""
     processor: Any = None
+    below: list[str] = field(default_factory=list)
 
     @property
     def head_is_new(self) -> bool:
         """Whether the head must be fitted first."""
         return any(self.head == name or self.head.startswith(name + ".") for name in self.new_modules)
 
-    def task_fields(self, rows: Samples, n_outputs: int, loading: Loading, own_order: bool = True) -> dict[str, Any]:
+    def task_fields(self, rows: Samples, n_outputs: int, loading: Loading, own_head: bool = True) -> dict[str, Any]:
         """What a :class:`~ranksure.tasks.task.Task` of this classifier holds, its own order of the classes included."""
-        known = own_order and not self.head_is_new
+        known = own_head and not self.head_is_new
+        if own_head and self.below:
+            self.notes.append(
+                f"The weights of {self.name} lack {' and '.join(self.below)}, which the head reads through: drawn at "
+                f"random (`seed` {loading.seed}), and saved with the adapter."
+            )
         return {
             "model": self.model,
             "adapted": self.model,
@@ -83,7 +96,9 @@ class Modality:
     argument: str
     load_processor: Callable[[str, str | None, bool], Any]
 
-    def open(self, model: Any, processor: Any, n_outputs: int, loading: Loading) -> Classifier:
+    def open(
+        self, model: Any, processor: Any, n_outputs: int, loading: Loading, loss: type[Loss] = CrossEntropy
+    ) -> Classifier:
         """A classifier in memory, or one of a folder or Hub id, with its processor, on its device.
 
         Raises:
@@ -94,7 +109,7 @@ class Modality:
             name = name_in_memory(model, processor, self.processor, self.argument)
             found = Classifier(model, head_name(model, n_outputs), name=name, processor=processor)
         else:
-            found = load_classifier(self.auto_class, self.noun, os.fspath(model), n_outputs, loading)
+            found = load_classifier(self.auto_class, self.noun, os.fspath(model), n_outputs, loading, loss)
             given = (found.name, loading.revision, loading.trust_remote_code)
             found.processor = processor or self.load_processor(*given)
         found.model.to(device_named(loading.device))  # pyright: ignore[reportArgumentType]
@@ -106,6 +121,20 @@ def name_in_memory(model: PreTrainedModel, processor: Any, noun: str, argument: 
     if processor is None:
         raise SettingError(f"a model in memory needs its {noun}: pass {argument}=")
     return str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+
+
+def config_of(model: Any, loading: Loading) -> Any:
+    """The configuration of a model in memory, or of a folder or Hub id.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    if not isinstance(model, (str, os.PathLike)):
+        return getattr(model, "config", None)
+    name = os.fspath(model)
+    check_checkpoint(name, loading.dtype)
+    with loading_as("a model of transformers", name):
+        return AutoConfig.from_pretrained(name, revision=loading.revision, trust_remote_code=loading.trust_remote_code)
 
 
 def load_processor(auto_class: Any, noun: str, remedy: str, **options: Any) -> Callable[[str, str | None, bool], Any]:
@@ -126,39 +155,30 @@ def load_processor(auto_class: Any, noun: str, remedy: str, **options: Any) -> C
     return load
 
 
-@contextmanager
-def loading_as(noun: str, name: str) -> Iterator[None]:
-    """Quietly; whatever a checkpoint fails by becomes one :class:`~ranksure.errors.ModelError`."""
-    try:
-        with quiet():
-            yield
-    except ModelError:
-        raise
-    except Exception as error:  # a damaged folder fails in ways of many libraries: safetensors, pickle, json, ...
-        raise ModelError(
-            f"model {name} cannot be loaded as {noun}: {one_line(error)} (give a folder with config.json and "
-            "model.safetensors, or a Hub id while online)"
-        ) from None
+def load_classifier(
+    auto_class: Any, noun: str, name: str, n_outputs: int, loading: Loading, loss: type[Loss] = CrossEntropy
+) -> Classifier:
+    """Load a checkpoint as a classifier with ``n_outputs`` logits; a head of another size is made anew.
 
-
-def load_classifier(auto_class: Any, noun: str, name: str, n_outputs: int, loading: Loading) -> Classifier:
-    """Load a checkpoint as a classifier with ``n_outputs`` logits; a head of another size is made anew."""
+    Its configuration then names the loss, whatever another one it was trained with before.
+    """
     check_checkpoint(name, loading.dtype)
     common = {"revision": loading.revision, "trust_remote_code": loading.trust_remote_code}
     notes: list[str] = []
-    with loading_as(noun, name), torch.random.fork_rng():
-        torch.manual_seed(loading.seed)  # parameters that the checkpoint lacks are drawn at random
-        config = AutoConfig.from_pretrained(name, num_labels=n_outputs, **common)
-        model, info = load_weights(
-            auto_class, name, notes, config=config, dtype=loading.dtype, ignore_mismatched_sizes=True, **common
-        )
-    mismatched = [entry[0] if isinstance(entry, (tuple, list)) else entry for entry in info["mismatched_keys"]]
-    if mismatched:
+    with loading_as(noun, name):
+        stated = {"num_labels": n_outputs, "problem_type": loss.problem_type}
+        config = AutoConfig.from_pretrained(name, **stated, **common)
+    model, missing, reshaped = load_weights(
+        auto_class, noun, name, notes, head=True, seed=loading.seed, config=config, dtype=loading.dtype, **common
+    )
+    head = head_name(model, n_outputs)
+    if reshaped:
         notes.append(
             f"The head of {name} has another number of outputs than the data's {n_outputs}; a new one is fitted."
         )
-    new = sorted({_owner(model, key) for key in [*info["missing_keys"], *mismatched]})
-    return Classifier(model, head_name(model, n_outputs), new, notes, name)
+    new = sorted({_owner(model, key) for key in [*missing, *reshaped]})
+    below = sorted({key.rpartition(".")[0] for key in missing if not key.startswith(head + ".")})
+    return Classifier(model, head, new, notes, name, below=below)
 
 
 def head_name(model: PreTrainedModel, n_outputs: int) -> str:
@@ -178,21 +198,25 @@ def own_label_order(model: PreTrainedModel, samples: Samples, notes: list[str]) 
     """A trained head's own class order, where the data's labels are its names; else the data's, with a note."""
     if samples.label_names is None or len(samples.label_names) != model.config.num_labels:
         return samples.label_names
-    id2label = cast("dict[int, str]", model.config.id2label)
-    names = [str(id2label[i]) for i in range(len(samples.label_names))]
-    lower = {name.lower(): name for name in samples.label_names}
-    if sorted(lower) == sorted(name.lower() for name in names):
-        return [lower[name.lower()] for name in names]
-    if samples.label_names != [str(i) for i in range(len(names))]:  # such labels are the class numbers
-        pairs = ", ".join(f"{own} as {name}" for own, name in list(zip(samples.label_names, names, strict=True))[:10])
-        notes.append(
-            f"The trained head's classes are not named as the data's labels, so these are taken in their order: {pairs}"
-            "; if that is wrong, rename the labels."
-        )
+    own = model_label_names(model)
+    numbers = [str(i) for i in range(len(own))]
+    for names in (own, numbers):  # such as LABEL_0, where the data has the class numbers
+        if (places := matched(samples.label_names, names, str, str.casefold, value_of)) is not None:
+            return [samples.label_names[places.index(i)] for i in range(len(names))]
+    pairs = ", ".join(f"{name} as {other}" for name, other in list(zip(samples.label_names, own, strict=True))[:10])
+    notes.append(
+        f"The trained head's classes are not named as the data's labels, so these are taken in their order: {pairs}"
+        "; if that is wrong, rename the labels."
+    )
     return samples.label_names
+
+
+def model_label_names(model: PreTrainedModel) -> list[str]:
+    """The names of a model's classes, in the order of its outputs."""
+    return [str(name) for _, name in sorted(cast("dict[int, str]", model.config.id2label).items())]
 
 
 def _owner(model: PreTrainedModel, key: str) -> str:
     """The child of the model (outside its base) or the module of its base that holds a missing key."""
     first = key.split(".", 1)[0]
-    return key.rsplit(".", 1)[0] if first == model.base_model_prefix else first
+    return key.rsplit(".", 1)[0] if first in base_children(model) else first

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,13 +23,14 @@ from ranksure.tasks.task import Task
 
 @dataclass
 class HeldOut:
-    """Rows that the network was captured on, as a rule such as the solver never sees."""
+    """Rows that the network was captured on, as a rule such as the solver never sees; with sentences for the user."""
 
     operator: TangentOperator
     base_logits: Tensor
     labels: Tensor
     loss: Loss
     rows: Samples
+    notes: list[str] = field(default_factory=list)
 
     def logits(self, factors: Factors) -> Tensor:
         """Linearised logits, ``(N, K)``, float64."""
@@ -62,11 +63,13 @@ class Linearisation:
             rows; its operator and base logits are those of the capture.
         head: the head that was fitted; None where the task brought a trained one, or has none.
         held_out: the other parts, in the order that they were given.
+        notes: sentences for the user.
     """
 
     problem: Problem
     head: HeadFit | None
     held_out: list[HeldOut | None]
+    notes: list[str]
 
 
 def linearise(
@@ -107,7 +110,7 @@ def linearise(
         with clock.stage("capture", "Capturing gradients of the held-out rows") as advance:
             for part in held_out:
                 held.append(None if part is None else capture_rows(task, targets, part, loss, dtype, advance))
-    return Linearisation(train.problem(), head, held)
+    return Linearisation(train.problem(), head, held, train.notes)
 
 
 def fit_new_head(task: Task[Any], rows: Samples, loss: Loss, progress: Progress | None = None) -> HeadFit | None:
@@ -130,15 +133,12 @@ def capture_rows(
 ) -> HeldOut:
     """Gradients and base logits of rows, in their order, with their labels; the task's head is in place.
 
-    Factors are captured in ``dtype``; those in bfloat16 are worked on in float32 afterwards.
-
     Raises:
         CaptureError: as :func:`ranksure.capture.capture`.
     """
     batches, back = task.batches_by_length(rows)
     found = capture(task.model, batches, targets, loss.contrasts(task.n_outputs), dtype=dtype, progress=progress)
-    operator = found.operator.to(torch.float32) if dtype == torch.bfloat16 else found.operator
-    return HeldOut(operator.select(back), found.base_logits[back], task.labels(rows), loss, rows)
+    return HeldOut(found.operator.select(back), found.base_logits[back], task.labels(rows), loss, rows, found.notes)
 
 
 def accuracy_of_head(task: Task[Any], train: Samples, judge: HeldOut, progress: Progress | None = None) -> float | None:

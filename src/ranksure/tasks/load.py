@@ -101,7 +101,7 @@ def load_task(kind: str, model: Any, samples: Samples, *, processor: Any = None,
         model: folder, Hub id, a name of :data:`ranksure.bundled.names.MODELS`, or a model in memory.
         samples: the inputs; their classes give the number of logits.
         processor: tokenizer, image processor or feature extractor; needed with a model in memory.
-        **options: see :class:`~ranksure.tasks.options.ModelOptions`.
+        **options: see :class:`~ranksure.tasks.options.ModelOptions`; without ``loss``, the cross-entropy.
 
     Raises:
         ModelError: the model cannot be found, loaded or used for these labels.
@@ -115,7 +115,53 @@ def load_task(kind: str, model: Any, samples: Samples, *, processor: Any = None,
     _refuse_others(kind, asked)
     loading = {**values_of(asked, Loading), "batch_size": asked.rows_per_batch}
     own = {name: getattr(asked, name) for name in row.options}
+    if own.get("loss", "") is None:
+        del own["loss"]
     return _named(row.load)(model, samples, **{row.processor: processor}, **own, **loading)
+
+
+def loss_for(kind: str, model: Any, asked: ModelOptions, notes: list[str]) -> str:
+    """The loss of a task: the one asked for, else the one that transformers trains the model with.
+
+    Args:
+        kind: ``text``, ``prompt``, ``image`` or ``speech``.
+        model: as for :func:`load_task`.
+        asked: the loss, and how the model is loaded.
+        notes: receives a sentence where the model decides for another loss than the cross-entropy.
+
+    Raises:
+        ModelError: the model has no configuration that can be read.
+        SettingError: the model is trained with a loss that the task does not have.
+    """
+    from ranksure.losses import CrossEntropy, loss_meant
+
+    row = check_kind(kind)
+    if asked.loss is not None or kind == "prompt":
+        return asked.loss or CrossEntropy.name
+    from ranksure.bundled.names import named_model
+    from ranksure.tasks.classifiers import config_of
+
+    config = config_of(named_model(model), asked)
+    stated, outputs = getattr(config, "problem_type", None), int(getattr(config, "num_labels", 2))
+    loss = loss_meant(stated, outputs)
+    if loss.name == CrossEntropy.name:
+        return loss.name
+    why = f"{'one output' if outputs == 1 else f'{outputs} outputs'}, problem_type {stated}"
+    if "loss" not in row.options or outputs > 1:
+        what = "labels or targets" if outputs > 1 else "target"
+        raise SettingError(
+            f"transformers trains {_shown(model)} with the {loss.name} loss, {outputs} {what} per row ({why}), which "
+            f"is not read here: give `loss` {CrossEntropy.name} to train it for one class per row"
+        )
+    notes.append(
+        f"The loss is {loss.name}, as transformers trains {_shown(model)} ({why}); `loss` {CrossEntropy.name} makes it "
+        "a classifier with an output per class."
+    )
+    return loss.name
+
+
+def _shown(model: Any) -> str:
+    return model if isinstance(model, str) else type(model).__name__
 
 
 def _refuse_others(kind: str, asked: ModelOptions) -> None:
@@ -125,7 +171,9 @@ def _refuse_others(kind: str, asked: ModelOptions) -> None:
         default = getattr(ModelOptions, name)
         if not owners or kind in owners or value == default or default is True:
             continue
-        shown = f"`{name}`" + (f" {value}" if default is not None else "")
+        if name == "loss" and value == "cross-entropy":  # the one that all have
+            continue
+        shown = f"`{name}`" + (f" {value}" if default is not None or name == "loss" else "")
         raise SettingError(f"{shown} has no meaning for the task {kind}: it is for {' and '.join(owners)}")
 
 

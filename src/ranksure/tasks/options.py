@@ -27,6 +27,13 @@ def _known_loss(value: str) -> None:
     get_loss(value)
 
 
+def loss_option(default: str) -> Option:
+    """The option that names a loss; ``default`` is what holds without it."""
+    words = ("cross-entropy", "logistic", "squared-error")
+    text = f"cross-entropy, logistic (two classes, one output) or squared-error (default: {default})."
+    return Option(text, MODEL, words=words, check=_known_loss)
+
+
 TargetModules = Annotated[
     str | Sequence[str] | None,
     Option(
@@ -87,14 +94,9 @@ class ModelOptions(KindOptions, Loading):
     """How a model is made a task; some options are for some kinds of task only."""
 
     loss: Annotated[
-        str,
-        Option(
-            "cross-entropy, logistic (two classes, one output) or squared-error.",
-            MODEL,
-            words=("cross-entropy", "logistic", "squared-error"),
-            check=_known_loss,
-        ),
-    ] = "cross-entropy"
+        str | None,
+        loss_option("what transformers trains the model with, by its problem_type and outputs"),
+    ] = None
     pooling: Annotated[
         str,
         Option("model (its own head input) or mean (of the last hidden states).", MODEL, words=("model", "mean")),

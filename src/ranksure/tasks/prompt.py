@@ -20,7 +20,14 @@ from transformers import PreTrainedModel
 
 from ranksure.data.texts import Rows
 from ranksure.errors import ModelError, SettingError
-from ranksure.network.checkpoints import check_checkpoint, device_named, load_tokenizer, settle_padding, token_limit
+from ranksure.network.checkpoints import (
+    check_checkpoint,
+    device_named,
+    load_tokenizer,
+    settle_padding,
+    token_limit,
+    with_embeddings,
+)
 from ranksure.network.logits import predict
 from ranksure.solvers.lbfgs import minimize
 from ranksure.tasks.classifiers import name_in_memory
@@ -69,11 +76,13 @@ class PromptTask(Task[Rows]):
 
     @property
     def collator(self) -> Collator:
-        return Collator(int(self.tokenizer.pad_token_id))
+        return Collator.of(self.tokenizer) if self.padding is None else self.padding.collate
 
     def prepare(self, samples: Rows) -> Encoded:
         """Prompts and their tokens."""
-        return self.encoder.encode(samples)
+        encoded = self.encoder.encode(samples)
+        with_embeddings(self.adapted, encoded.features, self.tokenizer)
+        return encoded
 
     def rows(self, samples: Rows) -> list[dict[str, Any]]:
         return self.prepared(samples).features

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ranksure.data.samples import listed
+from ranksure.data.samples import listed, matched, value_of
 from ranksure.data.texts import Rows
 from ranksure.errors import DataError, ModelError, SettingError, shown
 
@@ -121,7 +121,9 @@ def parse_verbalizers(given: Verbalizers | None, label_names: Sequence[str], arc
     if isinstance(given, str):
         given = _from_string(given, example)
     if isinstance(given, Mapping):
-        words = {str(label).strip(): word for label, word in given.items()}
+        words = {str(label): word for label, word in given.items()}
+        if (places := matched(list(words), label_names, str, value_of)) is not None:
+            words = {label_names[place]: word for place, word in zip(places, words.values(), strict=True)}
         if unknown := [label for label in words if label not in label_names]:
             raise SettingError(
                 f"`verbalizers` names {listed(unknown)}, but the data's labels are {listed(label_names)}"
@@ -147,7 +149,7 @@ def _from_string(given: str, example: str) -> Mapping[str, str] | list[str]:
     if given.lstrip()[:1] in ("{", "["):
         try:
             parsed = json.loads(given)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise SettingError(f"`verbalizers` {shown(given)} is not JSON ({error}): give '{example}'") from None
         return parsed
     parts = [part.strip() for part in given.split(",")]

@@ -19,9 +19,8 @@ from transformers import (
 )
 
 from ranksure.errors import ModelError
-from ranksure.network.checkpoints import load_weights
+from ranksure.network.checkpoints import load_weights, loading_as
 from ranksure.network.logits import device_of, frozen
-from ranksure.tasks.classifiers import loading_as
 from ranksure.tasks.collate import Collator
 from ranksure.tasks.options import Loading
 from ranksure.tasks.prompt_encoder import Architecture
@@ -101,7 +100,7 @@ class Verbalized(nn.Module):
 
 
 def check_same_as_full(model: nn.Module, features: Sequence[Mapping[str, Any]], collator: Collator) -> None:
-    """The logits of padded rows are those of the whole language model on each row alone.
+    """The logits of rows, read at one position, are those of the whole language model.
 
     Raises:
         ModelError: they differ, so this model cannot be read that way.
@@ -109,22 +108,24 @@ def check_same_as_full(model: nn.Module, features: Sequence[Mapping[str, Any]], 
     assert isinstance(model, Verbalized)
     device = device_of(model)
     with frozen(model), torch.no_grad():
-        z = model(**{key: value.to(device) for key, value in collator(features).items()})
-        whole = []
+        read, whole = [], []
         for row in features:
+            read.append(model(**{key: value.to(device) for key, value in collator([row]).items()})[0])
             ids = row["input_ids"]
             at = len(ids) - 1 if model.mask_id is None else ids.index(model.mask_id)
             logits = model.lm(**{key: torch.tensor([value], device=device) for key, value in row.items()}).logits
-            whole.append(logits[0, at, model.tokens].to(z.dtype) + model.offset.to(z.dtype))
-    expected = torch.stack(whole)
+            whole.append(logits[0, at, model.tokens].to(read[0].dtype) + model.offset.to(read[0].dtype))
+    z, expected = torch.stack(read), torch.stack(whole)
     if not bool(torch.isfinite(expected).all()):
         raise ModelError(f"{type(model.lm).__name__}: the verbalisers' logits are not finite (NaN or infinity)")
     dtype = next(parameter.dtype for parameter in model.lm.parameters())
-    allowed = (256 if torch.finfo(dtype).bits >= 32 else 8) * torch.finfo(dtype).eps * (1 + float(expected.abs().max()))
+    single = torch.finfo(torch.float32).eps  # of norms and rotary angles, whatever the weights are in
+    eps = max(256 * single, 8 * torch.finfo(dtype).eps * (torch.finfo(dtype).bits < 32))
+    allowed = eps * (1 + float(expected.abs().max()))
     if (difference := float((z - expected).abs().max())) > allowed:
         raise ModelError(
-            f"{type(model.lm).__name__} gives other logits for padded prompts, read at one position, than for each "
-            f"prompt alone (they differ by {difference:.2g}), so its verbalisers cannot be used"
+            f"{type(model.lm).__name__} gives other logits for prompts read at one position than for whole ones "
+            f"(they differ by {difference:.2g}), so its verbalisers cannot be used"
         )
 
 
@@ -141,8 +142,9 @@ def architecture_of(config: Any, tokenizer: Any, name: str, own: str | None = No
             return "masked"
         if each.endswith(("ForCausalLM", "LMHeadModel")):
             return "causal"
-    masked, causal = (type(config) in known for known in (MODEL_FOR_MASKED_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING))
-    if own or not (masked or causal):
+    known = (MODEL_FOR_MASKED_LM_MAPPING.get(type(config), None), MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None))
+    masked, causal = (each is not None and own in (None, getattr(each, "__name__", None)) for each in known)
+    if not (masked or causal):
         raise ModelError(
             f"{name} ({own or getattr(config, 'model_type', type(config).__name__)}) is no masked or causal language "
             "model: load it with AutoModelForMaskedLM or AutoModelForCausalLM"
@@ -161,11 +163,6 @@ def load_language_model(name: str, tokenizer: Any, loading: Loading) -> tuple[Pr
     with loading_as("a language model", name):
         config = AutoConfig.from_pretrained(name, **common)
         architecture = architecture_of(config, tokenizer, name)
-        auto: Any = AutoModelForMaskedLM if architecture == "masked" else AutoModelForCausalLM
-        loaded, info = load_weights(auto, name, notes, config=config, dtype=loading.dtype, **common)
-    if missing := sorted(info["missing_keys"]):
-        raise ModelError(
-            f"{name} does not hold all weights of {type(loaded).__name__} ({', '.join(missing[:3])}"
-            f"{', ...' * (len(missing) > 3)}): prompts need a checkpoint with its language-model head"
-        )
+    auto: Any = AutoModelForMaskedLM if architecture == "masked" else AutoModelForCausalLM
+    loaded, _, _ = load_weights(auto, "a language model", name, notes, config=config, dtype=loading.dtype, **common)
     return loaded, architecture, notes

@@ -6,11 +6,9 @@ each have a subclass in a file of their own, and ``tasks/load.py`` makes one fro
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 from weakref import ReferenceType, ref
 
@@ -19,11 +17,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ranksure.data.samples import Samples
+from ranksure.network.batches import Batches, row_length
 from ranksure.network.checkpoints import peft_targets
 from ranksure.network.targets import select_targets
-from ranksure.tasks.collate import Batches
+from ranksure.tasks.collate import Padding, harmless_padding
 
-TASK_FILE = "task.json"
 S = TypeVar("S", bound=Samples)
 
 
@@ -71,6 +69,7 @@ class Task(ABC, Generic[S]):
         peft_task_type: PEFT's task type of an exported adapter, or None.
         notes: sentences for the user.
         kept: what was prepared, by the samples that live; shared by tasks that read the same inputs alike.
+        padding: how rows of several lengths share batches, once rows of two lengths were seen.
     """
 
     kind: ClassVar[str]
@@ -91,6 +90,7 @@ class Task(ABC, Generic[S]):
     peft_task_type: str | None = None
     notes: list[str] = field(default_factory=list)
     kept: Kept = field(default_factory=Kept, repr=False)
+    padding: Padding | None = field(default=None, init=False, repr=False)
 
     @property
     def tokenizer(self) -> Any:
@@ -100,7 +100,7 @@ class Task(ABC, Generic[S]):
     @property
     def saved_modules(self) -> list[str] | None:
         """Modules of ``adapted`` that an exported adapter has to bring along; None if there are none."""
-        return list(self.new_modules) if self.head_is_new and not self.prefix and self.new_modules else None
+        return list(self.new_modules) if self.new_modules and not self.prefix else None
 
     @abstractmethod
     def prepare(self, samples: S) -> Any:
@@ -120,7 +120,24 @@ class Task(ABC, Generic[S]):
 
     def batches(self, samples: S) -> Sequence[dict[str, Tensor]]:
         """Batches in the order of the rows, ready for ``model``, each made when it is asked for."""
-        return Batches(self.rows(samples), self.batch_size, self.collator)
+        return self._batches(samples, self.rows(samples))
+
+    def settle_padding(self, samples: S) -> Padding:
+        """Find how these rows share batches without feeling it; ``notes`` say what is out of the ordinary.
+
+        Raises:
+            CaptureError: as :func:`~ranksure.tasks.collate.harmless_padding`.
+        """
+        if self.padding is None and self.lengths(samples) is not None:
+            rows = self.rows(samples)
+            if len({row_length(row) for row in rows}) > 1:
+                self.padding = harmless_padding(self.model, rows, self.collator, self.adapted)
+                self.notes.extend(self.padding.notes)
+        return self.padding or Padding(self.collator)
+
+    def _batches(self, samples: S, rows: Sequence[dict[str, Any]]) -> Batches:
+        padding = self.settle_padding(samples)
+        return Batches(rows, self.batch_size, padding.collate, own_length=padding.own_length)
 
     def batches_by_length(self, samples: S) -> tuple[Sequence[dict[str, Tensor]], Tensor]:
         """Batches of rows of like length, which pad least, and the way back.
@@ -130,8 +147,11 @@ class Task(ABC, Generic[S]):
         """
         if (lengths := self.lengths(samples)) is None:
             return self.batches(samples), torch.arange(len(samples))
-        rows, order = self.rows(samples), torch.argsort(torch.tensor(lengths), stable=True)
-        return Batches([rows[i] for i in order.tolist()], self.batch_size, self.collator), torch.argsort(order)
+        rows = self.rows(samples)
+        if self.settle_padding(samples).own_length:
+            lengths = [row_length(row) for row in rows]
+        order = torch.argsort(torch.tensor(lengths), stable=True)
+        return self._batches(samples, [rows[i] for i in order.tolist()]), torch.argsort(order)
 
     def features(self, samples: S) -> list[dict[str, Any]]:
         """The rows with ``labels``: a Trainer's ``train_dataset``."""
@@ -197,11 +217,9 @@ class Task(ABC, Generic[S]):
     def usage(self) -> str:
         """How inputs reach the model, Markdown for an adapter's README."""
 
-    def write_record(self, folder: Path) -> None:
-        """Write ``task.json``: :meth:`record` with the class names, so that an adapter's folder says how to use it."""
-        content = {"schema": 1, "labels": self.label_names, **self.record()}
-        (folder / TASK_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
     @abstractmethod
     def record(self) -> dict[str, Any]:
-        """What makes the same task again from its model's name and its data; plain JSON, with ``kind``."""
+        """What makes the same task again from its model's name and its data: fields of ``task.json``, with ``kind``.
+
+        See :class:`ranksure.records.task.TaskRecord`.
+        """

@@ -10,14 +10,17 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, cast
 
+import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from ranksure.data.texts import Rows
-from ranksure.errors import SettingError
+from ranksure.errors import ModelError, SettingError, one_line
 from ranksure.losses import get_loss
-from ranksure.network.checkpoints import load_tokenizer, settle_padding, token_limit
+from ranksure.network.checkpoints import load_tokenizer, settle_padding, token_limit, with_embeddings
+from ranksure.network.logits import frozen
 from ranksure.tasks.classifiers import Modality
+from ranksure.tasks.collate import Collator
 from ranksure.tasks.options import Loading
 from ranksure.tasks.task import Task
 
@@ -41,12 +44,11 @@ def count_cut(tokenizer: Any, rows: Rows, tokens: list[dict[str, Any]], max_leng
 
 
 class MeanPooled(nn.Module):
-    """An encoder whose last hidden states are averaged over real tokens and read by a linear head."""
+    """An encoder whose last hidden states, of a width, are averaged over real tokens and read by a linear head."""
 
-    def __init__(self, encoder: PreTrainedModel, n_outputs: int) -> None:
+    def __init__(self, encoder: PreTrainedModel, n_outputs: int, width: int) -> None:
         super().__init__()
         self.encoder = encoder
-        width = int(encoder.config.hidden_size)
         self.head = nn.Linear(width, n_outputs, device=encoder.device, dtype=encoder.dtype)
 
     def forward(self, **batch: Any) -> Tensor:
@@ -70,11 +72,13 @@ class TextTask(Task[Rows]):
     model_task: TextTask | None = None
 
     @property
-    def collator(self) -> DataCollatorWithPadding:
-        return DataCollatorWithPadding(self.tokenizer)
+    def collator(self) -> Collator:
+        if self.padding is not None:
+            return self.padding.collate
+        return Collator.of(self.tokenizer, torch.float32 if self.n_outputs == 1 else torch.long)
 
     def prepare(self, samples: Rows) -> list[dict[str, Any]]:
-        return tokenised(self.tokenizer, samples, self.max_length)
+        return with_embeddings(self.adapted, tokenised(self.tokenizer, samples, self.max_length), self.tokenizer)
 
     def lengths(self, samples: Rows) -> list[int]:
         """In characters."""
@@ -142,20 +146,38 @@ def load_text_task(
     """
     options = Loading(**loading)
     n_outputs = get_loss(loss).outputs_for(None if rows.label_names is None else len(rows.label_names))
-    found = _MODALITY.open(model, tokenizer, n_outputs, options)
+    found = _MODALITY.open(model, tokenizer, n_outputs, options, type(get_loss(loss)))
     if pooling not in ("model", "mean"):
         raise SettingError(f"unknown pooling {pooling!r}: use model or mean")
     settle_padding(found.model, found.processor, found.name)
     task = TextTask(
-        **found.task_fields(rows, n_outputs, options, own_order=pooling == "model"),
+        **found.task_fields(rows, n_outputs, options, own_head=pooling == "model"),
         peft_task_type="SEQ_CLS",
         max_length=token_limit(found.model, found.processor, max_length),
     )
     return task.with_mean_pooling() if pooling == "mean" else task
 
 
+def _hidden_width(encoder: PreTrainedModel, tokenizer: Any) -> int:
+    """The width of an encoder's last hidden states; a ``ModelError`` where they are not one for each token."""
+    name = type(encoder).__name__
+    if "attention_mask" not in tokenizer.model_input_names:
+        raise ModelError(f"mean pooling needs an attention mask, which the tokenizer of {name} does not give")
+    ids = torch.zeros(1, 8, dtype=torch.long, device=encoder.device)
+    try:
+        with frozen(encoder), torch.no_grad():
+            hidden = encoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+    except Exception as error:  # an encoder-decoder, say, which asks for the decoder's tokens too
+        raise ModelError(f"{name} cannot be run for mean pooling: {one_line(error)}") from None
+    if hidden.shape[:2] != ids.shape:
+        raise ModelError(
+            f"mean pooling needs a hidden state per token, but {name} gives {hidden.shape[1]} for {ids.shape[1]} tokens"
+        )
+    return hidden.shape[-1]
+
+
 def _mean_pooled(task: TextTask, encoder: PreTrainedModel) -> TextTask:
-    wrapped = MeanPooled(encoder, task.n_outputs)
+    wrapped = MeanPooled(encoder, task.n_outputs, _hidden_width(encoder, task.tokenizer))
     return replace(
         task,
         model=wrapped,

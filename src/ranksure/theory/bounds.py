@@ -13,8 +13,8 @@ Derivations and counter-examples: docs/theory/rank-bounds.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -47,10 +47,6 @@ class Bounds:
         """The sharpest of the three: ranks measured are never above the counts."""
         return self.effective if self.numerical is None else self.numerical
 
-    def to_json(self) -> dict[str, int | None]:
-        """Plain numbers."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class MeasuredRank:
@@ -69,10 +65,6 @@ class MeasuredRank:
     tolerance: float
     kept: float
     dropped: float
-
-    def to_json(self) -> dict[str, int | float]:
-        """Plain numbers."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -104,7 +96,12 @@ class BlockRank:
                 f"rank {self.full} = min(m, n), clipped from {self.counted}: full-rank factors that are stationary "
                 "have spectral ratio 1, so none of them is spurious"
             )
-        return f"rank {self.rank}: {self.rank * (self.rank + 1) // 2} > {self.dimension}"
+        return f"rank {self.rank}: {unknowns([self.rank])} > {self.dimension}"
+
+
+def unknowns(ranks: Iterable[int]) -> int:
+    """``sum_j r_j (r_j + 1) / 2``: coordinates of symmetric matrices of these sizes."""
+    return sum(rank * (rank + 1) // 2 for rank in ranks)
 
 
 def existence_rank(dimension: int) -> int:
@@ -130,7 +127,7 @@ def is_within_existence(ranks: Mapping[str, int], dimension: int) -> bool:
     """
     if dimension < 0 or any(rank < 0 for rank in ranks.values()):
         raise SettingError("ranks and the number of equations cannot be negative")
-    return sum(rank * (rank + 1) // 2 for rank in ranks.values()) <= dimension
+    return unknowns(ranks.values()) <= dimension
 
 
 def landscape_ranks(dimensions: int | Mapping[str, int], shapes: Mapping[str, tuple[int, int]]) -> dict[str, BlockRank]:

@@ -25,15 +25,10 @@ _FLAT = 1e-9  # slopes below this share of the steepest conceivable one count as
 
 @dataclass(frozen=True)
 class Walk:
-    """How a walk went.
+    """How a walk went."""
 
-    Attributes:
-        independent: most independent equations met in a stage.
-        stages: null spaces computed.
-    """
-
-    independent: int
-    stages: int
+    independent: int  # most independent equations met in a stage
+    stages: int  # null spaces computed
 
 
 class Face:
@@ -61,12 +56,10 @@ class Face:
 
     @property
     def rank(self) -> int:
-        """Rank of ``X``."""
         return len(self.values)
 
     @property
     def n_waiting(self) -> int:
-        """Columns that have not joined."""
         return len(self.waiting[1])
 
     @property
@@ -126,14 +119,10 @@ def walk_to_extreme_point(
     generator: torch.Generator,
     progress: Callable[[int, int], None] | None = None,
 ) -> Walk:
-    """Move the faces' points to one where no direction is left that the operator does not see.
+    """Move the faces' points, in place, to one where no direction is left that the operator (in float64) does not see.
 
-    Args:
-        operator: in float64.
-        faces: the blocks, changed in place.
-        tolerance: directions of norm 1 that the operator maps to at most this count as unseen.
-        generator: for directions where the penalty has no slope.
-        progress: called after every removal with the ranks removed and those left.
+    A direction of norm 1 that the operator maps to at most ``tolerance`` counts as unseen; ``generator`` draws them
+    where the penalty has no slope. ``progress`` is called after every removal with the ranks removed and those left.
     """
     start = sum(face.n_waiting for face in faces)
     equations, independent, stages = operator.n_samples * operator.n_outputs, 0, 0

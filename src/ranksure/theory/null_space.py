@@ -14,18 +14,11 @@ _ROOT = torch.tensor(2.0, dtype=torch.float64).sqrt()
 
 
 def null_basis(rows: Tensor, tolerance: float) -> tuple[Tensor, int]:
-    """Orthonormal basis of the null space of a matrix.
+    """Orthonormal basis ``(D, k)`` of the null space of a matrix ``(d, D)``, float64, and its rank ``D - k``.
 
-    With more unknowns than equations most of it comes from a QR factorisation without pivoting, which is accurate
-    to rounding whatever the condition. Only a triangle that looks singular is factorised with pivots: what it
-    maps to less than ``tolerance`` is added.
-
-    Args:
-        rows: ``(d, D)``, float64.
-        tolerance: Frobenius norm of what may be taken for zero.
-
-    Returns:
-        The basis ``(D, k)``, and the rank ``D - k``.
+    With more unknowns than equations most of it comes from a QR factorisation without pivoting, which is accurate to
+    rounding whatever the condition. Only a triangle that looks singular is factorised with pivots: what it maps to less
+    than ``tolerance`` (a Frobenius norm) is added.
     """
     d, unknowns = rows.shape
     if unknowns <= d:
@@ -42,14 +35,10 @@ def null_basis(rows: Tensor, tolerance: float) -> tuple[Tensor, int]:
 
 
 def orthogonal_to(null: Tensor, rows: Tensor) -> Tensor:
-    """``null`` times an orthonormal basis of what ``rows`` maps to zero, by Householder reflections, in place.
+    """``null`` ``(D, k)`` times an orthonormal basis of what ``rows`` ``(q, k)`` maps to zero, by Householder
+    reflections.
 
-    Args:
-        null: ``(D, k)``, overwritten.
-        rows: ``(q, k)``; those that depend on the others cost no column.
-
-    Returns:
-        ``(D, k - rank(rows))``, a view of ``null``.
+    In place: the result ``(D, k - rank(rows))`` is a view of ``null``. Rows that depend on the others cost no column.
     """
     factored: Any = scipy.linalg.qr(rows.T.numpy(), mode="raw", pivoting=True)
     (packed, scales), upper, _ = factored

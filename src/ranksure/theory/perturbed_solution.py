@@ -7,12 +7,12 @@ bound below. Derivations in docs/theory/perturbation.md.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 
 from ranksure.certificate import certify_point
-from ranksure.factors import Factors, nuclear_norms, ranks_of
+from ranksure.factors import Factors, nuclear_norms
 from ranksure.perturbation import Perturbation
 from ranksure.solvers.burer_monteiro import solve
 from ranksure.solvers.solution import Solution
@@ -59,17 +59,6 @@ class PerturbedSolution:
     unperturbed_objective: float
     distance_bound: float
     a_priori_bound: float
-
-    def to_json(self) -> dict[str, object]:
-        """Plain numbers."""
-        return {
-            "ranks": ranks_of(self.factors),
-            "certificate": self.solution.certificate.to_json(),
-            "lifted": {**asdict(self.lifted), "feasible": self.lifted.feasible},
-            "unperturbed_objective": self.unperturbed_objective,
-            "distance_bound": self.distance_bound,
-            "a_priori_bound": self.a_priori_bound,
-        }
 
 
 def solve_perturbed(

@@ -24,6 +24,7 @@ from ranksure.errors import SettingError
 from ranksure.factors import Factors, nuclear_norms, ranks_of, thin_svd
 from ranksure.operators.base import TangentOperator, check_factors
 from ranksure.problem import Problem, uniform_penalty
+from ranksure.theory.bounds import unknowns
 from ranksure.theory.extreme_point import EPS, Face, Walk, walk_to_extreme_point
 
 _PROBES = 16
@@ -195,8 +196,8 @@ def _report(
         factors=after,
         ranks_before=ranks,
         ranks_after=ranks_of(after),
-        count_before=_count(ranks),
-        count_after=_count(ranks_of(after)),
+        count_before=unknowns(ranks.values()),
+        count_after=unknowns(ranks_of(after).values()),
         equations=operator.n_samples * operator.n_outputs,
         independent=walk.independent,
         tolerance=tolerance,
@@ -211,7 +212,3 @@ def _report(
 
 def _rank(values: Tensor, shape: tuple[int, int]) -> int:
     return int((values > max(shape) * EPS * values[:1]).sum())
-
-
-def _count(ranks: Mapping[str, int]) -> int:
-    return sum(r * (r + 1) // 2 for r in ranks.values())

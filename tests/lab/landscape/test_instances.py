@@ -22,6 +22,7 @@ from tests.helpers import (
     updates,
 )
 from tests.helpers import spurious_instance as reference_instance
+from tests.refusals import refusal
 
 OTHER = {"lam": 0.05, "c": 1.5, "s": 2.0, "rho": 1.7}
 
@@ -96,8 +97,7 @@ def test_beyond_the_condition_the_point_is_a_saddle():
     inside = spurious_instance(2, c=math.sqrt(1.01 * edge))
     _, eigenvalues = derivatives(inside, inside.factors)
     assert float(eigenvalues[1]) > 0
-    with pytest.raises(SettingError, match="saddle"):
-        spurious_instance(2, c=math.sqrt(0.99 * edge))
+    refusal(SettingError, "saddle", spurious_instance, 2, c=math.sqrt(0.99 * edge))
     problem, factors, _, _ = reference_instance(2, c=math.sqrt(0.99 * edge))
     outside = Trap(problem, {"w": 2}, factors, {}, 0.0, rho)
     assert float(derivatives(outside, factors)[1][0]) < -1e-4
@@ -140,14 +140,10 @@ def test_gaussian_problems_have_the_lambda_that_they_say():
     ],
 )
 def test_settings_without_an_instance_are_refused(settings, match):
-    with pytest.raises(SettingError, match=match):
-        spurious_instance(**settings)
+    refusal(SettingError, match, spurious_instance, **settings)
 
 
 def test_settings_without_a_problem_are_refused():
-    with pytest.raises(SettingError, match="between 0 and 1"):
-        two_block_instance(share=1.0)
-    with pytest.raises(SettingError, match="N >= 1"):
-        gaussian_problem(0, (2, 2))
-    with pytest.raises(SettingError, match="share"):
-        gaussian_problem(2, (2, 2), share=1.0)
+    refusal(SettingError, "between 0 and 1", two_block_instance, share=1.0)
+    refusal(SettingError, "N >= 1", gaussian_problem, 0, (2, 2))
+    refusal(SettingError, "share", gaussian_problem, 2, (2, 2), share=1.0)

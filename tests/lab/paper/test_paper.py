@@ -34,13 +34,13 @@ def small(folder) -> SettingRun:
 
 def test_linearised_curves_meet_the_certified_optimum(folder):
     found, record = reproduce.measure(PAPER, "linearised-curves", small(folder))
-    (group,) = record["reference"]["per_group"]
-    best = record["reference"]["per_group"][group]
-    ends = {curve["label"]: curve["y"][-1] for curve in record["curves"]}
-    zero = next(curve["y"][0] for curve in record["curves"] if curve["label"] == "full fine-tuning")
+    (group,) = record.reference.per_group
+    best = record.reference.per_group[group]
+    ends = {curve.label: curve.y[-1] for curve in record.curves}
+    zero = next(curve.y[0] for curve in record.curves if curve.label == "full fine-tuning")
     for label in ("full fine-tuning", "theorem's rank, r(r+1)/2 > KN", "theorem's rank, gradient descent"):
         assert -1e-9 <= (ends[label] - best) / min(best, zero - best) <= 1e-4
-    assert record["checks"][0]["holds"] and record["checks"][1]["holds"] and record["checks"][2]["holds"]
+    assert all(check.holds for check in record.checks[:3])
     assert set(ends) >= {"rank 1"}
     reproduce.write(folder / "out", found, record)
     assert strict_json((folder / "out" / "linearised-curves.json").read_text())["verdict"] in ("agreed", "partly")
@@ -49,9 +49,9 @@ def test_linearised_curves_meet_the_certified_optimum(folder):
 @pytest.mark.parametrize("name", ["network-curves", "accuracy", "solution-rank", "weight-decay"])
 def test_the_others_run_and_write(folder, name):
     found, record = reproduce.measure(PAPER, name, small(folder))
-    assert record["table"]["rows"] and all(len(r) == len(record["table"]["columns"]) for r in record["table"]["rows"])
-    assert record["curves"] and all(len(c["x"]) == len(c["y"]) > 0 for c in record["curves"])
-    assert all(check["measured"] and isinstance(check["holds"], bool) for check in record["checks"])
+    assert record.table.rows and all(len(r) == len(record.table.columns) for r in record.table.rows)
+    assert record.curves and all(len(c.x) == len(c.y) > 0 for c in record.curves)
+    assert all(check.measured and isinstance(check.holds, bool) for check in record.checks)
     assert len(reproduce.write(folder / "out", found, record)) == 4
 
 
@@ -78,11 +78,11 @@ def test_a_killed_run_goes_on_from_its_finished_parts(tmp_path, monkeypatch):
     _, record = reproduce.measure(PAPER, "linearised-curves", resumed)
     assert [kind for kind, _ in resumed.parts.made] == kinds[4:]
     assert {kind for kind, _ in resumed.parts.found} == {"captured", "optimum", "linear-full", "linear-lora"}
-    assert record["curves"] == expected["curves"] and record["checks"] == expected["checks"]
-    assert record["parts"] == {"made": 2, "found": 4}
+    assert record.curves == expected.curves and record.checks == expected.checks
+    assert record.parts == {"made": 2, "found": 4}
 
     again = SettingRun(parts=Parts(tmp_path / "parts"), small=True, settings=[tiny_setting(tmp_path)])
-    assert reproduce.measure(PAPER, "linearised-curves", again)[1]["parts"] == {"made": 0, "found": 6}
+    assert reproduce.measure(PAPER, "linearised-curves", again)[1].parts == {"made": 0, "found": 6}
 
 
 # ---- a wrong number changes the verdict

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from ranksure.errors import SettingError
-from ranksure.lab.output import write_whole
 from ranksure.lab.settings.parts import Parts, flat, unflat
 
 
@@ -82,7 +81,7 @@ def test_infinities_become_null(tmp_path):
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SettingError, match=r"`out` .*file.* cannot be written"):
-        write_whole(tmp_path / "file" / "x.json", b"")
+        Parts(tmp_path / "file").get("kind", {}, lambda: ({}, {}))
 
 
 def test_factors_survive_the_way_to_tensors_and_back():

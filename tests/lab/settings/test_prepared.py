@@ -15,6 +15,7 @@ from ranksure.lab.settings.run import SettingRun
 from ranksure.network.logits import predict
 from ranksure.progress import Silent
 from tests.lab.tiny import tiny_setting
+from tests.refusals import refusal
 from tests.tiny_text import frame
 
 
@@ -38,18 +39,14 @@ def test_splits_depend_on_the_seed_alone():
 
 @pytest.mark.parametrize(("n", "message"), [(119, "too few"), (40, "no rows to hold out")])
 def test_too_few_rows(n, message):
-    one = frame(1)
     table = frame(120) if n == 119 else pd.concat([frame(40), *[frame(40)] * 2])
-    assert len(one) == 1
-    with pytest.raises(DataError, match=message):
-        split(load_rows(table.reset_index(drop=True)), n if n == 119 else 110, 20, 0)
+    refusal(DataError, message, split, load_rows(table.reset_index(drop=True)), n if n == 119 else 110, 20, 0)
 
 
 def test_training_rows_of_one_class():
     rows = load_rows(frame(120))
     ones = rows.subset([i for i, label in enumerate(rows.labels) if label == 1])
-    with pytest.raises(DataError, match="one class only"):
-        split(ones, 8, 10, 0)
+    refusal(DataError, "one class only", split, ones, 8, 10, 0)
 
 
 def test_what_comes_back_from_disk_is_what_was_made(tmp_path):
@@ -58,7 +55,7 @@ def test_what_comes_back_from_disk_is_what_was_made(tmp_path):
     lam = 0.2 * first.lambda_max
     optimum = first.optimum(lam)
     head = first.task.model.get_submodule(first.task.head).state_dict()
-    held = first.held_out("report")
+    held = first.held_out
     parts = Parts(tmp_path / "parts")
     second = Prepared(setting, 0, parts, Silent())
     assert (
@@ -71,7 +68,7 @@ def test_what_comes_back_from_disk_is_what_was_made(tmp_path):
     batches, back = second.task.batches_by_length(second.splits.train)
     logits = predict(second.task.model, batches)[back]
     assert torch.allclose(logits.double(), second.problem.base_logits, atol=1e-5)
-    assert torch.equal(second.held_out("report").base_logits, held.base_logits)
+    assert torch.equal(second.held_out.base_logits, held.base_logits)
     assert float(first.problem.data_loss(first.problem.base_logits)) < 0.69  # the head was fitted
 
 
@@ -90,8 +87,7 @@ def test_only_some_classes(tmp_path):
     prepared = Prepared(setting, 0, Parts(tmp_path / "parts"), Silent())
     assert prepared.n_outputs == 2 and prepared.splits.train.label_names == ["odd", "good"]
     lost = tiny_setting(tmp_path, classes=("odd", "good"))
-    with pytest.raises(DataError, match="no class 'odd'"):
-        Prepared(lost, 0, Parts(tmp_path / "other"), Silent())
+    refusal(DataError, "no class 'odd'", Prepared, lost, 0, Parts(tmp_path / "other"), Silent())
 
 
 def test_what_is_not_installed_is_one_line_and_the_rest_runs(tmp_path):

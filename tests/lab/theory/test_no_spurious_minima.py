@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -13,8 +12,10 @@ from ranksure.lab.claim import Run
 from ranksure.lab.landscape.census import VERDICTS, Cell, Verdict, census
 from ranksure.lab.landscape.instances import gaussian_problem, spurious_instance, two_block_instance
 from ranksure.lab.theory import no_spurious_minima as entry
+from ranksure.records import encoded
 from ranksure.theory.bounds import landscape_rank
 from tests.helpers import convex_optimum, random_problem
+from tests.tiny_text import strict_json
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +43,9 @@ def small_cells(rank: int) -> list[Cell]:
 def test_the_claims_hold_at_the_small_size(result):
     finding, record = result
     assert [check.claim for check in finding.checks if not check.holds] == []
-    assert record["verdict"] == "reproduced" and len(finding.checks) == 8
-    json.dumps(record, allow_nan=False)
-    numbers = record["measured"]
+    assert record.verdict == "reproduced" and len(finding.checks) == 8
+    assert strict_json(encoded(record).decode())["verdict"] == "reproduced"
+    numbers = record.measured
     above = [cell for cell in numbers["gaussian"] if cell["above"]]
     assert above and all(cell["counts"]["global"] == cell["starts"] for cell in above)
     for cell in numbers["gaussian"]:

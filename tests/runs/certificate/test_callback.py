@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from ranksure.adapters.loaded import read_adapter
 from ranksure.errors import SettingError
 from ranksure.runs.certificate.callback import STOPPED, CertificateCallback
-from ranksure.runs.certificate.certify import certify
+from ranksure.runs.certificate.certify import certify, certify_adapter
+from ranksure.runs.certificate.settings import CertifySettings
 from ranksure.runs.fitting.optimizer import l2_optimizer
 from ranksure.runs.fitting.trainer import mean_loss_function
 
@@ -62,7 +66,7 @@ class Reporter(TrainerCallback):
         self.seen.append(dict(logs))
 
 
-def trained(folder, callback=None, *, bf16=False, steps=9, callbacks=(), **more):
+def trained(folder, callback=None, *, bf16=False, steps=9, callbacks=(), optimizer=None, **more):
     random.seed(5)
     np.random.seed(5)
     torch.manual_seed(5)
@@ -88,7 +92,7 @@ def trained(folder, callback=None, *, bf16=False, steps=9, callbacks=(), **more)
         TrainingArguments(str(folder), **arguments),
         train_dataset=data,
         callbacks=[Noisy(data), *callbacks],
-        optimizers=(l2_optimizer(model, lam=0.01, lr=0.05), None),
+        optimizers=(optimizer(model) if optimizer else l2_optimizer(model, lam=0.01, lr=0.05), None),
         compute_loss_func=mean_loss_function("cross-entropy"),
     )
     if callback is not None:
@@ -114,6 +118,30 @@ def test_the_final_weights_are_bitwise_those_without_it(tmp_path, bf16):
     assert {n: p.requires_grad for n, p in plain.named_parameters()} == {
         n: p.requires_grad for n, p in watched.named_parameters()
     }
+
+
+OPTIMIZERS = {
+    "Riemannian": (lambda m: create_riemannian_optimizer(m, torch.optim.SGD, lr=0.01, weight_decay=0.1), "riemannian"),
+    "Riemannian without decay": (lambda m: create_riemannian_optimizer(m, torch.optim.SGD, lr=0.01), None),
+    "LoRA-FA": (lambda m: create_lorafa_optimizer(m, r=2, lora_alpha=4, lr=0.01, weight_decay=0.1), "lorafa"),
+    "LoRA+": (
+        lambda m: create_loraplus_optimizer(
+            m, torch.optim.SGD, lr=0.01, loraplus_lr_ratio=4.0, loraplus_weight_decay=0.1
+        ),
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_decay_beside_a_preconditioner_is_no_nuclear_norm(tmp_path, name):
+    optimizer, reason = OPTIMIZERS[name]
+    callback = CertificateCallback(every=2, lam=0.01)
+    trained(tmp_path, callback, steps=2, optimizer=optimizer)
+    ((_, found),) = callback.certificates
+    assert (found.verdict == "not-checked") == (reason is not None)
+    if reason is not None:
+        assert reason in found.reasons[0] and "no nuclear norm" in found.reasons[0]
 
 
 def test_a_loader_that_shuffles_is_read_once_and_moves_no_stream(tmp_path):
@@ -211,3 +239,33 @@ def test_attaching_twice_or_beside_callbacks_runs_it_once(tmp_path):
 def test_what_is_refused(settings, reason):
     with pytest.raises(SettingError, match=reason):
         CertificateCallback(**settings)
+
+
+def test_a_run_without_weight_decay_is_not_stopped_at_its_start(tmp_path):
+    """The Trainer's default: the first updates are tiny, and so is all that can be gained by updates of their size."""
+    callback = CertificateCallback(every=2, sample_every=3, sample_rows=8, stop=["first-order-optimal", "rank-bound"])
+    trained(tmp_path, callback, steps=8)
+    assert [step for step, _ in callback.certificates] == [2, 4, 6, 8] and callback.stopped is None
+    for _, found in callback.certificates:
+        assert found.verdict == "not-converged" and found.radius >= found.first.length > 0
+        assert 0 < found.rank_gain_bound <= found.loss
+
+
+def test_what_is_known_of_another_start_is_not_taken(tmp_path):
+    batches = [torch.utils.data.default_collate(rows())]
+    model, _ = trained(tmp_path, steps=2)
+    read, asked = read_adapter(model), CertifySettings()
+    before = certify_adapter(model, read, batches, asked)
+    again = certify_adapter(model, read, batches, asked, before=[before])
+    assert again.first is before.first and again.rank_gain_bound == before.rank_gain_bound
+    fewer = [{name: value[:9] for name, value in batches[0].items()}]
+    moved = copy.deepcopy(model)
+    next(p for name, p in moved.named_parameters() if "lora_" not in name).data.mul_(1.5)
+    for network, data in ((model, fewer), (moved, batches)):
+        own = certify_adapter(network, read_adapter(network), data, asked)
+        other = certify_adapter(network, read_adapter(network), data, asked, before=[before])
+        assert other.first == own.first and other.first.key != before.first.key
+        assert other.radius == own.radius
+    with read.without():
+        loss = nn.functional.cross_entropy(model.eval()(batches[0]["x"]), batches[0]["labels"])
+    assert before.first.loss == pytest.approx(float(loss.detach()), rel=1e-5)

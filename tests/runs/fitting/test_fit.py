@@ -21,6 +21,7 @@ from transformers import (
     TrainerCallback,
 )
 
+from ranksure.bundled.names import MODELS
 from ranksure.cli.app import app
 from ranksure.data.texts import load_rows
 from ranksure.errors import RanksureError, SettingError
@@ -28,7 +29,10 @@ from ranksure.records.record import plain
 from ranksure.runs.fitting.fit import fit
 from ranksure.runs.fitting.plan_folder import read_plan
 from ranksure.runs.fitting.settings import FitSettings
+from ranksure.runs.saved.open import load_run
+from ranksure.tasks import classifiers
 from tests.runs.tiny_fits import ADAPTER, QUICK, fitted, same
+from tests.runs.tiny_runs import save_llama, save_pairs
 from tests.tiny_text import save_gpt2, sentences, strict_json
 
 pytestmark = pytest.mark.usefixtures("quick_collections")
@@ -114,6 +118,34 @@ def test_the_linear_optimum_as_it_is_and_as_a_start(tiny, tmp_path):
     started = fitted(tiny, tmp_path / "start", init="linear", max_steps=10, learning_rate=1e-3)
     assert started.data["history"][0]["loss"] == pytest.approx(linear.data["final"]["loss"], rel=0.1)
     assert started.objective < linear.objective
+
+
+def test_the_linear_optimum_without_a_plan_loads_the_model_once(tiny, tmp_path, monkeypatch):
+    loads, real = [], classifiers.load_weights
+    monkeypatch.setattr(classifiers, "load_weights", lambda *a, **k: loads.append(a) or real(*a, **k))
+    options = {"samples": 24, "heldout": 32, "layers_to_transform": "last", "target_modules": ["query", "value"]}
+    options |= {"mode": "linear", "lam": 0.01}
+    first = fit(str(tiny / "bert"), str(tiny / "two.csv"), out=tmp_path / "out", **options)
+    assert len(loads) == 1
+    again = fit(data=str(tiny / "two.csv"), plan=tmp_path / "out" / "plan", out=tmp_path / "again", mode="linear")
+    assert len(loads) == 2
+    written = [load_file(found.folder / ADAPTER) for found in (first, again)]
+    assert set(written[0]) == set(written[1])
+    assert all(torch.equal(value, written[1][key]) for key, value in written[0].items())
+    assert first.objective == again.objective and first.data["heldout"] == again.data["heldout"]
+    assert first.data["prediction"] == again.data["prediction"] is not None
+    with pytest.raises(SettingError, match="needs no adapter"):
+        fit(str(tiny / "bert"), str(tiny / "two.csv"), out=tmp_path / "zero", **{**options, "lam": 1e6})
+
+
+def test_a_language_model_by_its_short_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = save_llama(tmp_path / "llama")
+    monkeypatch.setitem(MODELS, "smollm2", lambda: base)
+    rows = save_pairs(tmp_path / "p.jsonl")
+    result = fit("smollm2", rows, task="CAUSAL_LM", out=tmp_path / "out", rank=1, max_steps=1)
+    assert result.record.model == base
+    assert load_run(result.folder, base="smollm2").base == base
 
 
 def test_without_a_plan(tiny, tmp_path):

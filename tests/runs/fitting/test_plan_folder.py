@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from typing import Any
+
 import pytest
 import torch
 from msgspec.structs import replace
@@ -10,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 import ranksure
-from ranksure.errors import AdapterError
+from ranksure.errors import AdapterError, RanksureError
 from ranksure.planner.result import PlanResult
 from ranksure.records.plan import PathStep
 from tests.runs.tiny_fits import make_tiny
@@ -81,3 +85,43 @@ def test_the_end_of_the_path_and_a_far_network_are_told(tmp_path):
     record = replace(result.record, linearity=replace(near, train=0.9))
     far = PlanResult(record, result.factors, result._prepared)
     assert "linearised network, which is far from the real one here, rank" in far.sentences()[0]
+
+
+MODULE = "bert.encoder.layer.1.attention.self.query"
+RUBBISH: dict[str, tuple[Any, str]] = {
+    "a number for a path": ({"model": 5}, "model: expected `str`"),
+    "a string for a pattern": ({"recommended": {"rank_pattern": "query"}}, "rank_pattern"),
+    "a negative rank": ({"recommended": {"rank_pattern": {MODULE: -1}}}, "rank_pattern"),
+    "an enormous rank": ({"recommended": {"rank_pattern": {MODULE: 10**12}}}, f"rank {10**12} of {MODULE}"),
+    "no number for lambda": ({"weight_decay": None}, "weight_decay"),
+    "a number beyond all": ('{"schema": 2, "weight_decay": 1e999}', "damaged"),
+    "NaN": ('{"schema": 2, "weight_decay": NaN}', "damaged"),
+    "a number among names": ({"target_modules": [3]}, "target_modules"),
+    "a name of no module": ({"settings": {"target_modules": ["nothing.there"]}}, "nothing.there"),
+    "a number for a column": ({"settings": {"text_column": 7}}, "settings.text_column"),
+    "a list for options": ({"settings": []}, "settings"),
+    "a number for offsets": ({"task": {"offsets": 5}}, "task.offsets"),
+    "an unknown loss": ({"settings": {"loss": "hinge"}}, "hinge"),
+    "too many rows": ({"n_samples": 10**9}, f"{10**9}"),
+    "brackets": ("[" * 100_000, "damaged"),
+    "no JSON": ("\0", "damaged"),
+    "another form": ("[]", "no schema"),
+}
+
+
+def merged(content: Any, change: Any) -> Any:
+    if isinstance(content, dict) and isinstance(change, dict):
+        return content | {key: merged(content.get(key), value) for key, value in change.items()}
+    return change
+
+
+@pytest.mark.parametrize("kind", RUBBISH)
+def test_rubbish_in_a_plan_is_one_line(tiny, tmp_path, kind):
+    change, said = RUBBISH[kind]
+    shutil.copytree(tiny / "plan2", tmp_path / "plan")
+    path = tmp_path / "plan" / "plan.json"
+    path.write_text(change if isinstance(change, str) else json.dumps(merged(json.loads(path.read_text()), change)))
+    with pytest.raises(RanksureError) as caught:
+        ranksure.fit(data=str(tiny / "two.csv"), out=tmp_path / "fit", plan=tmp_path / "plan", max_steps=1)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["plan"]

@@ -427,6 +427,8 @@ def test_the_command(here, tmp_path, monkeypatch, capfd, options, level):
         assert "no data was given" in " ".join(out.split()) and record["before"] is None
     ranks = {name: block.rank for name, block in read_adapter(load_run(tmp_path / "small").model).blocks.items()}
     assert ranks == {name: rank for name, rank in record["ranks_after"].items() if rank}
+    texts = (" ".join(record["notes"]), (tmp_path / "small" / "README.md").read_text(), " ".join(out.split()))
+    assert [("llama.cpp" in text) for text in texts] == [len(set(ranks.values())) > 1] * 3
     if level == "data-exact":  # 3 rows of two classes: 3 predictions
         assert sum(r * (r + 1) // 2 for r in ranks.values()) <= 3
 

@@ -213,7 +213,8 @@ def test_without_a_penalty_the_threshold_is_that_of_the_ball():
     read = read_adapter(model)
     found = gradients(model, batches)
     states = module_states(read.factors, found.gradients, None)
-    point = Point(read, states, None, found.terms.mean, ball_gaps(states), certificate.tolerance)
+    gaps = ball_gaps(states, found.terms, certificate.first.length)
+    point = Point(read, states, None, found.terms.mean, gaps, certificate.tolerance)
     assert point.gaps.total > 0
     assert _threshold(certificate, "first") == pytest.approx(point.threshold("first"), rel=1e-9)
 

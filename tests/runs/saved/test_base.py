@@ -17,7 +17,17 @@ from ranksure.errors import AdapterError, DataError, ModelError, RanksureError, 
 from ranksure.runs.certificate.certify import certify
 from ranksure.runs.saved.data import DataSettings, read_data
 from ranksure.runs.saved.open import load_run
-from tests.runs.tiny_runs import PAIRS, classifier, language_model, save_gpt2_lm, save_pairs, save_runs
+from tests.runs.tiny_runs import (
+    PAIRS,
+    classifier,
+    language_model,
+    llama_config,
+    save_gpt2_lm,
+    save_llama,
+    save_mixtral,
+    save_pairs,
+    save_runs,
+)
 from tests.tiny_text import frame, loaded, save_bert_classifier, save_gpt2
 
 
@@ -91,6 +101,147 @@ def test_a_resized_vocabulary(root, tmp_path):
     run = load_run(tmp_path / "run")
     same_logits(original, run.model, input_ids=torch.tensor([[5, len(tokenizer) - 1, 6]]))
     assert "<new>" in run.tokenizer.get_vocab()
+
+
+ADDED = {
+    "saved modules": ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}, False),
+    "saved modules, tied": ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, True),
+    "kept tied": (
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        True,
+    ),
+    "LoRA on both": ({"target_modules": ["q_proj", "embed_tokens", "lm_head"]}, False),
+    "LoRA on tied embeddings": ({"target_modules": ["q_proj", "embed_tokens"]}, True),
+    "plain": ({"target_modules": ["q_proj"]}, False),
+}
+LOST = {
+    "saved without embeddings": ({"target_modules": ["q_proj"]}, None),
+    "LoRA on embeddings alone": ({"target_modules": ["q_proj", "embed_tokens"]}, "lm_head"),
+    "LoRA on the head alone": ({"target_modules": ["q_proj", "lm_head"]}, "model.embed_tokens"),
+}
+
+
+def with_added_token(folder: Path, settings: dict[str, Any], tied: bool, **saving: Any) -> tuple[PeftModel, int]:
+    """A run that added a token; its model and the token's id."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    save_llama(folder / "base")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    network = LlamaForCausalLM(llama_config(len(tokenizer), tie_word_embeddings=tied))
+    network.save_pretrained(folder / "base")
+    tokenizer.add_tokens(["<new>"])
+    network = AutoModelForCausalLM.from_pretrained(folder / "base")
+    network.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model: Any = get_peft_model(network, LoraConfig(r=2, task_type="CAUSAL_LM", **settings))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn(parameter.shape))
+    model.eval().save_pretrained(folder / "run", **saving)
+    tokenizer.save_pretrained(folder / "run")
+    return model, len(tokenizer) - 1
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_added_tokens_load_where_peft_loads_them(tmp_path, name):
+    original, new = with_added_token(tmp_path, *ADDED[name])
+    run = load_run(tmp_path / "run")
+    same_logits(original, run.model, input_ids=torch.tensor([[5, new, 6]]))
+    assert certify(run.model, [{"input_ids": IDS, "labels": IDS}], lam=0.01).modules
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_added_tokens_that_peft_loses_are_refused_for_that(tmp_path, name):
+    settings, lost = LOST[name]
+    _, new = with_added_token(tmp_path, settings, False, save_embedding_layers="auto" if lost else False)
+    if lost is None:
+        with pytest.raises(AdapterError, match=r"PEFT saved none of their rows, .* embeddings in modules_to_save"):
+            load_run(tmp_path / "run")
+        return
+    with pytest.raises(AdapterError, match=rf"did not save the rows of {lost} .*{lost} in modules_to_save") as raised:
+        load_run(tmp_path / "run")
+    assert f"has {new + 1} tokens and the base {new}" in str(raised.value)
+
+
+def test_all_biases_beside_a_saved_head(root, tmp_path):
+    original = classifier(str(root / "bert"), 3, bias="all")
+    with torch.no_grad():
+        for name, parameter in original.named_parameters():
+            if parameter.requires_grad and name.endswith("bias"):
+                parameter.add_(torch.randn(parameter.shape))
+    original.save_pretrained(tmp_path / "run")
+    run = load_run(tmp_path / "run")
+    same_logits(original, run.model, input_ids=IDS)
+    found = certify(run.model, [{"input_ids": IDS, "labels": torch.tensor([0, 2])}], lam=0.01)
+    assert found.outside == ["biases trained with bias='all'", "modules_to_save (classifier)"]
+    key = "base_model.model.classifier.modules_to_save.bias"  # PEFT's own copy: another one has no meaning
+    edit_weights(tmp_path / "run", lambda tensors: tensors[key].add_(1))
+    with pytest.raises(AdapterError, match=r"classifier\.modules_to_save\.bias has no place"):
+        load_run(tmp_path / "run")
+
+
+def test_attention_of_a_mixture_alone(root, tmp_path):
+    base = save_mixtral(tmp_path / "base")
+    original = language_model(base, target_modules=["q_proj", "v_proj"])
+    original.save_pretrained(tmp_path / "run")
+    run = load_run(tmp_path / "run")
+    same_logits(original, run.model, input_ids=IDS)
+    assert certify(run.model, [{"input_ids": IDS, "labels": IDS}], lam=0.01).modules
+    original = language_model(base, target_modules=["q_proj", "w1", "w2", "w3"])
+    original.save_pretrained(tmp_path / "experts")
+    run = load_run(tmp_path / "experts")
+    same_logits(original, run.model, input_ids=IDS)
+    found = certify(run.model, [{"input_ids": IDS, "labels": IDS}], lam=0.01)
+    assert found.verdict == "not-checked" and found.reasons[0].startswith("target_parameters=")
+
+
+@pytest.mark.parametrize("start", ["eva", "orthogonal", "mica"])
+def test_starts_that_leave_the_base_alone(root, tmp_path, start):
+    original = classifier(str(root / "bert"), init_lora_weights=start)
+    original.save_pretrained(tmp_path / "run")
+    run = load_run(tmp_path / "run")
+    same_logits(original, run.model, input_ids=IDS)
+    found = certify(run.model, [{"input_ids": IDS, "labels": torch.tensor([0, 1])}], lam=0.01)
+    assert found.modules and not found.reasons
+
+
+def test_a_base_that_was_quantised_in_training_is_not_checked(root, tmp_path):
+    """PEFT's model card is the only place that says so."""
+    shutil.copytree(root / "texts", tmp_path / "run")
+    card = "# Model\n\n## Training procedure\n\n\nThe following `bitsandbytes` quantization config was used during "
+    card += "training:\n- quant_method: bitsandbytes\n- load_in_8bit: False\n- load_in_4bit: True\n\n### Versions\n"
+    (tmp_path / "run" / "README.md").write_text(card)
+    run = load_run(tmp_path / "run")
+    found = certify(run.model, [{"input_ids": IDS, "labels": torch.tensor([0, 1])}], lam=0.01)
+    assert found.verdict == "not-checked" and "quantised to 4 bits in training" in found.reasons[0]
+
+
+def test_a_field_of_a_newer_peft_reaches_the_certificate(root, tmp_path):
+    shutil.copytree(root / "texts", tmp_path / "run")
+    edit(tmp_path / "run", newer_thing={"rank": 3}, other=None)
+    run = load_run(tmp_path / "run")
+    found = certify(run.model, [{"input_ids": IDS, "labels": torch.tensor([0, 1])}], lam=0.01)
+    assert found.verdict == "not-checked" and found.to_json()["reasons"] == found.reasons
+    assert len(found.reasons) == 1 and found.reasons[0].startswith("newer_thing=")
+
+
+def test_ranks_that_peft_itself_cannot_load_again(root, tmp_path):
+    """It sorts the keys of patterns when it saves, and takes the first that matches when it loads."""
+    original = classifier(str(root / "bert"), rank_pattern={"value": 4, "layer.1.*": 1})
+    original.save_pretrained(tmp_path / "run")
+    with pytest.raises(
+        AdapterError, match=r"layer\.1\.\S+value was trained at rank 4, by .* key 'value', .* let only one"
+    ):
+        load_run(tmp_path / "run")
+    edit(tmp_path / "run", rank_pattern={"value": 4, "layer.1.*query": 1})
+    same_logits(original, load_run(tmp_path / "run").model, input_ids=IDS)
+
+
+def test_a_start_that_cannot_be_repeated_is_the_reason(root, tmp_path):
+    shutil.copytree(root / "texts", tmp_path / "run")
+    edit(tmp_path / "run", init_lora_weights="corda")
+    with pytest.raises(AdapterError, match="init_lora_weights='corda' cannot be repeated: `eigens`"):
+        load_run(tmp_path / "run")
 
 
 def test_one_of_several_adapters(root, tmp_path):
@@ -207,7 +358,10 @@ BAD = {
     "truncated": (AdapterError, "adapter_model.safetensors is damaged or incomplete"),
     "half a header": (AdapterError, "adapter_model.safetensors is damaged or incomplete"),
     "not tensors": (AdapterError, "holds a list, not tensors"),
-    "code in a pickle": (AdapterError, "adapter_model.bin is damaged or incomplete"),
+    "code in a pickle": (
+        AdapterError,
+        r"adapter_model.bin is a pickle, .* save the adapter as adapter_model\.safetensors",
+    ),
     "no weights": (AdapterError, "holds neither adapter_model.safetensors nor"),
     "missing tensor": (AdapterError, r"the weights lack .*layer\.1\.attention\.self\.query\.lora_A"),
     "missing head": (AdapterError, r"the weights lack base_model\.model\.classifier\.weight"),
@@ -235,6 +389,7 @@ def test_a_run_that_does_not_fit_is_one_clear_line(root, tmp_path, kind):
     with pytest.raises(error, match=message) as raised:
         load_run(tmp_path / "run")
     assert "\n" not in str(raised.value)
+    assert "weights_only" not in str(raised.value)  # no advice to run what a file holds
 
 
 def test_another_base_model(root, tmp_path):

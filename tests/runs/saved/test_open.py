@@ -261,6 +261,32 @@ def test_an_image_adapter_of_another_tool(parts, tmp_path):
     assert found.verdict == "not-converged" and found.n_samples == 12
 
 
+def test_images_with_several_labels_are_refused_for_that(parts, tmp_path):
+    torch.manual_seed(0)
+    labels = {0: "ant", 1: "bee"}
+    stated = {"id2label": labels, "label2id": {"ant": 0, "bee": 1}, "problem_type": "multi_label_classification"}
+    base = save_vit(tmp_path / "base", ViTForImageClassification(vit_config(**stated)))
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(ViTForImageClassification.from_pretrained(base), config).save_pretrained(tmp_path / "run")
+    plan = {"task": "image", "samples": 8, "heldout": 0, "weight_decay": "20%", "ranks": [1]}
+    for call in (
+        lambda: open_run(tmp_path / "run", pictures()),
+        lambda: ranksure.plan(base, pictures(), **plan),
+        lambda: fit(base, pictures(), task="image", rank=1, out=tmp_path / "fit"),
+    ):
+        with pytest.raises(SettingError, match=r"2 labels or targets per row .*problem_type multi_label"):
+            call()
+    run, rows = open_run(tmp_path / "run", pictures(), DataSettings(loss="cross-entropy"))
+    found = ranksure.certify(run.model, rows.batches, **rows.objective)
+    with torch.no_grad():
+        logits = torch.cat([run.model(pixel_values=batch["pixel_values"]).logits for batch in rows.batches])
+    truth = torch.nn.functional.cross_entropy(logits.double(), torch.tensor([i % 2 for i in range(12)]))
+    assert found.loss == pytest.approx(float(truth), rel=1e-5)
+    assert ranksure.plan(base, pictures(), loss="cross-entropy", **plan).record.loss == "cross-entropy"
+    with pytest.raises(SettingError, match=r"texts only|`loss` squared-error has no meaning"):
+        open_run(tmp_path / "run", pictures(), DataSettings(loss="squared-error"))
+
+
 def test_what_cannot_be_opened(parts, tmp_path):
     model, rows, options = parts["prompt"]
     settings = {"rank": 1, "lam": 1e-3, "max_steps": 1, "heldout": 0}

@@ -177,14 +177,9 @@ class Cell:
 def draw_starts(problem: Problem, ranks: Mapping[str, int], count: int, seed: int = 0) -> Tensor:
     """Random starts: a quarter as LoRA starts, the others Gaussian on scales over five decades.
 
-    LoRA's start has ``u = 0`` and ``v`` uniform in ``+- 1 / sqrt(n)`` (PEFT's default). The Gaussian ones are scaled
-    so that their penalty runs geometrically from 1e-4 to 10 times ``F(0)``.
-
-    Args:
-        problem: the problem; of a perturbed one, in its own coordinates.
-        ranks: rank by block.
-        count: how many.
-        seed: of the random numbers, drawn on the CPU in float64.
+    LoRA's start has ``u = 0`` and ``v`` uniform in ``+- 1 / sqrt(n)`` (PEFT's default). The Gaussian ones are scaled so
+    that their penalty runs geometrically from 1e-4 to 10 times ``F(0)``. A perturbed problem is given in its own
+    coordinates. Numbers are drawn on the CPU in float64.
 
     Returns:
         ``(count, D)`` rows of :class:`~ranksure.factors.FactorLayout`, float64.
@@ -213,7 +208,7 @@ def census(
     optima: Sequence[Solution] | None = None,
     max_evaluations: int = 3000,
 ) -> list[Census]:
-    """Where random starts end, for several problems of equal shapes in one batch.
+    """Where random starts end, one census a problem, for several problems of equal shapes in one batch.
 
     Args:
         problems: float64 problems whose blocks have equal shapes (perturbed ones: ``Perturbation.problem``).
@@ -224,9 +219,6 @@ def census(
             ``GLOBAL_TOLERANCE``; solved for if None.
         max_evaluations: evaluations after which the ends that are not finished go on by themselves, once, with four
             times as many.
-
-    Returns:
-        One census per problem.
     """
     optima = [certified_optimum(problem) for problem in problems] if optima is None else optima
     layout = FactorLayout(dict(problems[0].operator.shapes), dict(ranks))
@@ -304,9 +296,6 @@ def judge(
         value: their objectives, ``(S,)``.
         norm: their gradient norms in units of :func:`~ranksure.solvers.descent.gradient_scale`, ``(S,)``.
         used: evaluations that led there.
-
-    Returns:
-        The census.
     """
     gaps = _relative(value, optimum)
     is_global = gaps <= GLOBAL_TOLERANCE  # not a number is not global

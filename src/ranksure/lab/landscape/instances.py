@@ -53,16 +53,9 @@ def spurious_instance(
     - ``G_ab = c (e_a e_b^T + e_b e_a^T) / sqrt 2``, ``y_ab = 0`` for ``a < b <= r``,
     - ``G_a' = c (e e_a^T + e_a e^T) / sqrt 2``, ``y_a' = 0`` for ``a <= r``.
 
-    The trap is ``u = v = sqrt(s) [I_r; 0]``; an optimum is ``t e e^T``.
-
-    Args:
-        r: rank of the trap.
-        lam: ``lambda``.
-        c: scale of the measurements.
-        s: singular values of the trap.
-        rho: its spectral ratio, above 1.
-        extra: rows and columns of the block that no measurement sees; at 0 the block is ``r + 1`` square, and rank
-            ``r + 1`` is also clipped to the block's size.
+    The trap is ``u = v = sqrt(s) [I_r; 0]``, of spectral ratio ``rho > 1``; an optimum is ``t e e^T``. No measurement
+    sees the ``extra`` rows and columns of the block; with none the block is ``r + 1`` square, and rank ``r + 1`` is
+    also clipped to the block's size.
 
     Raises:
         SettingError: ``r < 1``, ``extra < 0``, ``rho <= 1``, a value that is not positive and finite, or
@@ -82,7 +75,7 @@ def spurious_instance(
     t = (c * s + n * lam / (2 * c) * (1 - 1 / rho)) * r / (c * rho)
     best = math.sqrt(t) * unit[:, r : r + 1]
     return Trap(
-        _squared_error({"w": torch.stack(gradients)}, labels, {"w": lam}),
+        squared_error_problem({"w": torch.stack(gradients)}, labels, {"w": lam}),
         {"w": r},
         {"w": (trap, trap.clone())},
         {"w": (best, best.clone())},
@@ -98,15 +91,8 @@ def two_block_instance(
 
     Block "first" is :func:`spurious_instance` at ``r = 1``; block "second" (3 x 3, rank 3) sees the two equations by
     ``c share e_i e_i^T``. ``1 + 6 = 7 > 2`` in the sum over blocks, but block "first" alone has ``1 <= 2``, and the
-    point with the trap in "first" and zero in "second" is a strict local minimum.
-
-    Args:
-        lam: ``lambda`` of both blocks.
-        c: scale of the measurements.
-        s: singular value of the trap.
-        rho: spectral ratio of the trap in "first", above 1.
-        share: spectral ratio of "second" at the trap, in (0, 1): below 1, zero is where it rests.
-        extra: rows and columns of "first" that no measurement sees, so that its size decides nothing.
+    point with the trap in "first" and zero in "second" is a strict local minimum: ``share``, in (0, 1), is the spectral
+    ratio of "second" there.
 
     Raises:
         SettingError: a ``share`` outside (0, 1), or see :func:`spurious_instance`.
@@ -116,7 +102,7 @@ def two_block_instance(
     one = spurious_instance(1, lam=lam, c=c, s=s, rho=rho, extra=extra)
     unit = torch.eye(3, dtype=torch.float64)
     second = torch.stack([c * share * torch.outer(unit[i], unit[i]) for i in range(2)])
-    problem = _squared_error(
+    problem = squared_error_problem(
         {"first": one.problem.operator.jacobians()["w"][:, 0], "second": second},
         one.problem.labels,
         {"first": lam, "second": lam},
@@ -135,11 +121,7 @@ def two_block_instance(
 def gaussian_problem(n: int, shape: tuple[int, int], *, share: float = 0.1, seed: int = 0) -> Problem:
     """One block, ``n`` Gaussian measurements, Gaussian labels, squared error, ``K = 1``, base logits zero.
 
-    Args:
-        n: equations ``N``.
-        shape: block shape ``(m, n)``.
-        share: ``lambda`` as a share of the smallest one whose optimum is zero.
-        seed: seed of measurements and labels.
+    ``lambda`` is a ``share`` of the smallest one whose optimum is zero.
 
     Raises:
         SettingError: ``n < 1``, or a share outside (0, 1).
@@ -149,11 +131,12 @@ def gaussian_problem(n: int, shape: tuple[int, int], *, share: float = 0.1, seed
     generator = torch.Generator().manual_seed(seed)
     gradients = torch.randn(n, *shape, generator=generator, dtype=torch.float64)
     labels = torch.randn(n, 1, generator=generator, dtype=torch.float64)
-    problem = _squared_error({"w": gradients}, labels, {"w": 1.0})
+    problem = squared_error_problem({"w": gradients}, labels, {"w": 1.0})
     return problem.with_penalty(share * lambda_max(problem))
 
 
-def _squared_error(gradients: dict[str, Tensor], labels: Tensor, penalty: dict[str, float]) -> Problem:
+def squared_error_problem(gradients: dict[str, Tensor], labels: Tensor, penalty: dict[str, float]) -> Problem:
+    """Gradients ``(N, m, n)`` by block, labels ``(N, 1)``, base logits zero."""
     operator = DenseOperator({name: g[:, None] for name, g in gradients.items()})
     return Problem(operator, torch.zeros_like(labels), labels, get_loss("squared-error"), penalty)
 

@@ -66,7 +66,7 @@ def tested(prepared: Prepared, network: str, factors: Factors, key: dict[str, ob
 
     def make() -> Made:
         if network == "linearised":
-            held = prepared.held_out("report")
+            held = prepared.held_out
             logits, labels = held.logits(factors), held.labels
         else:
             labels = prepared.task.labels(prepared.splits.report)

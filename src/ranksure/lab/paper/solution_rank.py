@@ -13,7 +13,7 @@ from ranksure.lab.figures import curve_panels
 from ranksure.lab.settings.prepared import Prepared, certified
 from ranksure.lab.settings.run import SettingRun
 from ranksure.lab.settings.trained import linear_full
-from ranksure.theory.bounds import existence_rank
+from ranksure.theory.bounds import existence_rank, unknowns
 
 SHARES = (0.1, 0.01)  # lambda as shares of lambda_max
 _NUMERICAL = 1e-3  # share of a block's largest singular value above which one counts
@@ -40,12 +40,7 @@ class Solved:
     @property
     def count(self) -> int:
         """``sum_j r_j (r_j + 1) / 2``, which the theorem bounds by ``K N``."""
-        return equations(self.ranks)
-
-
-def equations(ranks: dict[str, int]) -> int:
-    """``sum_j r_j (r_j + 1) / 2``."""
-    return sum(rank * (rank + 1) // 2 for rank in ranks.values())
+        return unknowns(self.ranks.values())
 
 
 def measure(run: SettingRun) -> Finding:
@@ -139,7 +134,7 @@ def checks(solved: Sequence[Solved]) -> list[Check]:
     ]
     proximal = [(one, one.proximal) for one in solved if one.proximal is not None]
     if proximal:
-        kept = sum(equations(ranks) <= one.k * one.n for one, ranks in proximal)
+        kept = sum(unknowns(ranks.values()) <= one.k * one.n for one, ranks in proximal)
         found.append(
             Check(
                 "Full fine-tuning by proximal gradient finds such a solution.",

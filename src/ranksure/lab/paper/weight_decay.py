@@ -12,7 +12,7 @@ from ranksure.lab.settings.parts import Made
 from ranksure.lab.settings.prepared import LOSS, Prepared, certified
 from ranksure.lab.settings.run import SettingRun
 from ranksure.solvers.path import lambda_path
-from ranksure.theory.bounds import existence_rank
+from ranksure.theory.bounds import existence_rank, unknowns
 
 _TOLERANCE = 1e-6
 
@@ -50,7 +50,7 @@ def path(run: SettingRun, prepared: Prepared) -> Path:
     count, smallest = run.size(4, 12, 20), run.size(0.1, 1e-3, 1e-4)
 
     def make() -> Made:
-        held = prepared.held_out("report")
+        held = prepared.held_out
         with run.reporter.stage(f"Path of lambda: {prepared.place}") as advance:
             points = lambda_path(
                 prepared.problem,
@@ -69,7 +69,7 @@ def path(run: SettingRun, prepared: Prepared) -> Path:
                     "lambda": point.lam / prepared.lambda_max,
                     "rank": max(ranks.values(), default=0),
                     "total": sum(ranks.values()),
-                    "count": sum(rank * (rank + 1) // 2 for rank in ranks.values()),
+                    "count": unknowns(ranks.values()),
                     "gap": point.solution.certificate.relative_gap,
                     "objective": point.solution.certificate.objective,
                     "train_loss": float(problem.data_loss(logits)),

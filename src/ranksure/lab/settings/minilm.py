@@ -46,8 +46,7 @@ def captured(
         The problem, samples in the order of the rows; ``N`` equations, since two classes have one contrast.
 
     Raises:
-        SettingError: ``n`` or ``share`` out of range.
-        RanksureError: the bundled model or data is not installed.
+        RanksureError: ``n`` or ``share`` out of range, or the bundled model or data is not installed.
     """
     data = rotten_tomatoes()
     if not 2 <= n <= len(data) or not 0 < share < 1:

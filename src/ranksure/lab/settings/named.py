@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ranksure.errors import SettingError
-from ranksure.lab.output import near
+from ranksure.lab.run import near
 
 if TYPE_CHECKING:
     from ranksure.data.samples import Samples

@@ -25,7 +25,6 @@ class Panel:
 
     @property
     def full(self) -> Trained:
-        """Full fine-tuning."""
         return next(run for run in self.runs if run.rank is None)
 
     @property
@@ -82,15 +81,8 @@ def finding(
     axis: str,
     **drawing: Any,
 ) -> Finding:
-    """Curves by panel, and a table with a row for every run.
-
-    Args:
-        panels: the panels.
-        missing: settings that could not be run, with the reason.
-        checks: what the numbers say.
-        columns: of the table, after those that say what a run is.
-        axis: what the curves' values are.
-        drawing: see :func:`ranksure.lab.figures.curve_panels`.
+    """Curves by panel, and a table with a row for every run: what it is, then ``columns``. ``axis`` names the curves'
+    values.
     """
     runs = [(panel, run) for panel in panels for run in panel.runs]
     curves = [panel.curve(run) for panel, run in runs]

@@ -14,8 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from ranksure.errors import SettingError
 from ranksure.factors import Factors
-from ranksure.lab.output import json_bytes, plain, write_whole
+from ranksure.files import write_or_refuse
+from ranksure.records.record import encoded, plain
 
 Made = tuple[dict[str, Any], dict[str, Tensor]]
 """What a part gives: plain JSON, and tensors beside it (often none)."""
@@ -25,25 +27,17 @@ SCHEMA = 2  # of the parts: raise it when what they mean changes
 
 @dataclass
 class Parts:
-    """A folder of finished parts.
+    """A folder of finished parts."""
 
-    Attributes:
-        folder: where they lie, each as ``KIND-HASH.json``, with ``KIND-HASH.safetensors`` if it has tensors.
-        made: kinds and keys of the parts that this process computed.
-        found: those that were there.
-    """
-
-    folder: Path
+    folder: Path  # where they lie, each as `KIND-HASH.json`, with `KIND-HASH.safetensors` if it has tensors
+    # kinds and keys of the parts that this process computed
     made: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-    found: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    found: list[tuple[str, dict[str, Any]]] = field(default_factory=list)  # those that were there
 
     def get(self, kind: str, key: dict[str, Any], make: Callable[[], Made]) -> Made:
-        """The part of this key, made if it is not there.
+        """The part of this kind and key, made if it is not there.
 
-        Args:
-            kind: what it is, a few words with hyphens.
-            key: all that it depends on, plain JSON; versions are added.
-            make: computes it.
+        The key is all that it depends on, as plain JSON; versions are added.
 
         Raises:
             SettingError: the folder cannot be written.
@@ -57,11 +51,12 @@ class Parts:
             return there
         result, tensors = make()
         tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        where = f"`out` {self.folder}"
         if tensors:
-            write_whole(path.with_suffix(".safetensors"), save(tensors))
+            write_or_refuse(path.with_suffix(".safetensors"), save(tensors), SettingError, where)
         record = {"key": full, "tensors": sorted(tensors), "result": plain(result)}
         # Last: where the JSON is, the part is whole.
-        write_whole(path, json_bytes(record))
+        write_or_refuse(path, encoded(record), SettingError, where)
         self.made.append((kind, key))
         return record["result"], tensors
 
@@ -90,5 +85,5 @@ def _read(path: Path, key: str) -> Made | None:
             return None
         tensors = load_file(path.with_suffix(".safetensors")) if record["tensors"] else {}
         return (record["result"], tensors) if sorted(tensors) == record["tensors"] else None
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError):
         return None

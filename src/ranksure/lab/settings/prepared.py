@@ -51,17 +51,11 @@ def certified(what: str, gaps: Sequence[float]) -> Check:
 
 @dataclass(frozen=True)
 class Splits:
-    """Disjoint rows: no input of ``select`` or ``report`` is one of ``train``, nor of one another.
+    """Disjoint rows: no input of ``select`` or ``report`` is one of ``train``, nor of one another."""
 
-    Attributes:
-        train: rows to train on.
-        select: rows to choose lambda on.
-        report: rows to report on.
-    """
-
-    train: Samples
-    select: Samples
-    report: Samples
+    train: Samples  # rows to train on
+    select: Samples  # rows to choose lambda on
+    report: Samples  # rows to report on
 
 
 def split(samples: Samples, n: int, heldout: int, seed: int) -> Splits:
@@ -92,13 +86,7 @@ def split(samples: Samples, n: int, heldout: int, seed: int) -> Splits:
 
 
 class Prepared:
-    """A setting with a seed, ready for experiments.
-
-    Args:
-        setting: what to run on.
-        seed: of the rows and of what the checkpoint leaves to chance.
-        parts: where finished parts lie.
-        reporter: receives stages.
+    """A setting ready for experiments, with a seed of its rows and of what the checkpoint leaves to chance.
 
     Raises:
         RanksureError: model or data is not installed or cannot be used.
@@ -107,7 +95,6 @@ class Prepared:
     def __init__(self, setting: Setting, seed: int, parts: Parts, reporter: Reporter) -> None:
         self.setting, self.seed, self.parts, self.reporter = setting, seed, parts, reporter
         self.key: dict[str, Any] = {"setting": setting.to_json(), "seed": seed}
-        self._held: dict[str, HeldOut] = {}
         facts, tensors = parts.get("captured", self.key, self._captured)
         self.facts: dict[str, Any] = facts
         operator = _operator(facts, tensors)
@@ -180,7 +167,6 @@ class Prepared:
 
     @cached_property
     def splits(self) -> Splits:
-        """The rows."""
         samples = self.setting.data()
         names = samples.label_names
         if self.setting.classes is not None and names is not None:
@@ -213,21 +199,18 @@ class Prepared:
 
     @cached_property
     def targets(self) -> dict[str, nn.Module]:
-        """Target modules by name."""
         return self.task.targets(list(self.setting.modules), self.setting.layers)
 
-    def held_out(self, which: str) -> HeldOut:
-        """The rows to select or to report on, captured; kept in memory."""
-        if which not in self._held:
-            rows = getattr(self.splits, which)
-            with self.reporter.stage(f"Gradients of {len(rows)} held-out rows: {self.place}") as advance:
-                self._held[which] = capture_rows(self.task, self.targets, rows, LOSS, progress=advance)
-        return self._held[which]
+    @cached_property
+    def held_out(self) -> HeldOut:
+        """The rows to report on, captured."""
+        rows = self.splits.report
+        with self.reporter.stage(f"Gradients of {len(rows)} held-out rows: {self.place}") as advance:
+            return capture_rows(self.task, self.targets, rows, LOSS, progress=advance)
 
     def release(self) -> None:
         """Forget the network and the held-out rows; they are made again when needed."""
-        self._held.clear()
-        for name in ("task", "targets", "splits"):
+        for name in ("task", "targets", "splits", "held_out"):
             self.__dict__.pop(name, None)
 
     # ---- making it

@@ -29,13 +29,7 @@ _SAME = 1e-4  # largest difference of a logit with and without the skipped layer
 
 
 class RealNetwork:
-    """A network on fixed rows.
-
-    Args:
-        task: the network; frozen, its head fitted.
-        targets: target modules by name.
-        rows: the rows.
-    """
+    """A task's network on fixed rows, with its targets by name; frozen, its head fitted."""
 
     def __init__(self, task: Task[Any], targets: Mapping[str, nn.Module], rows: Samples) -> None:
         self.task, self.targets = task, dict(targets)
@@ -99,16 +93,8 @@ def full_fine_tuning(
 ) -> Training:
     """Proximal gradient on dense updates of the real network: every step soft-thresholds the singular values.
 
-    Accelerated, with the momentum dropped whenever the objective rises; the step is halved where the quadratic
-    bound fails. The objective is ``loss + lambda sum_j ||delta_j||_*``.
-
-    Args:
-        network: the network on its training rows.
-        shapes: block shapes ``(m, n)``.
-        lam: the penalty.
-        rule: steps, window and tolerance.
-        step: first step size.
-        progress: called with (steps done, most steps).
+    Accelerated, with the momentum dropped whenever the objective rises; ``step`` is halved where the quadratic bound
+    fails. The objective is ``loss + lambda sum_j ||delta_j||_*``.
 
     Returns:
         The run; its factors are those of the thresholded singular value decomposition.
@@ -142,7 +128,6 @@ class _Dense:
         self.eyes = {name: torch.eye(n) for name, (_, n) in shapes.items()}
 
     def loss(self, delta: Delta) -> float:
-        """Mean cross-entropy at an update."""
         logits = self.network.logits(self._factors(delta))
         return float(CrossEntropy().value(logits, self.network.labels).mean())
 

@@ -19,15 +19,10 @@ _KEPT = 3  # settings in memory at once
 
 @dataclass(kw_only=True)
 class SettingRun(Run):
-    """How an experiment of the paper is run.
+    """How an experiment of the paper is run."""
 
-    Attributes:
-        parts: where finished parts are found and kept.
-        settings: what there is to run on.
-    """
-
-    parts: Parts
-    settings: Sequence[Setting] = SETTINGS
+    parts: Parts  # where finished parts are found and kept
+    settings: Sequence[Setting] = SETTINGS  # what there is to run on
     _prepared: dict[str, Prepared] = field(default_factory=dict)
 
     def prepared(self, setting: Setting, seed: int) -> Prepared:
@@ -77,9 +72,7 @@ class SettingRun(Run):
         return [setting for setting in others if setting.kind == "image" and setting.classes is None]
 
     def to_json(self) -> dict[str, Any]:
-        """Size and settings."""
         return super().to_json() | {"on": [setting.to_json() for setting in self.settings]}
 
     def parts_count(self) -> dict[str, int]:
-        """How many parts were made and found on disk."""
         return {"made": len(self.parts.made), "found": len(self.parts.found)}

@@ -207,7 +207,7 @@ def real_rule(run: SettingRun) -> Rule:
 def _for_steps(problem: Problem) -> Problem:
     """The problem in the coordinates of its span; in float32 where it is large. Certificates are in float64 anyway."""
     working, _ = problem.reduced
-    return problem.single if working.operator.nbytes > _LARGE else working
+    return working.to(torch.float32) if working.operator.nbytes > _LARGE else working
 
 
 def _gd_rate(working: Problem, optimum: Solution, start: Factors) -> float:

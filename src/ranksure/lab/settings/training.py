@@ -71,9 +71,7 @@ class Training:
 class Course:
     """What a run has seen so far: its curve, its lowest objective, and whether it still gets anywhere.
 
-    Args:
-        rule: steps, window and tolerance.
-        least: the gain, as a share of the first objective, before which nothing is called flat.
+    ``least`` is the gain, as a share of the first objective, before which nothing is called flat.
     """
 
     def __init__(self, rule: Rule, least: float = 0.0) -> None:
@@ -103,7 +101,6 @@ class Course:
         return lowest[-1 - rule.window] - lowest[-1] < rule.tolerance * gained
 
     def ended(self, why: str, reached: int | None = None) -> Training:
-        """The finished run."""
         step = self.last[0]
         curve = self.curve if self.curve[-1][0] == step else [*self.curve, self.last]
         return Training(self.best, self.lowest[-1], curve, step, time.perf_counter() - self.began, why, reached)
@@ -118,15 +115,9 @@ def train(
     level: float = -math.inf,
     progress: Callable[[int, int], None] | None = None,
 ) -> Training:
-    """Train factors from ``start``.
+    """Train factors from ``start``; those of rank 0 stay so.
 
-    Args:
-        objective: what is minimised.
-        start: factors by block; those of rank 0 stay so.
-        rule: method, learning rate, and when the run ends.
-        target: a value at which the run may end.
-        level: a value whose first step is wanted.
-        progress: called with (steps done, most steps).
+    The run may end at the value ``target``; ``level`` is a value whose first step is wanted.
 
     Raises:
         SettingError: the objective is not finite at some step: the learning rate is too large.
@@ -173,7 +164,6 @@ class _Steps:
         return {name: (self.x[2 * i].detach(), self.x[2 * i + 1].detach()) for i, name in enumerate(self.names)}
 
     def copy(self) -> Factors:
-        """The factors as they are now."""
         return {name: (u.clone(), v.clone()) for name, (u, v) in self.factors().items()}
 
     def step(self, value: float, gradient: Factors, best: Factors) -> None:

@@ -20,15 +20,13 @@ import torch
 from ranksure.certificate import certify_point, lambda_max
 from ranksure.lab.claim import Check, Claim, Finding, Run
 from ranksure.lab.figures import COLOURS, INK, panels
-from ranksure.lab.landscape.instances import gaussian_problem
+from ranksure.lab.landscape.instances import gaussian_problem, squared_error_problem
 from ranksure.lab.settings.minilm import captured
-from ranksure.losses import SquaredError
-from ranksure.operators.dense import DenseOperator
 from ranksure.problem import Problem
 from ranksure.solvers.burer_monteiro import solve
 from ranksure.solvers.proximal import proximal_gradient
 from ranksure.solvers.solution import Solution
-from ranksure.theory.bounds import existence_rank, numerical_rank
+from ranksure.theory.bounds import existence_rank, numerical_rank, unknowns
 from ranksure.theory.rank_reduction import reduce_rank
 
 if TYPE_CHECKING:
@@ -72,13 +70,11 @@ class Case:
 
     @property
     def count_before(self) -> int:
-        """``sum_j r_j (r_j + 1) / 2`` before."""
-        return _count(self.before)
+        return unknowns(self.before)
 
     @property
     def count_after(self) -> int:
-        """The same after."""
-        return _count(self.after)
+        return unknowns(self.after)
 
 
 def measure(run: Run) -> Finding:
@@ -119,17 +115,13 @@ def flat_problem(n: int, seed: int) -> Problem:
     every positive semidefinite ``X`` with the same readings is optimal.
     """
     generator = torch.Generator().manual_seed(seed)
-    gradients = torch.randn(n, 1, SIDE, SIDE, generator=generator, dtype=torch.float64)
-    gradients[0, 0] = torch.eye(SIDE, dtype=torch.float64)
+    gradients = torch.randn(n, 1, SIDE, SIDE, generator=generator, dtype=torch.float64)[:, 0]
+    gradients[0] = torch.eye(SIDE, dtype=torch.float64)
     planted = torch.diag(0.5 + torch.rand(SIDE, generator=generator, dtype=torch.float64))
-    labels = torch.einsum("icmn,mn->ic", gradients, planted)
+    labels = torch.einsum("imn,mn->i", gradients, planted)[:, None]
     penalty = 0.2
     labels[0] += n * penalty / 2
-    return _squared_error(gradients, labels, penalty)
-
-
-def _squared_error(gradients: torch.Tensor, labels: torch.Tensor, penalty: float) -> Problem:
-    return Problem(DenseOperator({"w": gradients}), torch.zeros_like(labels), labels, SquaredError(), {"w": penalty})
+    return squared_error_problem({"w": gradients}, labels, {"w": penalty})
 
 
 def reduced(setting: str, method: str, problem: Problem, solution: Solution, asked: float, seed: int) -> Case:
@@ -199,10 +191,6 @@ def checks_of(cases: Sequence[Case]) -> list[Check]:
             bool(flat) and all(c.gap_after <= c.asked and c.count_after <= c.operator_rank for c in flat),
         ),
     ]
-
-
-def _count(ranks: Sequence[int]) -> int:
-    return sum(r * (r + 1) // 2 for r in ranks)
 
 
 def draw(cases: Sequence[Case]) -> Figure:

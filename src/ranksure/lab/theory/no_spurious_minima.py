@@ -17,7 +17,7 @@ from ranksure.perturbation import random_perturbation
 from ranksure.problem import Problem
 from ranksure.solvers.descent import gradient_scale
 from ranksure.solvers.lbfgs import minimize, objective_on
-from ranksure.theory.bounds import is_within_existence, landscape_rank, landscape_ranks
+from ranksure.theory.bounds import is_within_existence, landscape_rank, landscape_ranks, unknowns
 from ranksure.theory.capacity import capacity_rank
 from ranksure.theory.stationarity import classify
 
@@ -279,11 +279,11 @@ def trapped_check(traps: Sequence[Trap], cells: Sequence[Cell], survived: Mappin
 def blocks_check(cells: Sequence[Cell]) -> Check:
     """Ranks that pass in the sum over blocks only have a spurious minimum, with P too."""
     first = cells[0]
-    count = sum(r * (r + 1) // 2 for r in first.ranks.values())
+    equations = unknowns(first.ranks.values())
     strict = all(is_trap(group) for cell in cells for part in cell.parts for group in part.groups)
     return Check(
         "With several blocks the sum over blocks is not enough: each block must pass by itself.",
-        f"ranks {tuple(first.ranks.values())}, {count} > {first.n} equations in the sum: "
+        f"ranks {tuple(first.ranks.values())}, {equations} > {first.n} equations in the sum: "
         + "; ".join(
             f"{cell.counts['spurious']} of {cell.starts} starts end at a strict spurious minimum "
             f"{f'with ||P|| = {cell.size} lambda' if cell.size else 'without P'}"

@@ -10,7 +10,7 @@ from ranksure.report import charts
 from ranksure.report.blocks import Figure, Key, Section, Status, Table, Tile, drawn
 from ranksure.report.charts import Level
 from ranksure.report.heat_map import Grid, heat_map
-from ranksure.report.module_places import labels, layers, places
+from ranksure.report.module_places import by_layer, places
 from ranksure.report.records import Record
 from ranksure.report.sections.shared import of_data, of_run, reproduce
 from ranksure.report.spectrum import spectrum_figure
@@ -44,6 +44,7 @@ def build(record: Record, section_id: str, command: str | None = None) -> Sectio
         ("base model", base),
         *of_data(data.data),
         ("rows", f"{data.n_samples:,}"),
+        ("loss", data.loss_kind),
         ("weight decay", data.weight_decay),
         ("λ", data.lam),
         ("dtype", data.run.dtype if data.run else None),
@@ -68,6 +69,8 @@ def tiles(data: RunCertificate) -> list[Tile]:
     for value, text in ((data.training_gain_bound, "More training"), (data.rank_gain_bound, "More rank")):
         if value is not None and objective:
             note = f"of the objective at most: {value:.3g}"
+            if data.says_nothing(value):
+                note = "of the objective at most: this bound says nothing"
             out.append(Tile(f"{text} could gain", percent(value / objective), status, note))
     return out
 
@@ -84,7 +87,7 @@ def _gains(data: RunCertificate, i: str) -> Figure | None:
     training, rank = data.training_gain_bound, data.rank_gain_bound
     if objective is None or training is None or rank is None:
         return None
-    where = "any rank" if data.radius is None else "any rank, in the ball of this run's size"
+    where = "any rank" if data.radius is None else "any rank, in a ball of this size"
     rows = [Level("now", objective, None, "c0", "o", number(objective, ".5g"))]
     if zero is not None:
         rows.insert(0, Level("without the adapter, at least", zero, None, "muted", "s", number(zero, ".5g")))
@@ -148,13 +151,7 @@ def _ratios(data: RunCertificate, i: str) -> Figure | None:
     found = {n: s.spectral_ratio for n, s in data.modules.items() if s.spectral_ratio is not None}
     if len(found) < 2:
         return None
-    where = places(found)
-    depth, kinds = layers(where), labels(where)
-    one = len(depth) == 1
-    stops = kinds if one else depth
-    series: dict[str, list[tuple[int, float]]] = {}
-    for name, (layer, kind) in where.items():
-        series.setdefault(kind, []).append((stops.index(kind if one else layer), found[name]))
+    one, stops, series = by_layer(places(found), {name: [value] for name, value in found.items()})
     worst = max(found, key=lambda name: found[name])
     above = sum(1 for value in found.values() if value > 1 + 1e-6)
     summary = (
@@ -163,7 +160,7 @@ def _ratios(data: RunCertificate, i: str) -> Figure | None:
         else f"No module is above 1: no direction outside the present ones would help. Largest: {found[worst]:.3f}."
     )
     rows = [[name, number(value, ".4f"), data.modules[name].verdict] for name, value in found.items()]
-    legend = [Key(kind, f"c{n % 8}", MARKERS[n % 8]) for n, kind in enumerate(series)] if not one else []
+    legend = [Key(kind, f"c{n % 8}", MARKERS[n % 8]) for n, kind in enumerate(series)]
     return drawn(
         f"{i}-ratios",
         lambda canvas: charts.ratios(canvas, stops, series, 1.0),
@@ -172,7 +169,7 @@ def _ratios(data: RunCertificate, i: str) -> Figure | None:
         summary,
         "A dot per module, and a line at 1.",
         Table("Spectral ratio of every module", ["module", "largest gradient / λ", "verdict"], rows, frozenset({2})),
-        [*legend, Key("1: as steep as the penalty", "muted", line="dashed")],
+        [*([] if one else legend), Key("1: as steep as the penalty", "muted", line="dashed")],
         note="The ratio is ‖gradient‖ / λ, an upper bound. At a stationary point, above 1 means that a direction "
         "outside the factors lowers the objective; before that it says only that training is not over.",
     )

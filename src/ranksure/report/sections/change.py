@@ -36,9 +36,7 @@ def build_grow(record: Record, section_id: str, command: str | None = None) -> S
         f"The verdict before was {data.verdict}{' (grown by force)' if data.forced else ''}. The new columns do "
         "not change a prediction: train on to use them, with a new optimizer."
     ]
-    section.tiles = [
-        Tile("Ranks", f"{data.rank_before} → {data.rank_after}", None, "in all modules"),
-    ]
+    section.tiles = [Tile("Ranks", f"{data.rank_before} → {data.rank_after}", None, "in all modules")]
     slopes = {name: ", ".join(number(x, ".2g") for x in data.modules[name].slopes) or "–" for name in after}
     heat = heat_map(
         f"{i}-grown",
@@ -64,14 +62,7 @@ def build_compress(record: Record, section_id: str, command: str | None = None) 
     section = Section(i, "Compression", _source(record), answer, "good")
     section.sentences = [f"Level {data.level}: {_LEVELS.get(data.level, 'see the record')}."]
     section.warnings = list(data.notes)
-    section.tiles = [
-        Tile(
-            "Parameters",
-            f"{data.parameters_after:,}",
-            None,
-            f"of {data.parameters_before:,}",
-        )
-    ]
+    section.tiles = [Tile("Parameters", f"{data.parameters_after:,}", None, f"of {data.parameters_before:,}")]
     if data.captured is not None:
         section.tiles.append(Tile("Gain kept", percent(data.captured, 2), Status.ESTIMATED, "on the rows given"))
     if data.update_change is not None:

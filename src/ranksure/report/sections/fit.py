@@ -39,6 +39,7 @@ def build(record: Record, section_id: str, command: str | None = None) -> Sectio
         ("data", f"{data.data.source}, {data.n_samples:,} rows"),
         ("data SHA-256", data.data.sha256),
         ("seed", settings.get("seed")),
+        ("loss", data.loss),
         ("λ", repr(data.lam)),
         ("settings", settings_text(settings)),
     ]

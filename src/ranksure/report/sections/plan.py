@@ -143,7 +143,6 @@ def _captured(data: Plan, i: str) -> Figure:
 
 
 def _reached(data: Plan) -> str:
-    """What each rank reaches, in words."""
     target, rows = data.captured_target, data.ranks
     enough = [row.rank for row in rows if row.captured[0] >= target]
     bound = [row.rank for row in rows if row.verdict == "rank-bound"]

@@ -12,14 +12,7 @@ from ranksure.report.wording import NONE
 
 
 def reproduce(section_id: str, record: Record, command: str | None, facts: list[tuple[str, Any]]) -> list[Any]:
-    """How to make the result again: the command, then seed, versions and where the data came from.
-
-    Args:
-        section_id: prefix of identifiers.
-        record: the result.
-        command: the command line, where it is known; else the record's own.
-        facts: further names and values, None for unknown.
-    """
+    """How to make the result again: the command, or the record's own, then facts (None for unknown) and versions."""
     data = record.data
     command = command or data.command
     blocks: list[Any] = []

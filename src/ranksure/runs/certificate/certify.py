@@ -7,19 +7,23 @@ the verdict needs them. What each verdict proves, and what it does not, is in do
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from ranksure.adapters.loaded import Adapter, read_adapter
 from ranksure.adapters.merging import merged
-from ranksure.network.gradient import Progress, gradient_pass
+from ranksure.network.gradient import GradientPass, Progress, gradient_pass
 from ranksure.network.logits import Batch
+from ranksure.network.row_losses import RowsInteract
 from ranksure.records.certificate import RunCertificate
 from ranksure.relinearised import Examiner, ModuleState, ball_gaps, penalised_gaps
 from ranksure.runs.certificate.settings import TOLERANCE, CertifySettings
-from ranksure.runs.certificate.verdict import Network, Point, judged
+from ranksure.runs.certificate.start import first_slope
+from ranksure.runs.certificate.verdict import UNPROBED, Network, Point, judged
+
+_POINT = "the adapter's update is zero (untrained?), and without a penalty its ball is a point: train first"
 
 __all__ = ["TOLERANCE", "certify", "certify_adapter"]
 
@@ -39,7 +43,8 @@ def certify(
         batches: all the training data, as batches with ``labels`` (a DataLoader or a list, in any order; an
             iterator is read into a list first). A sample of it gives no verdict that means anything.
         probe: where the verdict may be rank-bound, measure on the network itself whether the present columns can
-            turn towards a new direction, and what a new direction gives: three to seven forward passes.
+            turn towards a new direction, and what a new direction gives: three to seven forward passes. Without it
+            such a run is ``not-checked``.
         progress: called after every batch of the gradient pass.
         **settings: ``weight_decay`` or ``lam``, ``adapter``, ``loss``, ``weighting``, ``tolerance``,
             ``memory_bytes``: see :class:`~ranksure.runs.certificate.settings.CertifySettings`.
@@ -66,30 +71,28 @@ def certify_adapter(
     *,
     probe: bool = True,
     progress: Progress = lambda done: None,
+    before: Sequence[RunCertificate] = (),
 ) -> RunCertificate:
-    """As :func:`certify`, of an adapter that was read from the model already."""
+    """As :func:`certify`, of an adapter that was read from the model already.
+
+    What earlier certificates (``before``) know of the same base weights and rows is not measured again.
+    """
     began = time.perf_counter()
-    if read.untested:
-        return RunCertificate.not_checked(read.name, read.outside, read.untested, settings.tolerance)
+    if untested := settings.untested(read):
+        return RunCertificate.not_checked(read.name, read.outside, untested, settings.tolerance, read.notes)
     penalty = settings.penalty(read)
     examine = _Timed(Examiner(read.factors, penalty))
     if penalty is None and not examine.examiner.threshold:
-        reason = "the adapter's update is zero (untrained?), and without a penalty its ball is a point: train first"
-        return RunCertificate.not_checked(read.name, read.outside, [reason], settings.tolerance)
+        return RunCertificate.not_checked(read.name, read.outside, [_POINT], settings.tolerance)
     batches = list(batches) if iter(batches) is batches else batches
-    found = gradient_pass(
-        model,
-        batches,
-        read.modules,
-        kind=settings.loss,
-        weighting=settings.weighting,
-        memory_bytes=settings.memory_bytes,
-        consume=examine,
-        progress=progress,
-        around=merged,
-    )
+    try:
+        found = _gradients(model, read, batches, settings, examine, progress)
+    except RowsInteract as error:  # no loss of the data's rows
+        return RunCertificate.not_checked(read.name, read.outside, [str(error)], settings.tolerance, read.notes)
     states, terms = examine.states, found.terms
-    gaps = penalised_gaps(states, terms, penalty) if penalty is not None else ball_gaps(states)
+    known = [earlier.first for earlier in before if earlier.first is not None]
+    first = first_slope(model, read, batches, settings, known) if penalty is None else None
+    gaps = ball_gaps(states, terms, first.length) if first else penalised_gaps(states, terms, penalty or {})
     point = Point(read, states, penalty, terms.mean, gaps, settings.tolerance)
     network = Network(model, batches, terms.kind, settings.weighting)
     verdict, at_zero, probes = judged(point, network, found.weight, probe)
@@ -103,6 +106,8 @@ def certify_adapter(
         rank_gain_bound=gaps.total,
         training_gain_bound=gaps.tangent,
         radius=gaps.radius,
+        inner=gaps.inner,
+        first=first,
         tolerance=settings.tolerance,
         adapter=read.name,
         weight_decay=settings.weight_decay,
@@ -115,8 +120,32 @@ def certify_adapter(
         forward_passes=network.passes,
         probes=probes,
         outside=read.outside,
+        notes=read.notes,
         unreached=found.unreached,
+        reasons=[UNPROBED] if verdict == "not-checked" else [],
         seconds=time.perf_counter() - began,
+    )
+
+
+def _gradients(
+    model: nn.Module,
+    read: Adapter,
+    batches: Iterable[Batch],
+    settings: CertifySettings,
+    examine: _Timed,
+    progress: Progress,
+) -> GradientPass:
+    """The pass at the trained weights; every module's gradient is examined and dropped."""
+    return gradient_pass(
+        model,
+        batches,
+        read.modules,
+        kind=settings.loss,
+        weighting=settings.weighting,
+        memory_bytes=settings.memory_bytes,
+        consume=examine,
+        progress=progress,
+        around=merged,
     )
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ranksure.errors import SettingError
-from ranksure.files import write_file
+from ranksure.files import try_to_write, write_or_refuse
+from ranksure.losses import Kind
 from ranksure.network.targets import base_network, block_shape
 from ranksure.records.certificate import RunCertificate
 from ranksure.records.record import encoded
@@ -65,16 +65,29 @@ def check_place(folder: Path, *, create: bool) -> None:
             raise SettingError(f"`out` {folder} is a file; name a folder")
         if not create:
             return  # loading says that there is no such adapter
-    if path.exists() and not _is_ours(path):
+    if path.exists() and not {"verdict", "schema"} <= _content(path).keys():
         raise SettingError(f"{path} exists and is no certificate: move it away, or name another folder with `out`")
-    parent = next(place for place in [folder.resolve(), *folder.resolve().parents] if place.exists())
     try:
-        with tempfile.TemporaryDirectory(prefix=".ranksure-", dir=parent):
-            pass
+        try_to_write(folder.resolve())
     except OSError as error:
         raise SettingError(
             f"{folder} cannot be written ({error.strerror or error}): name a folder with `out`"
         ) from None
+
+
+def refuse_other_loss(folder: Path, kind: Kind) -> None:
+    """Keep a certificate of another loss, as it is of another objective.
+
+    Raises:
+        SettingError: ``folder`` holds one.
+    """
+    path = folder / NAME
+    known = _content(path).get("loss_kind")
+    if known not in (None, kind):
+        raise SettingError(
+            f"{path} is a certificate with the {known} loss, not {kind}: name another folder with `out`, or move it "
+            "away if it was made by mistake"
+        )
 
 
 def write_record(folder: Path, found: RunCertificate) -> Path:
@@ -84,16 +97,14 @@ def write_record(folder: Path, found: RunCertificate) -> Path:
         SettingError: it cannot be written; an earlier one is then left as it was.
     """
     path = folder / NAME
-    try:
-        write_file(path, encoded(found.to_json()))
-    except OSError as error:
-        raise SettingError(f"{path} cannot be written: {error.strerror or error}") from None
+    write_or_refuse(path, encoded(found.to_json()), SettingError)
     return path
 
 
-def _is_ours(path: Path) -> bool:
+def _content(path: Path) -> dict[str, Any]:
+    """What a JSON file holds; nothing where there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and "verdict" in content and "schema" in content
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -53,10 +53,14 @@ def _objective(found: RunCertificate) -> str:
 def _gains(found: RunCertificate) -> str:
     where = "any rank" if found.radius is None else f"any rank in the ball of radius {found.radius:.3g}"
     return (
-        f"possible gain, at most: {found.training_gain_bound:.3g} along the present directions, "
-        f"{found.rank_gain_bound:.3g} at {where} (re-linearised; counts as none below {found.tolerance:.0%} of the "
-        "objective)"
+        f"possible gain, at most: {_bound(found, found.training_gain_bound)} along the present directions, "
+        f"{_bound(found, found.rank_gain_bound)} at {where} (re-linearised; counts as none below {found.tolerance:.0%} "
+        "of the objective)"
     )
+
+
+def _bound(found: RunCertificate, gain: float | None) -> str:
+    return "all of it (the bound says nothing)" if found.says_nothing(gain) else f"{gain:.3g}"
 
 
 def _probe(probe: Any) -> str:

@@ -16,6 +16,12 @@ TOLERANCE = 0.05
 """A possible gain below this share of the objective counts as none."""
 
 
+_HALF = (
+    "one matrix of each pair was frozen in training (MiCA, LoRA-FA), and a decay of the other alone is no nuclear "
+    "norm: leave the weight decay out"
+)
+
+
 @dataclass(frozen=True)
 class RunSettings:
     """The objective of a trained run.
@@ -60,6 +66,12 @@ class RunSettings:
             SettingError: one that it does not have, or as above.
         """
         return settings_of(cls, what, given)
+
+    def untested(self, read: Adapter) -> list[str]:
+        """Why this objective of this run cannot be certified; empty when it can."""
+        if read.frozen_half and self.weight_decay:
+            return [*read.untested, _HALF]
+        return read.untested
 
     def penalty(self, read: Adapter) -> dict[str, float] | None:
         """``lambda_j`` by module; None without a penalty."""

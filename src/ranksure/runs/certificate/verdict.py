@@ -27,6 +27,11 @@ from ranksure.relinearised import Gaps, ModuleState
 WORSE = 1e-6
 """Share by which an objective must exceed the one without the adapter to count as worse."""
 
+UNPROBED = (
+    "the rank may be the limit, or this is a saddle: only probes of the network tell, and they were left out (`probe`)"
+)
+"""Why a run that is stationary below its rank's limit was not judged."""
+
 _TURN = 1e-3  # the gain, as a share of the objective, that a turn of the weakest column is to promise
 _SHARES = (0.3, 0.03, 0.003)  # sizes of a new direction, as shares of the limited modules' mean nuclear norm
 
@@ -96,12 +101,13 @@ class Point:
         if self.penalty is not None:
             return self.penalty[name] / (1 - self.tolerance)
         radius = self.gaps.radius or 0.0
-        inner = sum(state.inner for state in self.states.values())
-        return max(self.allowed - inner, 0.0) / radius if radius > 0 else math.inf
+        return max(self.allowed - self.gaps.inner, 0.0) / radius if radius > 0 else math.inf
 
     def module_stationary(self, name: str) -> bool:
         """Whether moving this module's own factors can gain no more than is allowed, the others fixed."""
         state = self.states[name]
+        if self.gaps.tangent <= self.allowed:  # all modules together cannot
+            return True
         if self.penalty is None:
             return (self.gaps.radius or 0.0) * state.reach <= self.allowed
         price = max(self.penalty[name], state.reach)
@@ -116,14 +122,16 @@ class Point:
         """One module's verdict and numbers, beside the whole run's verdict."""
         state = self.states[name]
         limited = state.outside_norm > self.threshold(name)
-        if verdict == "rank-bound" and limited:
-            own: Verdict = "rank-bound"
+        if verdict == "first-order-optimal" or (verdict == "rank-bound" and limited):
+            own: Verdict = verdict
         elif not self.module_stationary(name):
             own = "not-converged"
         elif state.gradient_norm <= self.threshold(name):
             own = "first-order-optimal"
-        else:  # limited, but a turn of its columns leads down (or no such turn was tried), or nothing is certain
-            own = "rank-bound" if limited and state.full and not self._turns(verdict) else "not-converged"
+        elif limited and state.full and not self._turns(verdict):
+            own = "not-checked"  # perhaps its rank is the limit, but no turn of its columns was tried
+        else:  # a turn leads down, or nothing is certain
+            own = "not-converged"
         lam = None if self.penalty is None else self.penalty[name]
         return ModuleVerdict(
             verdict=own,
@@ -197,15 +205,12 @@ def judged(point: Point, network: Network, weight: float, probe: bool) -> tuple[
 
 
 def rank_or_saddle(point: Point, network: Network, probe: bool) -> tuple[Verdict, list[Probe]]:
-    """The verdict on a stationary point with a gap that beats no update: a limit of its rank, or a saddle.
-
-    A limit that is not to be probed is taken for one.
-    """
+    """The verdict on a stationary point with a gap that beats no update: a limit of its rank, or a saddle."""
     limited = point.limited
     if not limited or not all(point.states[name].full for name in limited):
         return "not-converged", []
     if not probe:
-        return "rank-bound", []
+        return "not-checked", []
     steepest = max(limited, key=point.slope)
     turned = [_turn(point, network, limited)]
     if not turned[0][1] and len(limited) > 1:  # together they may go up where one alone goes down

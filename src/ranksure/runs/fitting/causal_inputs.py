@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ranksure.errors import ModelError, SettingError, one_line
+from ranksure.bundled.names import named_model
+from ranksure.errors import SettingError
 from ranksure.losses import CrossEntropy
 from ranksure.network.checkpoints import (
     check_checkpoint,
@@ -19,6 +20,7 @@ from ranksure.network.checkpoints import (
 )
 from ranksure.network.targets import block_shape, select_targets
 from ranksure.progress import Clock
+from ranksure.records.task import TaskRecord
 from ranksure.runs.fitting.inputs import Setup
 from ranksure.runs.fitting.settings import FitSettings
 from ranksure.runs.saved.data import DataSettings, RunData, is_causal, read_data
@@ -40,6 +42,9 @@ def causal_setup(model: Any, data: Any, settings: FitSettings, tokenizer: Any, c
         raise SettingError("a causal language model needs `model` and `data`")
     if settings.linear or settings.train_head or settings.pooling != "model":
         raise SettingError("the linear optimum, a trained head and mean pooling are for classification only")
+    if settings.loss not in (None, CrossEntropy.name):
+        raise SettingError(f"`loss` {settings.loss} is no loss of a causal language model: leave it out")
+    model = named_model(model)
     notes: list[str] = []
     with clock.stage("load", "Reading data and model"):
         if isinstance(model, PreTrainedModel):
@@ -80,8 +85,16 @@ def causal_setup(model: Any, data: Any, settings: FitSettings, tokenizer: Any, c
         source=rows.source,
         sha256=rows.sha256,
         same_data=False,
+        record=_record(settings, rows),
+        own_length=rows.own_length,
         notes=[*notes, *rows.notes, *(held.notes if held else [])],
     )
+
+
+def _record(settings: FitSettings, rows: RunData) -> TaskRecord:
+    """What the adapter's folder says of its loss."""
+    mean: dict[str, Any] = {"weighting": settings.weighting, "loss_on": settings.loss_on}
+    return TaskRecord(kind="CAUSAL_LM", loss=rows.kind, max_length=rows.max_length, **mean)
 
 
 def _read(
@@ -94,10 +107,5 @@ def _read(
 def _load(name: str, settings: FitSettings, notes: list[str]) -> PreTrainedModel:
     check_checkpoint(name, settings.dtype)
     common: dict[str, Any] = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
-    try:
-        loaded, info = load_weights(AutoModelForCausalLM, name, notes, dtype=settings.dtype, **common)
-    except Exception as error:  # a damaged folder fails in ways of many libraries
-        raise ModelError(f"model {name} cannot be loaded as a causal language model: {one_line(error)}") from None
-    if lost := sorted(info["missing_keys"]):
-        raise ModelError(f"{name} does not hold {lost[0]}, so it is no trained causal language model")
-    return loaded
+    noun = "a causal language model"
+    return load_weights(AutoModelForCausalLM, noun, name, notes, dtype=settings.dtype, **common)[0]

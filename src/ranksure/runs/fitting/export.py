@@ -20,6 +20,7 @@ from ranksure.network.logits import Batch, predict, unlabelled
 from ranksure.network.side_path import applied
 from ranksure.records.fit import FitHeldOut
 from ranksure.records.record import encoded
+from ranksure.records.task import write_task
 from ranksure.runs.fitting.inputs import Setup
 from ranksure.runs.fitting.result import FitResult
 from ranksure.tasks.text import MeanPooled
@@ -74,8 +75,7 @@ def write_adapter(model: PeftModel, factors: Factors, setup: Setup, result: FitR
                 task_type=setup.task_type if setup.task is None else setup.task.peft_task_type,
                 **common,
             )
-        if setup.task is not None:
-            setup.task.write_record(stage)
+        write_task(stage, setup.record)
         (stage / "certificate.json").write_bytes(encoded(result.certificate.to_json()))
         (stage / "fit.json").write_bytes(encoded(result.record))
 

@@ -20,7 +20,12 @@ from ranksure.adapters.loaded import Adapter, read_adapter
 from ranksure.adapters.matrices import is_factor
 from ranksure.errors import SettingError, settings_of
 from ranksure.factors import Factors, ranks_of
+from ranksure.files import writing
 from ranksure.network.checkpoints import quiet
+from ranksure.planner.prepare import Prepared, prepare
+from ranksure.planner.run import run_plan
+from ranksure.planner.settings import PlanSettings
+from ranksure.planner.solved import SOLVED
 from ranksure.progress import Clock, Reporter, Silent
 from ranksure.quantities import parse_memory
 from ranksure.records.certificate import RunCertificate
@@ -30,7 +35,7 @@ from ranksure.runs.certificate.certify import certify_adapter
 from ranksure.runs.certificate.settings import CertifySettings
 from ranksure.runs.fitting.causal_inputs import causal_setup
 from ranksure.runs.fitting.export import evaluate, write_adapter
-from ranksure.runs.fitting.folder import Workspace
+from ranksure.runs.fitting.folder import Workspace, left_as_found
 from ranksure.runs.fitting.inputs import Setup, place_factors
 from ranksure.runs.fitting.plan_folder import PlanFolder, read_plan
 from ranksure.runs.fitting.result import FitResult, fit_record
@@ -80,15 +85,15 @@ def fit(
     options = settings_of(FitSettings, "fit", settings)
     clock = Clock(reporter or Silent())
     began = time.perf_counter()
-    work = Workspace(out)
-    with work.left_as_found(), preserved_randomness(), _quiet():
-        folder = _plan_folder(work, model, data, plan, tokenizer, options, clock)
+    with writing(out), left_as_found(out) as work, preserved_randomness(), _quiet():
+        folder, prepared = _plan_folder(work, model, data, plan, tokenizer, options, clock)
         if options.task == "CAUSAL_LM":
             if folder is not None:
                 raise SettingError("a plan is for classification, not for CAUSAL_LM: leave `plan` or `task` out")
             setup = causal_setup(model, data, options, tokenizer, clock)
         else:
-            setup = task_setup(model, data, options, folder, tokenizer, clock)
+            setup = task_setup(model, data, options, folder, tokenizer, clock, prepared)
+        options = dataclasses.replace(options, loss=setup.kind)
         run = _Run(setup, options, folder, work, clock, list(callbacks), command)
         resumed = work.open(run.asked(), restart)
         if work.finished:
@@ -128,7 +133,7 @@ class _Run:
             tolerance=options.tolerance,
             memory_bytes=parse_memory(options.memory),
         )
-        self.batches: list[dict[str, Any]] = []
+        self.batches: Sequence[dict[str, Any]] = []
         self.history: list[dict[str, Any]] = []
 
     def asked(self) -> dict[str, Any]:
@@ -183,11 +188,13 @@ class _Run:
             ranks = self.plan.pattern
         else:
             raise SettingError("say which rank to train at: `rank` R, or `plan` with a plan's folder")
-        for name in ranks:
+        for name, rank in ranks.items():
             if name not in self.setup.shapes:
                 raise SettingError(
                     f"the plan's module {name} is no target in {self.setup.name}: is it the plan's model?"
                 )
+            if not 1 <= rank <= min(shape := self.setup.shapes[name]):
+                raise SettingError(f"rank {rank} of {name} is none that a {shape[0]} x {shape[1]} matrix can have")
         return ranks
 
     def _lambda(self) -> float:
@@ -272,16 +279,14 @@ class _Run:
 
 def _plan_folder(
     work: Workspace, model: Any, data: Any, plan: Any, tokenizer: Any, options: FitSettings, clock: Clock
-) -> PlanFolder | None:
-    """The plan given; made in the folder where the linear optimum is asked for without one."""
+) -> tuple[PlanFolder | None, Prepared | None]:
+    """The plan given; made in the folder where the linear optimum is asked for without one, and what it was made of."""
     if plan is not None:
-        return read_plan(plan)
+        return read_plan(plan), None
     if not options.linear:
-        return None
-    own = work.out / "plan"
-    if not (own / "plan.json").is_file():
-        from ranksure.planner.run import plan as make_plan
-
+        return None, None
+    own, prepared = work.out / "plan", None
+    if not (own / "plan.json").is_file() or (own / SOLVED).is_file():  # solved, but not written as an adapter
         if model is None or data is None:
             raise SettingError("give `plan`, or `model` and `data` to plan on")
         if options.samples is None:
@@ -289,8 +294,9 @@ def _plan_folder(
         lam = options.lam if options.lam is not None else options.weight_decay
         shared = {name: getattr(options, name) for name in (*SHARED, "samples", "seed", "memory", "device")}
         shared["weight_decay"] = "auto" if lam is None else lam
-        make_plan(model, data, tokenizer=tokenizer, reporter=clock.reporter, **shared).save(own)
-    return read_plan(own)
+        prepared = prepare(model, data, PlanSettings(**shared), tokenizer, clock)
+        run_plan(prepared, clock).save(own)
+    return read_plan(own), prepared
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save
 
 from ranksure.errors import RanksureError, SettingError
 from ranksure.factors import Factors
-from ranksure.files import write_file
+from ranksure.files import is_left, write_file
 from ranksure.records.fit import Stage
 from ranksure.records.record import plain
 
@@ -42,7 +42,6 @@ class Workspace:
 
     def __init__(self, out: str | os.PathLike[str]) -> None:
         self.out = Path(out)
-        self._new = not self.out.exists()
         self.stages: list[Stage] = []
         self._asked: dict[str, Any] = {}
         if self.out.exists() and not self.out.is_dir():
@@ -57,21 +56,11 @@ class Workspace:
             raise SettingError(f"`out` {self.out} holds an adapter that no fit wrote; name a new folder")
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            probe = self.out / f".{RUN}.tmp"
+            probe = self.out / f".{RUN}.00000000.tmp"
             probe.write_bytes(b"")
             probe.unlink()
         except OSError as error:
             raise SettingError(f"`out` {self.out} cannot be written: {error.strerror or error}") from None
-
-    @contextmanager
-    def left_as_found(self) -> Iterator[None]:
-        """After an error before anything was written, a folder that was made for the run goes again."""
-        try:
-            yield
-        except RanksureError:
-            if self._new and not any(self.out.iterdir()):
-                self.out.rmdir()
-            raise
 
     @property
     def adapter(self) -> Path:
@@ -106,7 +95,7 @@ class Workspace:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             known, self.stages = content["asked"], msgspec.convert(content["stages"], list[Stage])
-        except (OSError, ValueError, KeyError, TypeError):  # ValidationError is a ValueError
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):  # ValidationError is a ValueError
             raise SettingError(f"{path} cannot be read; name a new folder, or delete {self.out}") from None
         if not self.finished and (restart or (known != self._asked and not self._begun())):
             self.tidy(keep_checkpoints=False)
@@ -167,6 +156,18 @@ class Workspace:
         write_file(self.out / RUN, (json.dumps(content, indent=1) + "\n").encode())
 
 
+@contextmanager
+def left_as_found(out: str | os.PathLike[str]) -> Iterator[Workspace]:
+    """The folder; after an error before anything was written, one that was made for the run goes again."""
+    new = not Path(out).exists()
+    work = Workspace(out)
+    try:
+        yield work
+    except RanksureError:
+        if new and not any(work.out.iterdir()):
+            work.out.rmdir()
+        raise
+
+
 def _own(name: str) -> bool:
-    stage = name.startswith("stage-") and name.endswith(".safetensors")
-    return name in _OWN or stage or (name.startswith(".") and name.endswith((".tmp", ".old")))
+    return name in _OWN or (name.startswith("stage-") and name.endswith(".safetensors")) or is_left(name)

@@ -16,7 +16,8 @@ from ranksure.adapters.matrices import adapted_layers, matrices, to_matrices
 from ranksure.errors import AdapterError
 from ranksure.factors import Factors
 from ranksure.losses import Kind
-from ranksure.tasks.collate import in_batches
+from ranksure.network.batches import Batches
+from ranksure.records.task import TaskRecord
 from ranksure.tasks.task import Task
 
 
@@ -34,6 +35,8 @@ class Setup:
         shapes: of every target, by its name in ``adapted``.
         pooling: ``model`` or ``mean``; None for a causal language model, as are ``task`` and ``n_outputs``.
         same_data: whether the rows are those of the plan.
+        record: what is written beside the adapter.
+        own_length: padding is felt, so rows of several lengths share no batch.
         notes: what the user should be told, in sentences.
     """
 
@@ -57,11 +60,13 @@ class Setup:
     sha256: str
     same_data: bool
     task: Task[Any] | None = None
+    record: TaskRecord = field(default_factory=TaskRecord)
+    own_length: bool = False
     notes: list[str] = field(default_factory=list)
 
-    def batches(self, features: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    def batches(self, features: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
         """Rows as batches in a fixed order, rows of like length together."""
-        return [dict(self.collator(part)) for part in in_batches(features, self.batch_size, by_length=True)]
+        return Batches(features, self.batch_size, self.collator, own_length=self.own_length, by_length=True)
 
     def named_as_planned(self, factors: Factors) -> Factors:
         """Factors of ``base`` by their names in ``adapted``."""

@@ -6,7 +6,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, get_type_hints
 
+import msgspec
 import torch
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
@@ -14,9 +16,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ranksure.adapters.matrices import PREFIX, file_factors, is_factor
-from ranksure.errors import AdapterError, SettingError
+from ranksure.errors import AdapterError, DataError, SettingError, one_line
 from ranksure.factors import Factors
+from ranksure.files import put_back
 from ranksure.network.targets import base_network
+from ranksure.planner.settings import PlanSettings
+from ranksure.planner.solved import SOLVED
 from ranksure.records.fit import Prediction
 from ranksure.records.plan import Plan
 from ranksure.records.record import read
@@ -36,23 +41,54 @@ class PlanFolder:
         Raises:
             SettingError: the plan's optimum is no update at all.
         """
-        ranks = self.record.recommended.rank_pattern
-        if not ranks:
+        self._refuse_zero()
+        return self.record.recommended.rank_pattern
+
+    def _refuse_zero(self) -> None:
+        if self.record.optimum.is_zero or not self.record.recommended.rank_pattern:
             raise SettingError(
                 f"the plan in {self.folder} needs no adapter: at its weight decay the optimum is no update at all, "
                 "so there is nothing to train"
             )
-        return ranks
+
+    def asked(self) -> dict[str, Any]:
+        """The options of the plan but for data that was in memory.
+
+        Raises:
+            DataError: one of another type.
+        """
+        types, given = get_type_hints(PlanSettings), self.record.settings
+        known = {name: value for name, value in given.items() if name in types and not isinstance(value, dict)}
+        return {name: self._of_type(types[name], value, f"settings.{name}") for name, value in known.items()}
+
+    def offsets(self) -> tuple[float, ...] | None:
+        """What is added to the logit of each class; None where the task adds nothing.
+
+        Raises:
+            DataError: another type.
+        """
+        return self._of_type(tuple[float, ...] | None, self.record.task.get("offsets"), "task.offsets")
+
+    def _of_type(self, kind: Any, value: Any, where: str) -> Any:
+        try:
+            return msgspec.convert(value, kind)
+        except msgspec.ValidationError as error:
+            reason = f"{where}: {one_line(error)}"
+            raise DataError(f"{self.folder / 'plan.json'} is damaged: {reason}; make it again") from None
 
     def tensors(self) -> dict[str, Tensor]:
         """The solved adapter's tensors by PEFT's names.
 
         Raises:
             AdapterError: there is none, or it cannot be read.
+            SettingError: the plan's optimum is no update at all.
         """
+        self._refuse_zero()
         path = self.folder / "adapter" / "adapter_model.safetensors"
         if (self.folder / "merged").is_dir():
             raise AdapterError(f"the plan in {self.folder} holds a merged checkpoint: plan again without `merged`")
+        if (self.folder / SOLVED).is_file():
+            raise AdapterError(f"the plan in {self.folder} is solved, but its update is not written: ask it again")
         return _read(path)
 
     def factors(self) -> Factors:
@@ -123,6 +159,7 @@ def read_plan(folder: str | os.PathLike[str]) -> PlanFolder:
         DataError: it holds one that this version cannot read.
     """
     path = Path(folder)
+    put_back(path)
     if not (path / "plan.json").is_file():
         raise SettingError(f"{path} holds no plan.json: `ranksure plan ... --out {path}` writes one")
     return PlanFolder(path, read(path / "plan.json", Plan))
@@ -152,7 +189,7 @@ def install_planned_head(model: nn.Module, plan: str | os.PathLike[str]) -> list
             f"the plan in {found.folder} has a head on averaged states, which is no part of this model: it lies in "
             "adapter/head.safetensors"
         )
-    if not found.record.head.new:
+    if not found.record.head.new and not (found.folder / "adapter").is_dir():
         return []
     base = base_network(model)
     modules = dict(base.named_modules())

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from ranksure.choices import OptimizerKind, Verdict
+from ranksure.choices import LossOn, OptimizerKind, Verdict, Weighting
 from ranksure.errors import SettingError
 from ranksure.options import (
     COMMON,
@@ -21,7 +21,7 @@ from ranksure.options import (
     positive,
     whole,
 )
-from ranksure.runs.options import CertificateOptions, ConversationOptions
+from ranksure.runs.options import LOSS_ON, WEIGHTING, CertificateOptions, ConversationOptions
 from ranksure.tasks.options import TASKS, TaskOptions, values_of
 
 
@@ -51,6 +51,8 @@ class FitSettings(CertificateOptions, ConversationOptions, TaskOptions):
             check=_task,
         ),
     ] = "text"
+    loss_on: Annotated[LossOn, LOSS_ON] = "completion"
+    weighting: Annotated[Weighting, WEIGHTING] = "token"
     rank: Annotated[int | None, Option("One rank for every target (default: the plan's).", COMMON, check=whole(1))] = (
         None
     )

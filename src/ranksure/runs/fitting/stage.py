@@ -92,16 +92,17 @@ def _event_files_in(folder: Path) -> Iterator[None]:
 
 
 def _arguments(setup: Setup, options: FitSettings, folder: Path) -> TrainingArguments:
-    batches = math.ceil(len(setup.features) / setup.batch_size)
+    size = 1 if setup.own_length else setup.batch_size  # the Trainer would pad rows of several lengths
+    batches = math.ceil(len(setup.features) / size)
     asked = options.gradient_accumulation_steps
-    together = batches if asked == "full" else min(int(asked), batches)
+    together = batches if asked == "full" else min(int(asked) * (setup.batch_size // size), batches)
     epochs = math.ceil(options.num_train_epochs * math.ceil(batches / together))
     device = next(setup.base.parameters()).device
     try:
         arguments = TrainingArguments(
             str(folder),
             max_steps=options.max_steps or epochs,
-            per_device_train_batch_size=setup.batch_size,
+            per_device_train_batch_size=size,
             gradient_accumulation_steps=together,
             learning_rate=options.learning_rate,
             lr_scheduler_type=options.lr_scheduler_type,

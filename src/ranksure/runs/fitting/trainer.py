@@ -20,6 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ranksure.errors import DataError, SettingError
 from ranksure.loss_terms import Weighting, count_terms, mean_loss_function
 from ranksure.losses import Kind
+from ranksure.runs.certificate.objective import same_loss
 
 
 class FitTrainer(Trainer):
@@ -37,6 +38,7 @@ class FitTrainer(Trainer):
         self._model_dropout = model_dropout
         super().__init__(*args, compute_loss_func=mean_loss_function(kind, weighting), **kwargs)
 
+    @same_loss
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The loss, in evaluation mode but for the adapter's dropout (``Trainer`` has just set training mode)."""
         if not self._model_dropout:
@@ -46,6 +48,7 @@ class FitTrainer(Trainer):
                     module.lora_dropout.train()
         return super().compute_loss(model, *args, **kwargs)
 
+    @same_loss
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The batches of one optimizer step, and the number of terms in them."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -119,6 +122,6 @@ def _whole(path: Path, step: int) -> dict[str, Any] | None:
             with zipfile.ZipFile(path / name) as file:
                 if file.testzip() is not None:
                     return None
-    except (OSError, ValueError, SafetensorError, zipfile.BadZipFile):
+    except (OSError, ValueError, RecursionError, SafetensorError, zipfile.BadZipFile):
         return None
     return state if isinstance(state, dict) and state.get("global_step") == step else None

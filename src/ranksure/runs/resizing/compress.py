@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -81,8 +81,8 @@ def compress(
     if batches is not None and iter(batches) is batches:
         raise SettingError("the data is gone through several times: pass a list or a DataLoader")
     read = read_adapter(model, chosen.adapter)
-    if read.untested:
-        raise AdapterError(f"this adapter cannot be compressed: {read.untested[0]}")
+    if untested := chosen.untested(read):
+        raise AdapterError(f"this adapter cannot be compressed: {untested[0]}")
     if not any(bool(thin_svd(u, v)[1].any()) for u, v in read.factors.values()):
         raise AdapterError("the adapter's update is zero in every module: the base network alone does the same")
     dtype = stored_dtype(model, read.name, source)
@@ -108,6 +108,7 @@ class _Run:
     settings: RunSettings
     dtype: torch.dtype
     passes: int = 0
+    notes: list[str] = field(default_factory=list)
 
     @property
     def rows(self) -> Sequence[Batch]:
@@ -147,6 +148,7 @@ def _data_exact(run: _Run, seed: int) -> tuple[Factors, dict[str, Any]]:
     check_memory(8.0 * equations * min(unknowns, 2 * equations + 256), memory_bytes, "the rank reduction's equations")
     start = without(run.read.factors, null_directions(run.read.factors, run.dtype))
     found = capture(run.model, inputs, run.read.modules, contrasts, memory_bytes=memory_bytes / _WORK)
+    run.notes += found.notes
     reduced = reduce_factors(found.operator, start, run.penalty or 1.0, seed=seed)
     keys = ("equations", "independent", "count_before", "count_after", "change", "relative_change", "seconds")
     return reduced.factors, {key: getattr(reduced, key) for key in keys}
@@ -184,7 +186,7 @@ def _to_budget(run: _Run, captured: float | None, max_loss_increase: float | Non
 
 def _measured(run: _Run, level: Level, factors: Factors, facts: dict[str, Any]) -> Compression:
     """What the compressed adapter costs, in ranks, in updates, and on the network itself."""
-    read, notes = run.read, []
+    read, notes = run.read, run.notes
     if run.batches is not None:
         facts["before"], facts["after"] = run.measure(), run.measure(factors)
         variants: dict[str, Callable[[], Any]] = {
@@ -214,6 +216,7 @@ def _measured(run: _Run, level: Level, factors: Factors, facts: dict[str, Any]) 
         parameters_before=sum(ranks[name] * width for name, width in widths.items()),
         parameters_after=sum(after[name] * width for name, width in widths.items()),
         dtype=run.dtype,
+        loss=run.settings.loss,
         update_change=_update_change(read.factors, factors),
         passes=run.passes,
         notes=notes,

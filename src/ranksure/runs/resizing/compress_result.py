@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from ranksure.factors import Factors
+from ranksure.losses import Kind
 from ranksure.records.change import CompressRecord, Measured
 from ranksure.records.record import plain
 from ranksure.runs.resizing.resized import Resized
@@ -51,6 +52,7 @@ class Compression(Resized):
     parameters_before: int
     parameters_after: int
     dtype: torch.dtype
+    loss: Kind | None = None
     before: Measured | None = None
     after: Measured | None = None
     at_zero: Measured | None = None
@@ -72,6 +74,7 @@ class Compression(Resized):
     def to_json(self, **more: Any) -> dict[str, Any]:
         """What ``compress.json`` holds."""
         own = {name: getattr(self, name) for name in CompressRecord.__struct_fields__ if hasattr(self, name)}
+        own["notes"] = [*self.notes, *self.uneven]
         own["dtype"] = str(self.dtype).removeprefix("torch.")
         return plain(CompressRecord(**own | more))
 

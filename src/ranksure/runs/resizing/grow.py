@@ -11,7 +11,7 @@ docs/grow-and-compress.md.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +21,7 @@ from ranksure.adapters.loaded import Adapter, read_adapter
 from ranksure.adapters.merging import merged
 from ranksure.errors import AdapterError, SettingError
 from ranksure.factors import Factors, ranks_of, thin_svd
+from ranksure.losses import Kind
 from ranksure.network.gradient import Progress, gradient_pass
 from ranksure.network.logits import Batch
 from ranksure.records.certificate import RunCertificate
@@ -60,6 +61,7 @@ class Growth(Resized):
     slopes: dict[str, list[float]]
     sizes: dict[str, list[float]]
     forced: bool
+    loss: Kind | None = None
 
     @property
     def penalty_added(self) -> float:
@@ -86,6 +88,7 @@ class Growth(Resized):
             rank_after=sum(ranks.values()),
             penalty_added=self.penalty_added,
             certificate=self.certificate,
+            notes=self.uneven,
             **more,
         )
         return {**plain(record), "certificate": self.certificate.to_json()}
@@ -152,7 +155,7 @@ def grow(
         around=merged,
     )
     threshold = {name: 0.0 if force else _threshold(certificate, name) for name in names}
-    return _grown(read, pairs, certificate, threshold)
+    return replace(_grown(read, pairs, certificate, threshold), loss=chosen.loss)
 
 
 def _check_verdict(certificate: RunCertificate, force: bool) -> None:
@@ -179,9 +182,8 @@ def _threshold(certificate: RunCertificate, name: str) -> float:
     state = certificate.modules[name]
     if state.lam is not None:
         return state.lam / (1 - certificate.tolerance)
-    # The ball's gap is inner + radius max ||g||, and inner + radius sigma above tolerance * objective counts.
-    radius, bound = certificate.radius or 0.0, certificate.rank_gain_bound or 0.0
-    inner = bound - radius * max(state.gradient_norm for state in certificate.modules.values())
+    # The ball's gap is at most inner + radius max ||g||; inner + radius sigma above tolerance * objective counts.
+    radius, inner = certificate.radius or 0.0, certificate.inner or 0.0
     return max(certificate.tolerance * (certificate.objective or 0.0) - inner, 0.0) / radius if radius > 0 else 0.0
 
 

@@ -9,9 +9,12 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from ranksure.adapters.readme import uneven
 from ranksure.adapters.rewrite import Rewritten, rewrite_adapter
-from ranksure.factors import Factors
+from ranksure.factors import Factors, ranks_of
+from ranksure.losses import Kind
 from ranksure.records.record import encoded
+from ranksure.records.task import carry_loss
 
 
 class Resized:
@@ -21,6 +24,13 @@ class Resized:
     """Name of the file beside the adapter."""
 
     factors: Factors
+    loss: Kind | None
+    """The loss that was asked for; None where it is the model's own."""
+
+    @property
+    def uneven(self) -> list[str]:
+        """Who will read the new adapter wrongly, where its ranks differ."""
+        return uneven(ranks_of(self.factors))
 
     def to_json(self, **more: Any) -> dict[str, Any]:
         """What the record holds, with further fields."""
@@ -54,6 +64,7 @@ class Resized:
 
         def write(stage: Path) -> None:
             (stage / self.record).write_bytes(encoded(self.to_json(**(extra or {}))))
+            carry_loss(stage, self.loss)
 
         return rewrite_adapter(
             model,

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import peft
 import torch
+import transformers
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import (
@@ -19,14 +21,18 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ranksure.adapters.fields import leaves_base
 from ranksure.adapters.matrices import is_factor
-from ranksure.adapters.saved import AdapterFiles, check_fit
+from ranksure.adapters.renamed import names_of_versions
+from ranksure.adapters.saved import CONFIG, AdapterFiles, check_fit
+from ranksure.bundled.names import named_model
 from ranksure.errors import AdapterError, ModelError, one_line, shown
 from ranksure.network.checkpoints import load_tokenizer, load_weights, looks_local, quiet, settle_padding
 from ranksure.records.record import RunSource
+from ranksure.records.task import TaskRecord
+from ranksure.tasks.classifiers import head_name
 
 TaskType = Literal["SEQ_CLS", "CAUSAL_LM"]
-_HEADS = ("score", "classifier", "classifier.out_proj", "classification_head.out_proj")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "tokenizer.model", "vocab.json")
 
 
@@ -73,6 +79,7 @@ class LoadedRun:
         notes: sentences for the user.
         adapted: the ``PeftModel`` itself, where ``model`` is a network around it; None where ``model`` is it.
         prefix: what a module's name in ``adapted`` needs in front to be its name in ``model``.
+        trained: the adapter's own record of what it was trained for, ``task.json``.
     """
 
     model: nn.Module
@@ -84,6 +91,7 @@ class LoadedRun:
     notes: list[str] = field(default_factory=list)
     adapted: PeftModel | None = None
     prefix: str = ""
+    trained: TaskRecord = field(default_factory=TaskRecord)
 
     @property
     def rewritten(self) -> dict[str, Any]:
@@ -119,7 +127,7 @@ def base_name(files: AdapterFiles, base: str | os.PathLike[str] | None) -> str:
         ModelError: the recorded folder is not there.
     """
     if base is not None:
-        return os.fspath(base)
+        return os.fspath(named_model(base))
     recorded = files.config.base_model_name_or_path
     if not recorded:
         raise AdapterError(f"{files.folder} does not record its base model: name it with `base`")
@@ -130,13 +138,19 @@ def base_name(files: AdapterFiles, base: str | os.PathLike[str] | None) -> str:
     return recorded
 
 
-def saved_outputs(files: AdapterFiles) -> int | None:
-    """Number of outputs of the head that was saved with the adapter, if any."""
-    for name, tensor in files.head.items():
-        module, _, key = name.rpartition(".")
-        if key == "weight" and tensor.dim() == 2 and module in _HEADS:
-            return int(tensor.shape[0])
-    return None
+def saved_outputs(files: AdapterFiles, base: str, common: dict[str, Any]) -> int | None:
+    """Number of outputs of the classifier's head that was saved with the adapter, if any; whatever it is called."""
+    if not files.head:
+        return None
+    config = base_config(base, common)
+    try:
+        with quiet(), torch.device("meta"):
+            code = common["trust_remote_code"]
+            network = AutoModelForSequenceClassification.from_config(config, trust_remote_code=code)
+        head = files.head.get(f"{head_name(network, network.config.num_labels)}.weight")
+    except Exception:  # no classifier of this base, or none with a linear head: nothing that was saved is one
+        return None
+    return None if head is None else int(head.shape[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,50 +171,78 @@ def base_config(name: str, common: dict[str, Any], **more: Any) -> Any:
 
 
 def load_base(
-    name: str, task: TaskType, files: AdapterFiles, dtype: str, common: dict[str, Any], notes: list[str]
+    name: str,
+    task: TaskType,
+    files: AdapterFiles,
+    dtype: str,
+    common: dict[str, Any],
+    notes: list[str],
+    head: Mapping[str, Any],
 ) -> tuple[PreTrainedModel, set[str]]:
-    """The base model, and the names of parameters that its checkpoint does not hold."""
-    more: dict[str, Any] = {}
-    if task == "SEQ_CLS" and (outputs := saved_outputs(files)) is not None:
+    """The base model, and the names of parameters that its checkpoint does not hold.
+
+    ``head`` is what a classifier's configuration is told of its head, where the adapter's record says it.
+    """
+    more: dict[str, Any] = dict(head) if task == "SEQ_CLS" else {}
+    if task == "SEQ_CLS" and "num_labels" not in more and (outputs := saved_outputs(files, name, common)) is not None:
         more["num_labels"] = outputs
     config = base_config(name, common, **more)
     auto: Any = AutoModelForSequenceClassification if task == "SEQ_CLS" else AutoModelForCausalLM
-    arguments = {**common, "config": config, "dtype": dtype, "ignore_mismatched_sizes": task == "SEQ_CLS"}
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            loaded, info = load_weights(auto, name, notes, **arguments)
-    except Exception as error:  # a damaged folder fails in ways of many libraries
-        what = "a sequence classifier" if task == "SEQ_CLS" else "a causal language model"
-        raise ModelError(f"base model {name} cannot be loaded as {what}: {one_line(error)}") from None
-    lacking = [entry[0] if isinstance(entry, (tuple, list)) else entry for entry in info["mismatched_keys"]]
+    noun = "a sequence classifier" if task == "SEQ_CLS" else "a causal language model"
+    more = {"head": task == "SEQ_CLS", "elsewhere": set(files.head), "config": config, "dtype": dtype}
+    loaded, missing, reshaped = load_weights(auto, noun, name, notes, **more, **common)
     _fit_embeddings(loaded, files)
-    return loaded, {*info["missing_keys"], *lacking}
+    return loaded, {*missing, *reshaped}
 
 
 def _fit_embeddings(network: PreTrainedModel, files: AdapterFiles) -> None:
-    """Resize the embeddings where the run did (added tokens), which PEFT then saves with the adapter."""
-    embedding: Any = network.get_input_embeddings()
-    place = next((name for name, module in network.named_modules() if module is embedding), None)
-    saved = files.head.get(f"{place}.weight")
-    if saved is not None and saved.dim() == 2 and saved.shape[0] != embedding.weight.shape[0]:
-        with quiet():
-            network.resize_token_embeddings(saved.shape[0], mean_resizing=False)
+    """Resize the embeddings where the run did (added tokens), which PEFT then saves with the adapter: not always both.
+
+    Raises:
+        AdapterError: the rows of one that is not tied to the other were not saved.
+    """
+    embeddings: list[Any] = [network.get_input_embeddings(), network.get_output_embeddings()]
+    pair = [each for each in embeddings if each is not None]
+    saved = {name: _saved_rows(name, files) for name, module in network.named_modules() if module in pair}
+    rows, before = next(filter(None, saved.values()), None), pair[0].weight.shape[0]
+    if rows is None or rows == before:
+        return
+    tied = all(each.weight is pair[0].weight for each in pair)
+    for name, found in saved.items():
+        if found is None and not tied:
+            raise AdapterError(
+                f"{files.folder}: the run has {rows} tokens and the base {before}, but PEFT did not save the rows of "
+                f"{name} for the others, so they were lost; train again with {name} in modules_to_save"
+            )
+    with quiet():
+        network.resize_token_embeddings(rows, mean_resizing=False)
+
+
+def _saved_rows(name: str, files: AdapterFiles) -> int | None:
+    """Rows of an embedding's weight that was saved with the adapter, under LoRA or not."""
+    found = (files.head.get(f"{name}.{inner}weight") for inner in ("", "base_layer."))
+    return next((tensor.shape[0] for tensor in found if tensor is not None and tensor.dim() == 2), None)
 
 
 def tokenizer_of(network: PreTrainedModel, files: AdapterFiles, base: str, common: dict[str, Any]) -> Any:
     """The adapter folder's own tokenizer, else the base model's; both know a padding token afterwards.
 
     Raises:
-        ModelError: it cannot be read, or has more tokens than the model.
+        ModelError: it cannot be read.
+        AdapterError: it has tokens that were added in training, and their rows were not saved.
     """
     own = any((files.folder / file).is_file() for file in _TOKENIZER_FILES)
     place = str(files.folder) if own else base
     tokenizer = load_tokenizer(place, None if own else common["revision"], common["trust_remote_code"])
     settle_padding(network, tokenizer, place)
     embedding: Any = network.get_input_embeddings()
-    if len(tokenizer) > (rows := embedding.weight.shape[0]):
-        raise ModelError(f"the tokenizer of {place} has {len(tokenizer)} tokens, but {base} only {rows}")
+    if own and len(tokenizer) > (rows := embedding.weight.shape[0]):
+        before = len(load_tokenizer(base, common["revision"], common["trust_remote_code"]))
+        if len(tokenizer) > before:  # what the base's own tokenizer lacks rows for, the run did without, too
+            raise AdapterError(
+                f"{files.folder}: the run added tokens ({len(tokenizer)}, the base {before}; embeddings {rows}), but "
+                "PEFT saved none of their rows, so they were lost; train again with the embeddings in modules_to_save"
+            )
     return tokenizer
 
 
@@ -221,27 +263,47 @@ def refuse_lost(untrained: Iterable[str], files: AdapterFiles, base: str) -> Non
 def with_adapter(network: PreTrainedModel, files: AdapterFiles, base: str, trainable: bool) -> PeftModel:
     """The base model under the adapter: what ``PeftModel.from_pretrained`` does, with nothing left as initialised."""
     files.config.inference_mode = not trainable
-    with warnings.catch_warnings():
+    with names_of_versions(network, files), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # each thing that PEFT would warn of here is checked below
         try:
             model = get_peft_model(network, files.config)
         except Exception as error:  # target modules that are not there, ranks that are not numbers, ...
+            if isinstance(error, AttributeError) and files.config.task_type == "SEQ_2_SEQ_LM":
+                raise AdapterError(
+                    f"peft {peft.__version__} cannot place an adapter of task_type SEQ_2_SEQ_LM with transformers "
+                    f"{transformers.__version__} ({one_line(error)}): remove task_type from {files.folder / CONFIG}; "
+                    "the weights mean the same without it"
+                ) from None
             targets = shown(files.config.target_modules, 80)
-            raise AdapterError(
-                f"the adapter {files.folder} (target_modules {targets}) does not fit {base}: {one_line(error)}"
-            ) from None
+            what = f"the adapter {files.folder} (target_modules {targets}) does not fit {base}"
+            if not leaves_base(files.config):
+                start = files.config.init_lora_weights
+                what = f"PEFT cannot load the adapter {files.folder}, as init_lora_weights={start!r} cannot be repeated"
+            raise AdapterError(f"{what}: {one_line(error)}") from None
         assert isinstance(model, PeftModel)
-        if files.config.target_parameters is None:  # else PEFT renames tensors; such runs are never certified
+        if not files.config.target_parameters:  # else PEFT renames tensors; such runs are never certified
             expected = _saved_by_peft(model, False)
             check_fit(files, expected, {**expected, **_saved_by_peft(model, True)}, base)
         try:
             result = set_peft_model_state_dict(model, files.tensors)
         except Exception as error:
             raise AdapterError(f"the weights in {files.folder} do not fit {base}: {one_line(error)}") from None
-    if unexpected := list(result.unexpected_keys):
+    if unexpected := [key for key in result.unexpected_keys if not _saved_twice(key, files.tensors)]:
         raise AdapterError(f"{files.folder}: {unexpected[0]} has no place in {base} under its configuration")
     return model
 
 
+def _saved_twice(key: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether it is a saved module's own copy of what the file holds under its plain name, too.
+
+    PEFT writes such copies of all biases (``bias="all"``) and of embeddings, and passes over them when it loads.
+    """
+    plain = tensors.get(key.replace(".modules_to_save.", "."))
+    return ".modules_to_save." in key and plain is not None and torch.equal(plain, tensors[key])
+
+
 def _saved_by_peft(model: PeftModel, embeddings: bool) -> Mapping[str, Tensor]:
-    return get_peft_model_state_dict(model, save_embedding_layers=embeddings)
+    try:
+        return get_peft_model_state_dict(model, save_embedding_layers=embeddings)
+    except NotImplementedError:  # a network that knows no input embeddings (SegFormer): there are none to save
+        return get_peft_model_state_dict(model, save_embedding_layers=False)

@@ -1,17 +1,13 @@
-"""A claim of the paper, measured again: curves by setting against the certified optimum, and a table."""
+"""Curves of a claim of the paper by setting, against the certified optimum."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from ranksure.records.claims import Columns, ReproductionRecord
-from ranksure.report.blocks import Figure, Key, Prose, Section, Status, Table, drawn
+from ranksure.records.claims import ClaimRecord
+from ranksure.report.blocks import Figure, Key, Status, Table, drawn
 from ranksure.report.module_places import clean, shortened
-from ranksure.report.records import Record
-from ranksure.report.sections.lab import picture
-from ranksure.report.sections.shared import reproduce, settings_text
 from ranksure.report.svg import DASHES, INKS, Canvas, log_ticks, ticks
 from ranksure.report.wording import NONE, counted, number, power
 
@@ -20,16 +16,11 @@ _LISTED = 12  # points of a curve in a table
 _FEW = 12  # points that get a mark each
 _PANELS = 12  # in one figure
 _DASH_NAMES = ("solid", "dashed", "dotted", "dashdot")
-_ANSWERS = {
-    "agreed": ("Agreed: what was measured agrees with the paper's claim.", "good"),
-    "partly": ("Partly: what was measured agrees with a part of the paper's claim.", "warn"),
-    "not agreed": ("Not agreed: what was measured does not agree with the paper's claim.", "bad"),
-}
 
 
 @dataclass(frozen=True)
 class _Line:
-    text: str
+    label: str
     x: Sequence[float]
     y: Sequence[float]
     spread: Sequence[float] = ()
@@ -47,40 +38,23 @@ class _Panel:
         lines = []
         for line in self.lines:
             kept = [(x, y - self.level) for x, y in zip(line.x, line.y, strict=True) if y > self.level]
-            lines.append(_Line(line.text, [x for x, _ in kept], [y for _, y in kept]))
+            lines.append(_Line(line.label, [x for x, _ in kept], [y for _, y in kept]))
         return _Panel(self.title, lines, None)
 
 
-def build(record: Record, section_id: str, command: str | None = None, detail: bool = True) -> Section:
-    """The section of a reproduced claim; without ``detail`` curves are drawn and listed with fewer points."""
-    data: ReproductionRecord = record.data
-    i = section_id
-    answer, tone = _ANSWERS.get(data.verdict, (f"Verdict: {data.verdict}.", "warn"))
-    section = Section(i, "Reproduction", data.title, answer, tone)
-    checks = [(check.holds, check.claim, check.measured) for check in data.checks]
-    section.sentences = [f"The claim ({data.where}): {data.claim}"]
-    section.sentences += [] if checks else data.summary
-    settings = data.settings
-    missing = settings.get("missing") if isinstance(settings.get("missing"), list) else []
-    section.warnings = [*data.notes, *map(str, missing or [])]
-    blocks: list[Any] = [Prose("What was checked", Status.ESTIMATED, checks=checks)] if checks else []
-    panels = _panels(data, _POINTS if detail else _POINTS // 4)
+def figures(data: ClaimRecord, i: str, detail: bool) -> list[Figure]:
+    """Curves by setting, and their distances to the reference; fewer points without ``detail``."""
+    panels, out = _panels(data, _POINTS if detail else _POINTS // 4), []
     for start in range(0, len(panels), _PANELS):
         some = panels[start : start + _PANELS]
         tag = f"-{start // _PANELS}" if start else ""
-        blocks.append(_objective(data, some, f"{i}-curves{tag}", detail))
+        out.append(_objective(data, some, f"{i}-curves{tag}", detail))
         if any(y > panel.level for panel in some if panel.level is not None for line in panel.lines for y in line.y):
-            blocks.append(_distance(data, some, f"{i}-distance{tag}"))
-    if not panels and detail and (image := picture(record, i)):
-        blocks.append(image)
-    if table := data.table:
-        blocks.append(_table(table))
-    facts = [("seed", data.seed), ("settings", _settings(settings) or None)]
-    section.blocks = blocks + reproduce(i, record, command, facts)
-    return section
+            out.append(_distance(data, some, f"{i}-distance{tag}"))
+    return out
 
 
-def _panels(data: ReproductionRecord, budget: int) -> list[_Panel]:
+def _panels(data: ClaimRecord, budget: int) -> list[_Panel]:
     curves, reference = data.curves, data.reference
     per_group, level = (reference.per_group, reference.value) if reference else ({}, None)
     most = max(20, budget // max(len(curves), 1))
@@ -91,17 +65,17 @@ def _panels(data: ReproductionRecord, budget: int) -> list[_Panel]:
         step = max(1, -(-len(points) // most))
         kept = points[::step] + (points[-1:] if points and (len(points) - 1) % step else [])
         spread = [s for _, _, s in kept] if curve.spread else []
-        line = _Line(curve.label, [x for x, _, _ in kept], [y for _, y, _ in kept], spread)
         if kept:
-            groups.setdefault(curve.group or "", []).append(line)
+            line = _Line(curve.label, [x for x, _, _ in kept], [y for _, y, _ in kept], spread)
+            groups.setdefault(curve.group, []).append(line)
     return [_Panel(name, lines, per_group.get(name, level)) for name, lines in groups.items()]
 
 
 def _names(panels: Sequence[_Panel]) -> list[str]:
-    return list(dict.fromkeys(line.text for panel in panels for line in panel.lines))
+    return list(dict.fromkeys(line.label for panel in panels for line in panel.lines))
 
 
-def _objective(data: ReproductionRecord, panels: Sequence[_Panel], figure_id: str, detail: bool) -> Figure:
+def _objective(data: ClaimRecord, panels: Sequence[_Panel], figure_id: str, detail: bool) -> Figure:
     names, reference = _names(panels), data.reference
     summary = f"{counted(len(names), 'curve')} in {counted(len(panels), 'setting')}."
     if reference and any(panel.level is not None for panel in panels):
@@ -117,7 +91,7 @@ def _objective(data: ReproductionRecord, panels: Sequence[_Panel], figure_id: st
         for line in panel.lines:
             step = max(1, -(-len(line.x) // listed))
             kept = sorted({*range(0, len(line.x), step), len(line.x) - 1})
-            rows += [[panel.title or NONE, line.text, f"{line.x[k]:g}", number(line.y[k], ".6g")] for k in kept]
+            rows += [[panel.title or NONE, line.label, f"{line.x[k]:g}", number(line.y[k], ".6g")] for k in kept]
     columns = ["setting", "curve", _axis(data, "x"), _axis(data, "y")]
     table = Table("Points of the curves", columns, rows, frozenset({1}), "Some are left out.")
     return drawn(
@@ -132,13 +106,13 @@ def _objective(data: ReproductionRecord, panels: Sequence[_Panel], figure_id: st
     )
 
 
-def _distance(data: ReproductionRecord, whole: Sequence[_Panel], figure_id: str) -> Figure:
+def _distance(data: ClaimRecord, whole: Sequence[_Panel], figure_id: str) -> Figure:
     panels = [panel.above() for panel in whole if panel.level is not None]
     names, present = _names(whole), _names(panels)  # colours as in the figure before
     legend = [key for name, key in zip(names, _legend(names), strict=True) if name in present]
     shown = data.reference.label if data.reference else "reference"
     ends = [
-        (line.y[0] - panel.level, line.y[-1] - panel.level, panel.title, line.text)
+        (line.y[0] - panel.level, line.y[-1] - panel.level, panel.title, line.label)
         for panel in whole
         for line in panel.lines
         if panel.level is not None
@@ -182,19 +156,9 @@ def _title(text: str, most: int) -> str:
     return "\n".join(line if len(line) <= most else line[: most - 1] + "…" for line in lines)
 
 
-def _axis(data: ReproductionRecord, which: str) -> str:
+def _axis(data: ClaimRecord, which: str) -> str:
     """Name of an axis, on one line."""
     return clean(data.axes.get(which) or {"x": "step", "y": "objective"}[which])
-
-
-def _settings(settings: dict[str, Any]) -> str:
-    """Settings as one line; of lists of objects only their names."""
-    shown = {}
-    for key, value in settings.items():
-        if isinstance(value, list):
-            value = ", ".join(str(entry.get("name", "?")) if isinstance(entry, dict) else str(entry) for entry in value)
-        shown[key] = value
-    return settings_text(shown)
 
 
 def _draw(canvas: Canvas, panels: Sequence[_Panel], names: Sequence[str], x_name: str, log: bool) -> None:
@@ -204,7 +168,7 @@ def _draw(canvas: Canvas, panels: Sequence[_Panel], names: Sequence[str], x_name
         if log:
             axes.set_yscale("log")
         for line in panel.lines:
-            n = names.index(line.text)
+            n = names.index(line.label)
             dash = DASHES[n // 2 % 4 if len(names) > 2 else n]
             colour = INKS[f"c{n % 8}"]
             few = len(line.x) <= _FEW
@@ -226,18 +190,3 @@ def _draw(canvas: Canvas, panels: Sequence[_Panel], names: Sequence[str], x_name
             ticks(axes.xaxis, 4)
         axes.set_title(_title(panel.title, int((canvas.width / (1 if canvas.narrow else columns) - 76) / 6.6)))
         axes.set_xlabel(shortened(x_name, 30), loc="right")
-
-
-def _table(table: Columns) -> Prose:
-    width = len(table.columns)
-    rows = [[_cell(value) for value in [*row, *[None] * width][:width]] for row in table.rows]
-    words = frozenset(n for n in range(width) if any(isinstance(row[n], str) for row in table.rows if n < len(row)))
-    return Prose("The numbers", Status.ESTIMATED, table=Table("Measured", table.columns, rows, words))
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return NONE
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return number(value, ".6g") if isinstance(value, float) else str(value)
