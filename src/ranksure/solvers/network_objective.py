@@ -1,0 +1,194 @@
+"""The objective of LoRA factors on a real network, and what one gradient pass says about a point of it.
+
+``Phi(u, v) = loss(W0 + u v^T) + sum_j (lambda_j / 2)(||u_j||^2 + ||v_j||^2)``, evaluated through hooks: nothing in the
+network changes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ranksure.capture import capture
+from ranksure.errors import SettingError
+from ranksure.factors import Factors, nuclear_norms
+from ranksure.losses import Kind, get_loss
+from ranksure.network.batch_losses import Forward
+from ranksure.network.gradient import gradient_pass, mean_loss
+from ranksure.network.logits import Batch, device_of, frozen, logits_of, to_device, unlabelled
+from ranksure.network.side_path import applied
+from ranksure.network.targets import block_shape
+from ranksure.problem import Problem
+from ranksure.relinearised import Examiner, ModuleState, penalised_gaps
+from ranksure.solvers.burer_monteiro import solve
+from ranksure.spectral import top_pairs
+
+MOST_PAIRS = 4
+"""New directions of one module in one round."""
+
+
+@dataclass(frozen=True)
+class NetworkPoint:
+    """A point and what one gradient pass says about it.
+
+    Attributes:
+        factors: balanced factors by module, float64.
+        loss: mean loss.
+        objective: ``loss + sum_j lambda_j ||delta_j||_*``.
+        states: spectral facts by module.
+        gap: what the model re-linearised here could still gain, at any rank: at most this.
+        tangent: the same over updates in the tangent spaces of the factors.
+        pairs: directions outside them that lower the objective, as factors of their first size.
+    """
+
+    factors: Factors
+    loss: float
+    objective: float
+    states: dict[str, ModuleState]
+    gap: float
+    tangent: float
+    pairs: Factors
+
+    @property
+    def slope(self) -> float:
+        """Derivative of the objective when the update grows in proportion."""
+        return self.objective - self.loss + sum(state.inner for state in self.states.values())
+
+
+class NetworkObjective:
+    """``Phi`` of a network on labelled batches, and how often it was evaluated.
+
+    Args:
+        model: the network; nothing in it changes.
+        batches: with ``labels``.
+        targets: modules by name.
+        penalty: ``lambda_j > 0`` by module.
+        kind: the loss.
+        whole: a context in which the network takes rows other than whole batches, and which gives the batches.
+
+    Raises:
+        SettingError: a penalty that is not positive.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        targets: Mapping[str, nn.Module],
+        penalty: Mapping[str, float],
+        kind: Kind,
+        whole: Callable[[], AbstractContextManager[Sequence[Batch]]] | None = None,
+    ) -> None:
+        for name in targets:
+            if not 0 < penalty.get(name, 0.0) < math.inf:
+                raise SettingError(
+                    f"the penalty lambda of {name} is {penalty.get(name)}; it must be positive and finite"
+                )
+        self.model, self.batches, self.targets = model, batches, dict(targets)
+        self.penalty, self.kind = dict(penalty), kind
+        self.whole = whole or (lambda: nullcontext(batches))
+        self.shapes = {name: block_shape(module) for name, module in targets.items()}
+        self.gradients = self.forwards = self.captures = 0
+        parameter = next(model.parameters())
+        self.device = parameter.device
+        self.dtype = torch.promote_types(parameter.dtype, torch.float32)
+        """Of factors while they are descended."""
+
+    def zero(self) -> Factors:
+        """No update."""
+        return {
+            name: tuple(torch.zeros(side, 0, dtype=torch.float64, device=self.device) for side in shape)
+            for name, shape in self.shapes.items()
+        }  # pyright: ignore[reportReturnType]
+
+    def loss(self, factors: Factors) -> float:
+        """Mean loss, by a forward pass."""
+        self.forwards += 1
+        with applied(self.targets, factors):
+            return mean_loss(self.model, self.batches, kind=self.kind)
+
+    def penalty_of(self, factors: Factors) -> float:
+        """``sum_j lambda_j ||delta_j||_*``."""
+        return sum(self.penalty[name] * norm for name, norm in nuclear_norms(factors).items())
+
+    def value_and_gradient(self, factors: Factors) -> tuple[float, Factors]:
+        """``Phi`` and its gradient in the factors, in their dtype."""
+        self.gradients += 1
+        leaves = {
+            name: (u.detach().clone().requires_grad_(), v.detach().clone().requires_grad_())
+            for name, (u, v) in factors.items()
+        }
+        forward = Forward(self.model, self.kind)
+        with frozen(self.model), applied(self.targets, leaves):
+            for batch in self.batches:
+                forward.gradients(batch, lambda: None, lambda: None)
+        value = forward.mean
+        out: Factors = {}
+        for name, pair in leaves.items():
+            lam = self.penalty[name]
+            value += 0.5 * lam * sum(float(x.detach().double().square().sum()) for x in pair)
+            u, v = (self._slope(x, lam, forward.weight) for x in pair)
+            out[name] = (u, v)
+        return value, out
+
+    @staticmethod
+    def _slope(x: Tensor, lam: float, weight: float) -> Tensor:
+        own = lam * x.detach()
+        return own if x.grad is None else own.add_(x.grad, alpha=1 / weight)
+
+    def examine(self, factors: Factors) -> NetworkPoint:
+        """The certificate of the model re-linearised at balanced factors, and the directions that they lack."""
+        self.gradients += 1
+        examiner = Examiner(factors, self.penalty)
+        states: dict[str, ModuleState] = {}
+        pairs: Factors = {}
+
+        def consume(name: str, gradient: Tensor) -> None:
+            states[name] = examiner(name, gradient)
+            pairs[name] = self._missing(name, gradient, examiner)
+
+        with applied(self.targets, factors):
+            found = gradient_pass(self.model, self.batches, self.targets, kind=self.kind, consume=consume)
+        # Growth asks what the columns that there are can follow, so that none of them counts as unused.
+        own = {name: replace(state, full=True) for name, state in states.items()}
+        gaps = penalised_gaps(own, found.terms, self.penalty)
+        loss = found.terms.mean
+        return NetworkPoint(factors, loss, loss + self.penalty_of(factors), states, gaps.total, gaps.tangent, pairs)
+
+    def _missing(self, name: str, gradient: Tensor, examiner: Examiner) -> tuple[Tensor, Tensor]:
+        """Top pairs of the gradient outside the factors, ``sigma > lambda``, each of weight ``sigma - lambda``."""
+        p, s, q = (part.to(gradient.device) for part in examiner.parts[name])
+        kept = s > 0
+        left, right = p[:, kept], q[:, kept]
+        g = gradient.double()
+        g = g - left @ (left.T @ g)
+        a, sigma, b = top_pairs(g - (g @ right) @ right.T, MOST_PAIRS)
+        over = (sigma - self.penalty[name] * (1 + 1e-9)).clamp(min=0).sqrt()
+        count = int((over > 0).sum())
+        return -a[:, :count] * over[:count], b[:, :count] * over[:count]
+
+    def relinearised_dual(self, point: NetworkPoint, tolerance: float, memory_bytes: float) -> float:
+        """A lower bound on the objective of the model re-linearised at a point: the dual of its own solution.
+
+        Raises:
+            MemoryBudgetError: its capture does not fit.
+        """
+        self.captures += 1
+        loss = get_loss(self.kind)
+        labels = torch.cat([batch["labels"] for batch in self.batches]).cpu()
+        with self.whole() as batches, applied(self.targets, point.factors):
+            plain = [unlabelled(batch) for batch in batches]
+            with frozen(self.model), torch.no_grad():
+                n_logits = logits_of(self.model, to_device(plain[0], device_of(self.model))).shape[1]
+            contrasts = loss.contrasts(n_logits)
+            captured = capture(self.model, plain, self.targets, contrasts, memory_bytes=memory_bytes)
+        operator = captured.operator
+        moved = operator.to(torch.float64).apply_factors({n: (u.cpu(), v.cpu()) for n, (u, v) in point.factors.items()})
+        base = captured.base_logits - moved @ contrasts.T
+        problem = Problem(operator, base, labels, loss, self.penalty)
+        return solve(problem, tolerance=tolerance, start=point.factors).certificate.dual

@@ -1,0 +1,205 @@
+"""The network's solver against the linearised one, dense proximal mappings, and its own promises."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ranksure.certificate import lambda_max
+from ranksure.errors import SettingError
+from ranksure.factors import Factors, nuclear_norms
+from ranksure.losses import get_loss
+from ranksure.operators.dense import DenseOperator
+from ranksure.problem import Problem
+from ranksure.solvers.burer_monteiro import solve
+from ranksure.solvers.network import solve_network
+from ranksure.solvers.network_objective import NetworkObjective
+
+
+class Affine(nn.Module):
+    """Linear in both weights: its linearisation is itself."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, k), nn.Linear(5, k)
+
+    def forward(self, x, z):
+        return self.first(x) + self.second(z)
+
+
+class Layered(nn.Module):
+    """A small nonlinear network."""
+
+    def __init__(self, k: int = 4) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, k)
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        return self.head(torch.tanh(self.second(h)) + h)
+
+
+def affine(loss: str, k: int, seed: int = 0):
+    """The network, batches, targets and the same problem for the linearised solver, at lambda = 1."""
+    torch.manual_seed(seed)
+    net = Affine(k).double()
+    x, z = torch.randn(14, 6, dtype=torch.float64), torch.randn(14, 5, dtype=torch.float64)
+    y = {
+        "cross-entropy": torch.randint(k, (14,)),
+        "logistic": torch.randint(2, (14, k)).double(),
+        "squared-error": torch.randn(14, k, dtype=torch.float64),
+    }[loss]
+    function = get_loss(loss)
+    contrasts = function.contrasts(k)
+    operator = DenseOperator(
+        {"first": torch.einsum("kc,in->ickn", contrasts, x), "second": torch.einsum("kc,in->ickn", contrasts, z)}
+    )
+    base = net(x, z).detach()
+    batches = [{"x": x[low:high], "z": z[low:high], "labels": y[low:high]} for low, high in ((0, 5), (5, 14))]
+    problem = Problem(operator, base, y, function, {"first": 1.0, "second": 1.0})
+    return net, batches, {"first": net.first, "second": net.second}, problem
+
+
+def layered(seed: int = 0, dtype: torch.dtype = torch.float64):
+    torch.manual_seed(seed)
+    net = Layered().to(dtype)
+    x, y = torch.randn(24, 6, dtype=dtype), torch.randint(4, (24,))
+    batches = [{"x": x[:11], "labels": y[:11]}, {"x": x[11:], "labels": y[11:]}]
+    return net, batches, {"first": net.first, "second": net.second}, (x, y)
+
+
+def largest_lambda(net, batches, targets) -> float:
+    objective = NetworkObjective(net, batches, targets, dict.fromkeys(targets, 1.0), "cross-entropy")
+    return max(state.gradient_norm for state in objective.examine(objective.zero()).states.values())
+
+
+def dense_gradients(net: nn.Module, factors: Factors, x, y) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients at ``W0 + u v^T`` by plain autograd."""
+    weights = {f"{n}.weight": net.get_submodule(n).weight.detach() + u @ v.T for n, (u, v) in factors.items()}
+    leaves = {name: w.clone().requires_grad_() for name, w in weights.items()}
+    loss = F.cross_entropy(torch.func.functional_call(net, leaves, (x,)), y)
+    found = torch.autograd.grad(loss, list(leaves.values()))
+    return float(loss.detach()), {name: g for name, g in zip(factors, found, strict=True)}
+
+
+@pytest.mark.parametrize("k", [2, 4])
+@pytest.mark.parametrize("loss", ["cross-entropy", "logistic", "squared-error"])
+def test_on_a_network_linear_in_its_weights_it_is_the_linearised_solver(loss, k):
+    net, batches, targets, problem = affine(loss, k)
+    lam = {"first": 0.2 * lambda_max(problem), "second": 0.1 * lambda_max(problem)}
+    expected = solve(problem.with_penalty(lam), tolerance=1e-9)
+    found = solve_network(net, batches, targets, weight_decay=lam, loss=loss, tolerance=1e-7)
+    assert found.status == "converged" and found.relative_gap <= 1e-7
+    assert found.objective == pytest.approx(expected.certificate.objective, rel=1e-6)
+    assert found.ranks == expected.ranks
+
+
+@pytest.mark.parametrize("share", [0.5, 0.1])
+def test_the_end_is_stationary_for_the_full_nuclear_norm_problem(share):
+    """``delta`` is a fixed point of the proximal map of the nuclear norm, computed densely."""
+    net, batches, targets, (x, y) = layered()
+    lam = share * largest_lambda(net, batches, targets)
+    found = solve_network(net, batches, targets, weight_decay=lam, loss="cross-entropy", tolerance=1e-7)
+    assert found.status == "converged"
+    loss, gradients = dense_gradients(net, found.factors, x, y)
+    assert found.loss == pytest.approx(loss, rel=1e-10)
+    assert found.objective == pytest.approx(loss + lam * sum(nuclear_norms(found.factors).values()), rel=1e-10)
+    for name, (u, v) in found.factors.items():
+        p, s, qt = torch.linalg.svd(u @ v.T - gradients[name], full_matrices=False)
+        proximal = (p * (s - lam).clamp(min=0)) @ qt
+        assert float((proximal - u @ v.T).norm()) < 2e-3 * lam
+
+
+def test_gradients_of_the_factors_are_those_of_autograd():
+    net, batches, targets, (x, y) = layered()
+    penalty = {"first": 0.3, "second": 0.7}
+    objective = NetworkObjective(net, batches, targets, penalty, "cross-entropy")
+    torch.manual_seed(1)
+    factors = {
+        n: (torch.randn(8, 2, dtype=torch.float64), torch.randn(m.in_features, 2, dtype=torch.float64))
+        for n, m in targets.items()
+    }
+    value, found = objective.value_and_gradient(factors)
+    loss, gradients = dense_gradients(net, factors, x, y)
+    squares = {n: u.square().sum() + v.square().sum() for n, (u, v) in factors.items()}
+    assert value == pytest.approx(loss + sum(float(0.5 * penalty[n] * squares[n]) for n in factors), rel=1e-12)
+    for n, (u, v) in factors.items():
+        torch.testing.assert_close(found[n][0], gradients[n] @ v + penalty[n] * u, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(found[n][1], gradients[n].T @ u + penalty[n] * v, rtol=1e-9, atol=1e-11)
+
+
+def test_the_gap_is_a_bound_for_the_model_relinearised_there():
+    """Its optimum by the linearised solver, from dense Jacobians, is no lower than the objective less the gap."""
+    net, batches, targets, (x, y) = layered(seed=3)
+    lam = 0.1 * largest_lambda(net, batches, targets)
+    found = solve_network(net, batches, targets, weight_decay=lam, loss="cross-entropy", tolerance=0.05)
+    weights = {f"{n}.weight": net.get_submodule(n).weight.detach() + u @ v.T for n, (u, v) in found.factors.items()}
+    jacobians = torch.func.jacrev(lambda w: torch.func.functional_call(net, w, (x,)))(weights)
+    loss = get_loss("cross-entropy")
+    contrasts = loss.contrasts(4)
+    operator = DenseOperator(
+        {n: torch.einsum("ikmn,kc->icmn", jacobians[f"{n}.weight"].detach(), contrasts) for n in targets}
+    )
+    here = torch.func.functional_call(net, weights, (x,)).detach()
+    base = here - operator.apply({n: u @ v.T for n, (u, v) in found.factors.items()}) @ contrasts.T
+    exact = solve(Problem(operator, base, y, loss, dict.fromkeys(targets, lam)), tolerance=1e-9).certificate
+    assert exact.objective >= found.objective - found.gap - 1e-12
+    assert found.objective >= exact.dual  # and the network's objective at the point is the re-linearised one's
+
+
+def test_at_a_large_lambda_no_update_is_best():
+    net, batches, targets, _ = layered()
+    lam = 1.01 * largest_lambda(net, batches, targets)
+    found = solve_network(net, batches, targets, weight_decay=lam, loss="cross-entropy")
+    assert found.status == "converged" and found.ranks == {"first": 0, "second": 0}
+    assert found.objective == found.objective_at_zero
+
+
+def test_a_complete_start_that_is_too_large_shrinks():
+    net, batches, targets, problem = affine("squared-error", 3)
+    lam = 0.2 * lambda_max(problem)
+    best = solve(problem.with_penalty(lam), tolerance=1e-9)
+    start = {name: (2 * u, 2 * v) for name, (u, v) in best.factors.items()}
+    found = solve_network(net, batches, targets, weight_decay=lam, loss="squared-error", start=start, tolerance=1e-6)
+    assert found.status == "converged"
+    assert found.objective == pytest.approx(best.certificate.objective, rel=1e-6)
+
+
+def test_the_objective_never_rises_and_the_budget_holds():
+    net, batches, targets, _ = layered(dtype=torch.float32)
+    lam = 0.02 * largest_lambda(net, batches, targets)
+    found = solve_network(
+        net, batches, targets, weight_decay=lam, loss="cross-entropy", tolerance=1e-9, max_gradients=60
+    )
+    values = [objective for _, objective, _ in found.history]
+    assert all(later <= earlier + found.noise for earlier, later in itertools.pairwise(values))
+    assert found.status == "not-converged" and found.remedy
+    assert found.gradients <= 60 + 3  # the certificates of the last round
+
+
+def test_the_same_bits_from_the_same_start():
+    net, batches, targets, _ = layered()
+    lam = 0.1 * largest_lambda(net, batches, targets)
+    runs = [solve_network(net, batches, targets, weight_decay=lam, loss="cross-entropy") for _ in range(2)]
+    for name in targets:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0].factors[name], runs[1].factors[name], strict=True))
+
+
+def test_the_network_stays_as_it_was():
+    net, batches, targets, (x, _) = layered()
+    net.train()
+    before = net(x).detach()
+    solve_network(net, batches, targets, weight_decay=0.05, loss="cross-entropy", max_gradients=20)
+    assert net.training and all(p.requires_grad for p in net.parameters()) and torch.equal(net(x), before)
+    assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize("lam", [0.0, -1.0, float("nan"), {"first": 1.0}])
+def test_a_lambda_that_is_none(lam):
+    net, batches, targets, _ = layered()
+    with pytest.raises(SettingError, match="lambda"):
+        solve_network(net, batches, targets, weight_decay=lam, loss="cross-entropy")
