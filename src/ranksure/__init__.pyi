@@ -20,5 +20,6 @@ from .runs.fitting.trainer import mean_loss_function as mean_loss_function
 from .runs.resizing.compress import compress as compress
 from .runs.resizing.grow import grow as grow
 from .solvers.burer_monteiro import solve as solve
+from .solvers.network import solve_network as solve_network
 from .solvers.solution import Solution as Solution
 from .theory.rank_reduction import reduce_rank as reduce_rank

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ranksure.errors import CaptureError
-from ranksure.network.logits import Batch, check_same_logits, device_of, frozen, logits_in, to_device, unlabelled
+from ranksure.network.logits import Batch, device_of, frozen, logits_in, to_device, unlabelled
 
 
 @dataclass(frozen=True)
@@ -204,8 +204,5 @@ def _agrees(model: nn.Module, reader: _Reader, whole: Tensor) -> bool:
     """Whether the first batch's logits are those of the whole network."""
     with frozen(model), torch.no_grad():
         found = logits_in(model(**to_device(unlabelled(reader[0]), device_of(model))))
-    try:
-        check_same_logits(whole, found)
-    except CaptureError:
-        return False
-    return True
+    allowed = 64 * torch.finfo(found.dtype).eps * (1 + float(whole.abs().max()))
+    return whole.shape == found.shape and float((whole - found).abs().max()) <= allowed

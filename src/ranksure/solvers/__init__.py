@@ -1,4 +1,4 @@
-"""Algorithms for the convex problem, one a file.
+"""Algorithms for the convex problem, and one for the network itself, one a file.
 
 Each returns a point with its certificate, a status and a remedy. The problem itself is in ``problem.py``, the proof in
 ``certificate.py``.

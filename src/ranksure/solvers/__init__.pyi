@@ -4,6 +4,9 @@ from .first_order import TrainingRun as TrainingRun
 from .first_order import train_lora as train_lora
 from .fixed_rank import FixedRank as FixedRank
 from .fixed_rank import solve_fixed_rank as solve_fixed_rank
+from .network import NetworkSolution as NetworkSolution
+from .network import solve_network as solve_network
+from .network_objective import NetworkPoint as NetworkPoint
 from .path import PathPoint as PathPoint
 from .path import lambda_path as lambda_path
 from .proximal import proximal_gradient as proximal_gradient
