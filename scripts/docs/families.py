@@ -53,8 +53,11 @@ def outcome(family: Family) -> tuple[Family, Report | str]:
         return family, str(error)[:300]
 
 
-def word(found: Outcome) -> str:
+def word(name: str, report: Report) -> str:
     """A question's cell."""
+    found: Outcome = getattr(report, name)
+    if any(line.startswith(f"{name},") for line in report.wrong):
+        return "wrong, see below"
     if found.refusals:
         return "right, or refused" if found.errors else "refused"
     return "right"
@@ -92,7 +95,7 @@ def page(reports: Mapping[Family, Report | str]) -> str:
         ]
         for family, report in tried.items():
             errors = [*report.plan.errors.values(), *report.certify.errors.values()]
-            cells = [family.model_type, f"`{family.name}`", word(report.plan), word(report.certify)]
+            cells = [family.model_type, f"`{family.name}`", word("plan", report), word("certify", report)]
             text.append(f"| {' | '.join(cells)} | {f'{max(errors):.0e}' if errors else ''} |")
         told = [f"- `{family.name}`, {line}" for family, report in tried.items() for line in reasons(report)]
         text += ["\n### Refused, and why\n", *told] if told else []
