@@ -134,15 +134,7 @@ def _gradients(
 ) -> GradientPass:
     """The pass at the trained weights; every module's gradient is examined and dropped."""
     return gradient_pass(
-        model,
-        batches,
-        read.modules,
-        kind=settings.loss,
-        weighting=settings.weighting,
-        memory_bytes=settings.memory_bytes,
-        consume=examine,
-        progress=progress,
-        around=merged,
+        model, batches, read.modules, **settings.of_pass, consume=examine, progress=progress, around=merged
     )
 
 

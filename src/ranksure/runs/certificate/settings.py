@@ -67,6 +67,11 @@ class RunSettings:
         """
         return settings_of(cls, what, given)
 
+    @property
+    def of_pass(self) -> dict[str, Any]:
+        """The objective and the memory, as :func:`ranksure.network.gradient.gradient_pass` is told them."""
+        return {"kind": self.loss, "weighting": self.weighting, "memory_bytes": self.memory_bytes}
+
     def untested(self, read: Adapter) -> list[str]:
         """Why this objective of this run cannot be certified; empty when it can."""
         if read.frozen_half and self.weight_decay:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ranksure.adapters.loaded import Adapter
+from ranksure.adapters.matrices import matrices
 from ranksure.network.gradient import gradient_pass
 from ranksure.network.logits import Batch
 from ranksure.records.certificate import FirstSlope
@@ -35,15 +36,7 @@ def first_slope(
         slopes.append(norms(g, g.new_zeros(g.shape[0], 0), g.new_zeros(g.shape[1], 0))[0])
 
     with read.without():
-        done = gradient_pass(
-            model,
-            batches,
-            read.modules,
-            kind=settings.loss,
-            weighting=settings.weighting,
-            memory_bytes=settings.memory_bytes,
-            consume=steepest,
-        )
+        done = gradient_pass(model, batches, read.modules, **settings.of_pass, consume=steepest)
     return FirstSlope(loss=done.terms.mean, slope=max(slopes), key=key)
 
 
@@ -53,19 +46,11 @@ def _key(model: nn.Module, read: Adapter, batches: Sequence[Batch], settings: Ce
     for batch in batches:
         for name, value in batch.items():
             _add(digest, name, value)
-    own = {id(p) for block in read.blocks.values() for p in _factors(block.module, read.name)}
+    own = {id(p) for block in read.blocks.values() for p in matrices(block.module, read.name)}
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         if id(value) not in own:
             _add(digest, name, value)
     return digest.hexdigest()
-
-
-def _factors(module: nn.Module, adapter: str) -> list[nn.Parameter]:
-    """The matrices of one adapter in PEFT's wrapper."""
-    kinds = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
-    held = [getattr(module, kind) for kind in kinds if hasattr(module, kind)]
-    parts = [part[adapter] for part in held if adapter in part]
-    return [p for part in parts for p in (part.parameters() if isinstance(part, nn.Module) else [part])]
 
 
 def _add(digest: hashlib.blake2b, name: str, value: object) -> None:
