@@ -29,7 +29,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *s
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
 # Two dashes that are ours: not those of an HTML comment or of another program.
 OPTION = re.compile(r"(?<![\w<!-])--[a-z][a-z-]*")
-OTHER_PROGRAMS = re.compile(r"^\s*(pip|npm|git|pytest|python -m (pip|benchmarks\.))|`python -m benchmarks\.")
+OTHER_PROGRAMS = re.compile(r"^\s*(pip|npm|git|pytest|python -m (pip|benchmarks\.))|`python -m (benchmarks|scripts)\.")
 
 
 def prose(page: Path) -> str:
