@@ -7,7 +7,9 @@ import re
 
 from ranksure.errors import SettingError
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS = {"": 1, "B": 1} | {
+    f"{p}{b}": x**i for i, p in enumerate("KMGT", 1) for b, x in (("", 1000), ("B", 1000), ("IB", 1024))
+}
 
 
 def parse_memory(text: float | str) -> int:

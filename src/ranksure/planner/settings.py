@@ -7,10 +7,8 @@ from typing import Annotated, Any
 
 from ranksure.errors import SettingError
 from ranksure.options import COMMON, DATA, MODEL, OUTPUT, SEED, SOLVER, Option, plain, whole
-from ranksure.quantities import _UNITS, parse_memory, parse_share
+from ranksure.quantities import parse_memory, parse_share
 from ranksure.tasks.options import TaskOptions, values_of
-
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
 def parse_ranks(text: str) -> list[int]:
