@@ -111,7 +111,6 @@ def gradient_pass(
         inside = around(model, modules.values(), left)
         stream(forward, batches, hooks, lambda: progress(next(done)), inside, check)
         first = _agreeing(first, forward)
-        _refuse_underflow(model, first.terms())
         for name in group:
             g = sums.pop(name).div_(forward.weight)
             if not bool(torch.isfinite(g).all()):
@@ -171,6 +170,7 @@ def _agreeing(first: Forward | None, forward: Forward) -> Forward:
             f"two passes over the data give the losses {first.mean:.6g} and {forward.mean:.6g}: the network or the "
             "data loader is not deterministic (turn augmentation and drop_last off)"
         )
+    _refuse_underflow(forward.model, forward.terms())
     return first or forward
 
 

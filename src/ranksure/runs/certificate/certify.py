@@ -79,7 +79,7 @@ def certify_adapter(
     before: Sequence[RunCertificate] = (),
 ) -> RunCertificate:
     """:func:`certify` of an adapter read already; what certificates ``before`` know of W0 is not measured again."""
-    began = time.perf_counter()
+    began, known = time.perf_counter(), [earlier.first for earlier in before if earlier.first is not None]
     if untested := settings.untested(read):
         return RunCertificate.not_checked(read.name, read.outside, untested, settings.tolerance, read.notes)
     penalty = settings.penalty(read)
@@ -87,18 +87,16 @@ def certify_adapter(
     if penalty is None and not examine.examiner.threshold:
         return RunCertificate.not_checked(read.name, read.outside, [_POINT], settings.tolerance)
     batches = held(batches, settings.stream_rows)
-    known = [earlier.first for earlier in before if earlier.first is not None]
     try:
         found = _gradients(model, read, batches, settings, examine, progress)
         first = first_slope(model, read, batches, settings, known) if penalty is None else None
     except (RowsInteract, Underflow) as error:  # no loss of the data's rows, or none that has gradients
         return RunCertificate.not_checked(read.name, read.outside, [str(error)], settings.tolerance, read.notes)
-    states, terms = examine.states, found.terms
+    terms, states = found.terms, examine.states
     gaps = ball_gaps(states, terms, first.length) if first else penalised_gaps(states, terms, penalty or {})
     point = Point(read, states, penalty, terms.mean, gaps, settings.tolerance)
-    if not math.isfinite(point.objective + gaps.total):
-        reason = _OVERFLOW.format(loss=point.loss, penalty=point.penalty_value)
-        return RunCertificate.not_checked(read.name, read.outside, [reason], settings.tolerance, read.notes)
+    if reasons := _overflow(point):
+        return RunCertificate.not_checked(read.name, read.outside, reasons, settings.tolerance, read.notes)
     network = Network(model, batches, terms.kind, settings.weighting)
     verdict, at_zero, probes = judged(point, network, found.weight, probe)
     return RunCertificate(
@@ -130,6 +128,12 @@ def certify_adapter(
         reasons=[UNPROBED] if verdict == "not-checked" else [],
         seconds=time.perf_counter() - began,
     )
+
+
+def _overflow(point: Point) -> list[str]:
+    if math.isfinite(point.objective + point.gaps.total):
+        return []
+    return [_OVERFLOW.format(loss=point.loss, penalty=point.penalty_value)]
 
 
 def _gradients(
