@@ -215,6 +215,141 @@ class Head(Struct, kw_only=True, frozen=True):
     cross_validated_loss: float | None = None
 
 
+class NetworkStep(Struct, kw_only=True, frozen=True):
+    """One lambda of the path on the network itself; the losses and accuracies are the network's."""
+
+    weight_decay: Positive
+    ranks: Ranks
+    objective: float
+    relative_gap: float | None = None
+    selection_loss: float | None = None
+    selection_accuracy: float | None = None
+    gradients: Count = 0
+
+
+class NetworkModule(Struct, kw_only=True, frozen=True):
+    """How near one module is to first-order optimal; see :class:`ranksure.relinearised.ModuleState`."""
+
+    rank: Count
+    spectral_ratio: float
+    stationarity: float
+    outside_norm: float
+
+
+class NetworkOptimum(Struct, kw_only=True, frozen=True):
+    """The certified point of the network itself.
+
+    Attributes:
+        objective: measured on the network; ``objective_at_zero`` is its loss without an update.
+        gap: what the model re-linearised at the point could still gain at any rank; ``relative_gap`` as a share of what
+            was gained. It bounds no optimum of the network.
+        noise: how much an evaluation changes with the order of its rows.
+        gradients: passes forward and back over the data; ``forwards`` forward alone.
+        history: gradients so far, objective and gap, after every round.
+    """
+
+    objective: float
+    objective_at_zero: float
+    loss: float
+    gap: float
+    relative_gap: float | None
+    noise: float
+    modules: dict[str, NetworkModule]
+    status: str
+    remedy: str = ""
+    gradients: Count
+    forwards: Count = 0
+    captures: Count = 0
+    history: list[tuple[Count, float, float]] = []
+
+    @property
+    def ranks(self) -> Ranks:
+        """By module."""
+        return {name: module.rank for name, module in self.modules.items()}
+
+
+class NetworkRank(Struct, kw_only=True, frozen=True):
+    """What one rank, the same in every target, reaches on the network itself.
+
+    Attributes:
+        captured: share of what the best point found gains: measured, no bound.
+        start: what the descent started from.
+        requested: asked for, and not added to find the smallest sufficient rank.
+    """
+
+    rank: Count
+    objective: float
+    captured: float
+    verdict: str
+    parameters: Count
+    gap: float | None = None
+    spectral_ratio: float | None = None
+    heldout_loss: float | None = None
+    heldout_accuracy: float | None = None
+    gradients: Count = 0
+    start: str = ""
+    requested: bool = True
+
+
+class NetworkSubset(Struct, kw_only=True, frozen=True):
+    """The network's answer on the first ``n_samples`` rows."""
+
+    n_samples: Count
+    weight_decay: Positive
+    ranks: Ranks
+    loss: float
+    objective: float
+    relative_gap: float | None = None
+    rank_needed: Count | None = None
+    heldout_loss: float | None = None
+    heldout_accuracy: float | None = None
+    gradients: Count = 0
+    seconds: float = 0.0
+
+
+class NetworkHeldOut(Struct, kw_only=True, frozen=True):
+    """Rows that chose nothing: the network without an adapter, and with the certified one."""
+
+    rows: Count
+    loss_without_adapter: float
+    loss: float
+    accuracy_without_adapter: float | None = None
+    accuracy: float | None = None
+
+
+class NetworkPlan(Struct, kw_only=True, frozen=True):
+    """The answer for the network itself, which is the one that is recommended.
+
+    Attributes:
+        ranks: what each rank reaches, smallest first.
+        r: smallest uniform rank found to capture the share asked for; an upper bound on the smallest there is.
+        pattern: smallest ranks by module found to do so; a module left out has none.
+        captured_uniform: share captured at ``r``; ``captured_pattern`` at ``pattern``.
+        settled: whether rank, pattern and held-out loss no longer move from subset to subset; None with one subset.
+        skipped: frozen layers that ran once.
+        gradients: passes forward and back over the data, of everything here.
+        stopped: why the work ended early, at its best point; empty where it did not.
+    """
+
+    n_samples: Count
+    weight_decay: Positive
+    weight_decay_chosen_by: str
+    lambda_max: float
+    optimum: NetworkOptimum
+    r: Count
+    captured_uniform: float
+    pattern: Ranks
+    captured_pattern: float
+    path: list[NetworkStep] = []
+    ranks: list[NetworkRank] = []
+    subsets: list[NetworkSubset] = []
+    settled: bool | None = None
+    heldout: NetworkHeldOut | None = None
+    skipped: list[str] = []
+    gradients: Count = 0
+    stopped: str = ""
+
+
 class Estimate(Struct, kw_only=True, frozen=True):
     """What the work was expected to take."""
 
@@ -232,6 +367,8 @@ class Plan(Record, kw_only=True):
         lambda_max: at or above it the optimum is no update.
         shapes: ``(m, n)`` by module.
         ranks: what each rank reaches, smallest first.
+        network: the answer for the network itself; None where only the linearised one was asked for. ``recommended`` is
+            its advice where it is there.
         captured_target: the share asked for.
         seconds: by stage, and in total.
         sentences: the answer in plain language.
@@ -265,6 +402,7 @@ class Plan(Record, kw_only=True):
     subsets: list[Subset] = []
     extrapolation: Extrapolation | None = None
     linearity: Linearity = Linearity()
+    network: NetworkPlan | None = None
     head: Head = Head()
     estimate: Estimate | None = None
     seconds: dict[str, float] = {}

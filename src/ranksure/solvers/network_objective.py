@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +62,19 @@ class NetworkPoint:
         return self.objective - self.loss + sum(state.inner for state in self.states.values())
 
 
+@dataclass
+class Counts:
+    """Work so far: passes forward and back over the data, passes forward alone, captures."""
+
+    gradients: int = 0
+    forwards: int = 0
+    captures: int = 0
+
+    def since(self, before: Counts) -> Counts:
+        """What came after a copy was taken."""
+        return Counts(*(getattr(self, f.name) - getattr(before, f.name) for f in fields(self)))
+
+
 class NetworkObjective:
     """``Phi`` of a network on labelled batches, and how often it was evaluated.
 
@@ -67,9 +82,15 @@ class NetworkObjective:
         model: the network; nothing in it changes.
         batches: with ``labels``.
         targets: modules by name.
-        penalty: ``lambda_j > 0`` by module.
+        penalty: ``lambda > 0``, for all modules or by name.
         kind: the loss.
         whole: a context in which the network takes rows other than whole batches, and which gives the batches.
+        memory_bytes: for a capture of the model re-linearised at a point.
+        disorder: how much the loss was seen to change with the order of the rows.
+
+    Attributes:
+        counts: passes so far, shared by what :meth:`with_penalty` gives.
+        skipped: frozen layers that ran once.
 
     Raises:
         SettingError: a penalty that is not positive.
@@ -80,24 +101,44 @@ class NetworkObjective:
         model: nn.Module,
         batches: Sequence[Batch],
         targets: Mapping[str, nn.Module],
-        penalty: Mapping[str, float],
+        penalty: float | Mapping[str, float],
         kind: Kind,
         whole: Callable[[], AbstractContextManager[Sequence[Batch]]] | None = None,
+        *,
+        memory_bytes: float = math.inf,
+        disorder: float = 0.0,
+        skipped: Sequence[str] = (),
     ) -> None:
-        for name in targets:
-            if not 0 < penalty.get(name, 0.0) < math.inf:
-                raise SettingError(
-                    f"the penalty lambda of {name} is {penalty.get(name)}; it must be positive and finite"
-                )
         self.model, self.batches, self.targets = model, batches, dict(targets)
-        self.penalty, self.kind = dict(penalty), kind
+        self.penalty, self.kind = _checked(penalty, targets), kind
         self.whole = whole or (lambda: nullcontext(batches))
+        self.memory_bytes, self.disorder, self.skipped = memory_bytes, disorder, list(skipped)
         self.shapes = {name: block_shape(module) for name, module in targets.items()}
-        self.gradients = self.forwards = self.captures = 0
+        self.counts = Counts()
         parameter = next(model.parameters())
         self.device = parameter.device
         self.dtype = torch.promote_types(parameter.dtype, torch.float32)
         """Of factors while they are descended."""
+
+    def with_penalty(self, penalty: float | Mapping[str, float]) -> NetworkObjective:
+        """The same network, rows and counts at another lambda.
+
+        Raises:
+            SettingError: a penalty that is not positive.
+        """
+        other = copy(self)
+        other.penalty = _checked(penalty, self.targets)
+        return other
+
+    @cached_property
+    def at_zero(self) -> float:
+        """The mean loss without an update."""
+        return self.loss({})
+
+    @property
+    def noise(self) -> float:
+        """How much of a value is rounding."""
+        return self.disorder + 4 * torch.finfo(next(self.model.parameters()).dtype).eps * self.at_zero
 
     def zero(self) -> Factors:
         """No update."""
@@ -108,7 +149,7 @@ class NetworkObjective:
 
     def loss(self, factors: Factors) -> float:
         """Mean loss, by a forward pass."""
-        self.forwards += 1
+        self.counts.forwards += 1
         with applied(self.targets, factors):
             return mean_loss(self.model, self.batches, kind=self.kind)
 
@@ -118,7 +159,7 @@ class NetworkObjective:
 
     def value_and_gradient(self, factors: Factors) -> tuple[float, Factors]:
         """``Phi`` and its gradient in the factors, in their dtype."""
-        self.gradients += 1
+        self.counts.gradients += 1
         leaves = {
             name: (u.detach().clone().requires_grad_(), v.detach().clone().requires_grad_())
             for name, (u, v) in factors.items()
@@ -143,7 +184,7 @@ class NetworkObjective:
 
     def examine(self, factors: Factors) -> NetworkPoint:
         """The certificate of the model re-linearised at balanced factors, and the directions that they lack."""
-        self.gradients += 1
+        self.counts.gradients += 1
         examiner = Examiner(factors, self.penalty)
         states: dict[str, ModuleState] = {}
         pairs: Factors = {}
@@ -172,13 +213,13 @@ class NetworkObjective:
         count = int((over > 0).sum())
         return -a[:, :count] * over[:count], b[:, :count] * over[:count]
 
-    def relinearised_dual(self, point: NetworkPoint, tolerance: float, memory_bytes: float) -> float:
+    def relinearised_dual(self, point: NetworkPoint, tolerance: float) -> float:
         """A lower bound on the objective of the model re-linearised at a point: the dual of its own solution.
 
         Raises:
             MemoryBudgetError: its capture does not fit.
         """
-        self.captures += 1
+        self.counts.captures += 1
         loss = get_loss(self.kind)
         labels = torch.cat([batch["labels"] for batch in self.batches]).cpu()
         with self.whole() as batches, applied(self.targets, point.factors):
@@ -186,9 +227,17 @@ class NetworkObjective:
             with frozen(self.model), torch.no_grad():
                 n_logits = logits_of(self.model, to_device(plain[0], device_of(self.model))).shape[1]
             contrasts = loss.contrasts(n_logits)
-            captured = capture(self.model, plain, self.targets, contrasts, memory_bytes=memory_bytes)
+            captured = capture(self.model, plain, self.targets, contrasts, memory_bytes=self.memory_bytes)
         operator = captured.operator
         moved = operator.to(torch.float64).apply_factors({n: (u.cpu(), v.cpu()) for n, (u, v) in point.factors.items()})
         base = captured.base_logits - moved @ contrasts.T
         problem = Problem(operator, base, labels, loss, self.penalty)
         return solve(problem, tolerance=tolerance, start=point.factors).certificate.dual
+
+
+def _checked(penalty: float | Mapping[str, float], targets: Mapping[str, nn.Module]) -> dict[str, float]:
+    every = dict(penalty) if isinstance(penalty, Mapping) else dict.fromkeys(targets, float(penalty))
+    for name in targets:
+        if not 0 < every.get(name, 0.0) < math.inf:
+            raise SettingError(f"the penalty lambda of {name} is {every.get(name)}; it must be positive and finite")
+    return every
