@@ -28,7 +28,7 @@ from ranksure.network.targets import block_shape
 from ranksure.problem import Problem
 from ranksure.relinearised import Examiner, ModuleState, penalised_gaps
 from ranksure.solvers.burer_monteiro import solve
-from ranksure.spectral import top_pairs
+from ranksure.spectral import outside_pairs
 
 MOST_PAIRS = 4
 """New directions of one module in one round."""
@@ -203,12 +203,8 @@ class NetworkObjective:
 
     def _missing(self, name: str, gradient: Tensor, examiner: Examiner) -> tuple[Tensor, Tensor]:
         """Top pairs of the gradient outside the factors, ``sigma > lambda``, each of weight ``sigma - lambda``."""
-        p, s, q = (part.to(gradient.device) for part in examiner.parts[name])
-        kept = s > 0
-        left, right = p[:, kept], q[:, kept]
-        g = gradient.double()
-        g = g - left @ (left.T @ g)
-        a, sigma, b = top_pairs(g - (g @ right) @ right.T, MOST_PAIRS)
+        p, s, q = examiner.parts[name]
+        a, sigma, b = outside_pairs(gradient, p[:, s > 0], q[:, s > 0], MOST_PAIRS)
         over = (sigma - self.penalty[name] * (1 + 1e-9)).clamp(min=0).sqrt()
         count = int((over > 0).sum())
         return -a[:, :count] * over[:count], b[:, :count] * over[:count]
