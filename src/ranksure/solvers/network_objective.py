@@ -194,7 +194,9 @@ class NetworkObjective:
             pairs[name] = self._missing(name, gradient, examiner)
 
         with applied(self.targets, factors):
-            found = gradient_pass(self.model, self.batches, self.targets, kind=self.kind, consume=consume)
+            found = gradient_pass(
+                self.model, self.batches, self.targets, kind=self.kind, consume=consume, check_rows=False
+            )
         # Growth asks what the columns that there are can follow, so that none of them counts as unused.
         own = {name: replace(state, full=True) for name, state in states.items()}
         gaps = penalised_gaps(own, found.terms, self.penalty)
