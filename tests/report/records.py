@@ -10,6 +10,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ranksure.records.plan import Plan
 from ranksure.records.record import SCHEMA
 
 KINDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj")
@@ -22,7 +23,7 @@ def plan(names: list[str] = NAMES) -> dict[str, Any]:
     none = dict.fromkeys(names, 0)
     row = {"objective": 0.5, "spectral_ratio": 1.0, "starts": 1, "stationary": True, "requested": True}
     return {
-        "schema": SCHEMA,
+        "schema": Plan.SCHEMA,
         "model": "someone/some-model",
         "revision": None,
         "data": {"source": "train.csv", "sha256": "ab" * 32, "rows": 1000},

@@ -28,6 +28,7 @@ from ranksure.network.batch_losses import Forward, Weighting
 from ranksure.network.gradient import mean_loss
 from ranksure.network.logits import Batch, batch_rows, frozen
 from ranksure.network.prefix import cached_prefix
+from ranksure.network.row_losses import LossCheck
 from ranksure.relinearised import ModuleState
 from ranksure.solvers.lbfgs import minimize
 from ranksure.solvers.network_objective import NetworkObjective, NetworkPoint
@@ -155,7 +156,8 @@ def network_objective(
     :func:`solve_network`.
     """
     kind = loss or _own_kind(model, batches[0])
-    turned = _turned_loss(model, batches, kind, weighting)  # by the whole network
+    _check_rows(model, batches, kind, weighting)  # by the whole network, as is the next
+    turned = _turned_loss(model, batches, kind, weighting)
     with cached_prefix(model, batches, targets, memory_bytes) as prefix:
         objective = NetworkObjective(
             model,
@@ -397,6 +399,20 @@ def _own_kind(model: nn.Module, batch: Batch) -> Kind:
         forward.gradients(batch, lambda: None, lambda: None)
     assert forward.kind is not None
     return forward.kind
+
+
+def _check_rows(model: nn.Module, batches: Sequence[Batch], kind: Kind, weighting: Weighting) -> None:
+    """The mean loss is one of the rows, however they share batches.
+
+    Raises:
+        RowsInteract: it is not.
+    """
+    forward, check = Forward(model, kind, weighting), LossCheck(batches)
+    with frozen(model), torch.no_grad():
+        for batch in batches:
+            forward.losses_only(batch)
+            check.see(batch, forward)
+        check.finish(forward)
 
 
 def _turned_loss(model: nn.Module, batches: Sequence[Batch], kind: Kind, weighting: Weighting) -> float:

@@ -198,7 +198,7 @@ class NetworkObjective:
 
         with applied(self.targets, factors):
             asked: dict[str, Any] = {"kind": self.kind, "weighting": self.weighting, "consume": consume}
-            found = gradient_pass(self.model, self.batches, self.targets, **asked)
+            found = gradient_pass(self.model, self.batches, self.targets, check_rows=False, **asked)
         # Growth asks what the columns that there are can follow, so that none of them counts as unused.
         own = {name: replace(state, full=True) for name, state in states.items()}
         gaps = penalised_gaps(own, found.terms, self.penalty)

@@ -21,7 +21,7 @@ from ranksure.records.certificate import RunCertificate
 from ranksure.relinearised import Examiner, ModuleState, ball_gaps, penalised_gaps
 from ranksure.runs.certificate.settings import TOLERANCE, CertifySettings
 from ranksure.runs.certificate.start import first_slope
-from ranksure.runs.certificate.verdict import UNPROBED, Network, Point, judged
+from ranksure.verdict import UNPROBED, Network, Point, judged
 
 _POINT = "the adapter's update is zero (untrained?), and without a penalty its ball is a point: train first"
 
