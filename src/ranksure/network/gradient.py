@@ -21,7 +21,7 @@ from ranksure.errors import CaptureError, DataError, MemoryBudgetError, SettingE
 from ranksure.loss_terms import Terms
 from ranksure.losses import Kind
 from ranksure.network.batch_losses import Forward, Weighting
-from ranksure.network.hooks import Streamed, input_tokens, output_tokens
+from ranksure.network.hooks import Streamed, gradient_tokens, input_tokens
 from ranksure.network.logits import Batch, frozen
 from ranksure.network.row_losses import LossCheck
 from ranksure.network.targets import base_layer, block_shape
@@ -188,7 +188,7 @@ class _Sums:
     def add(self, name: str, x: Tensor, gradient: Tensor) -> None:
         """Add the part of one use: its input, and the gradient at its output."""
         module = self.modules[name]
-        tokens, outputs = input_tokens(module, x), output_tokens(module, gradient)
+        tokens, outputs = input_tokens(module, x), gradient_tokens(module, gradient)
         if tokens.shape[0] != outputs.shape[0]:
             raise CaptureError(f"inputs and outputs of target module {name} have different numbers of rows")
         if int(outputs[:, 0].count_nonzero()) < 0.8 * len(outputs):  # a cheap look first
