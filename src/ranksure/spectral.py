@@ -109,6 +109,19 @@ def top_pairs(w: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return p[:, :k], scale * s[:k], qt[:k].T
 
 
+def outside_pairs(w: Tensor, left: Tensor, right: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`top_pairs` of ``(I - U U^T) w (I - V V^T)``: what factors with these spaces cannot follow.
+
+    Args:
+        w: ``(m, n)``.
+        left: ``U`` (m, r), orthonormal columns.
+        right: ``V`` (n, r), orthonormal columns.
+        k: how many.
+    """
+    w = w.cpu().double() if w.device.type == "mps" else w.double()  # which has no float64
+    return top_pairs(_without(w, left.to(w), right.to(w)), k)
+
+
 def _scaled(w: Tensor) -> tuple[Tensor, float]:
     """The matrix in float64 with a largest entry of one, so that squares neither overflow nor vanish; its scale."""
     scale = float(w.abs().max()) if w.numel() else 0.0

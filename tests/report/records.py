@@ -25,7 +25,7 @@ def plan(names: list[str] = NAMES) -> dict[str, Any]:
     none = dict.fromkeys(names, 0)
     row = {"objective": 0.5, "spectral_ratio": 1.0, "starts": 1, "stationary": True, "requested": True}
     return {
-        "schema": SCHEMA,
+        "schema": Plan.SCHEMA,
         "model": "someone/some-model",
         "revision": None,
         "data": {"source": "train.csv", "sha256": "ab" * 32, "rows": 1000},

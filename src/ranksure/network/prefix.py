@@ -36,16 +36,20 @@ class Prefix:
     nbytes: int = 0
 
     @contextmanager
-    def paused(self) -> Iterator[Sequence[Batch]]:
-        """The whole network again, for work on other rows than whole batches; gives the batches as they are."""
-        if not isinstance(self.batches, _Reader):
-            yield self.batches
+    def paused(self, pause: bool = True) -> Iterator[Sequence[Batch]]:
+        """The whole network again, for work on other rows than whole batches; gives the batches as they are.
+
+        Of several prefixes of one network all but one must be paused; ``pause=False`` is a pause within a pause.
+        """
+        reader = self.batches
+        if not isinstance(reader, _Reader):
+            yield reader
             return
-        self.batches.paused = True
+        before, reader.paused = reader.paused, pause
         try:
-            yield self.batches.batches
+            yield reader.batches if pause else reader
         finally:
-            self.batches.paused = False
+            reader.paused = before
 
 
 @contextmanager
@@ -57,7 +61,7 @@ def cached_prefix(
     Args:
         model: the network; its weights below the targets must not change meanwhile.
         batches: as the network takes them (labels are left out of the inputs).
-        targets: adapted modules by their names in ``model``.
+        targets: adapted modules.
         memory_bytes: most bytes to keep; beyond it everything runs every time.
     """
     stack = _stack_of(model, targets)
@@ -84,6 +88,8 @@ def cached_prefix(
 
 def _stack_of(model: nn.Module, targets: Mapping[str, nn.Module]) -> tuple[str, nn.ModuleList, int] | None:
     """The outermost list of modules that holds all targets, none in its first modules, and how many those are."""
+    named = {module: name for name, module in model.named_modules()}
+    targets = {named.get(module, name): module for name, module in targets.items()}  # theirs may be a part's
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or not name:
             continue
@@ -185,7 +191,7 @@ class _Reader(Sequence[Batch]):
 @contextmanager
 def _handing_through(layer: nn.Module, made: int, reader: _Reader) -> Iterator[None]:
     """The layer returns its input, in the form in which it returns its output."""
-    own = layer.forward
+    own, before = layer.forward, layer.__dict__.get("forward")
 
     def through(*args: Any, **kwargs: Any) -> Any:
         if reader.paused:
@@ -197,7 +203,10 @@ def _handing_through(layer: nn.Module, made: int, reader: _Reader) -> Iterator[N
     try:
         yield
     finally:
-        del layer.forward
+        if before is None:
+            del layer.forward
+        else:
+            layer.forward = before  # of another prefix
 
 
 def _agrees(model: nn.Module, reader: _Reader, whole: Tensor) -> bool:

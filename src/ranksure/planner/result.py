@@ -84,11 +84,13 @@ class PlanResult:
 
     Attributes:
         record: the content of ``plan.json``.
-        factors: the certified optimum, ``(u, v)`` by module, at scale one.
+        factors: the answer, ``(u, v)`` by module, at scale one: the certified point of the network itself, or the
+            linearised network's optimum where only that was solved; ``linear_factors`` is this one in any case.
     """
 
-    def __init__(self, record: Plan, factors: Factors, prepared: Prepared) -> None:
+    def __init__(self, record: Plan, factors: Factors, prepared: Prepared, linear: Factors | None = None) -> None:
         self.record, self.factors, self._prepared = record, factors, prepared
+        self.linear_factors = factors if linear is None else linear
 
     @property
     def data(self) -> dict[str, Any]:
@@ -97,8 +99,8 @@ class PlanResult:
 
     @property
     def is_zero(self) -> bool:
-        """Whether the optimum is no update at all (lambda at or above lambda_max)."""
-        return self.record.optimum.is_zero
+        """Whether the answer is no update at all (as for lambda at or above lambda_max)."""
+        return not any(u.shape[1] for u, _ in self.factors.values())
 
     @property
     def lora_config(self) -> LoraConfig:
@@ -111,14 +113,15 @@ class PlanResult:
 
     @property
     def pattern_lora_config(self) -> LoraConfig:
-        """The smallest rank pattern found, for the linearised network; it may leave targets out.
+        """The smallest rank pattern found, on the network itself where that was solved; it may leave targets out.
 
-        A trained network often reaches less with it (docs/does-the-advice-transfer.md).
+        For the linearised network, a trained one often reaches less with it (docs/does-the-advice-transfer.md).
 
         Raises:
             AdapterError: the optimum is zero, so there is nothing to train.
         """
-        return self._config(self.record.recommended.linear_pattern)
+        network = self.record.network
+        return self._config(self.record.recommended.linear_pattern if network is None else network.pattern)
 
     def _config(self, ranks: dict[str, int]) -> LoraConfig:
         task = self._prepared.task
@@ -171,7 +174,7 @@ class PlanResult:
         with staged_folder(out, "plan.json") as stage:
             (stage / "plan.json").write_text(self.to_json(), encoding="utf-8")
             if not self.is_zero:
-                write_solved(stage, self.factors, self._prepared.task)
+                write_solved(stage, self.factors, self.linear_factors, self._prepared.task)
                 failure = self._try_export(stage, out)
         if failure is not None:
             raise AdapterError(
@@ -193,13 +196,17 @@ class PlanResult:
         (stage / SOLVED).unlink()
         return None
 
+    @property
+    def _weight_decay(self) -> float:
+        return self.record.recommended.weight_decay or self.record.weight_decay
+
     def _notes(self) -> str:
         """Comments above the configuration: what it is for, and what it does not say."""
         task = self._prepared.task
         owner = f"{type(task.adapted).__name__}{', with a head of its own' if task.pooling == 'mean' else ''}"
         lines = [
             f"The smallest uniform rank found, in every target; module names are those of {owner}.",
-            f"Weight decay {self.record.weight_decay:.6g}: L2 on the LoRA factors, as SGD applies it, not AdamW.",
+            f"Weight decay {self._weight_decay:.6g}: L2 on the LoRA factors, as SGD applies it, not AdamW.",
         ]
         if task.saved_modules:
             lines.append("Made for its own fitted head, frozen: ranksure.install_planned_head(peft_model, PLAN).")
@@ -214,7 +221,7 @@ class PlanResult:
         task, advice = self._prepared.task, self.record.recommended
         return axolotl_yaml(
             advice.rank_pattern,
-            weight_decay=self.record.weight_decay,
+            weight_decay=self._weight_decay,
             modules_to_save=task.saved_modules,
             model=None if self._prepared.settings.merged else task.adapted,
         )

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta, Struct
 
-from ranksure.records.record import SCHEMA, Count, Ranks, Record
+from ranksure.records.record import Count, Ranks, Record
 
 LINEARITY_WARNING = 0.5
 """Relative difference between the real network and its linearisation above which a linearised answer warns.
@@ -122,10 +122,12 @@ class Recommended(Struct, kw_only=True, frozen=True):
     """The advice.
 
     Attributes:
-        r: one rank for every target.
+        r: one rank for every target: the network's where the plan has one, else the linearised network's.
         rank_pattern: the same by module.
+        linear_r: smallest uniform rank found for the linearised network.
         linear_pattern: smallest pattern found for the linearised network; it may leave targets out.
-        peft: the first as fields of ``LoraConfig`` that match these modules only; ``linear_peft`` the second.
+        peft: the first as fields of ``LoraConfig`` that match these modules only; ``pattern_peft`` the network's
+            pattern, ``linear_peft`` the linearised network's.
         heldout_r: smallest rank within one standard error of the best on held-out rows.
     """
 
@@ -135,6 +137,8 @@ class Recommended(Struct, kw_only=True, frozen=True):
     alpha_pattern: Ranks = {}
     target_modules: list[str] = []
     peft: dict[str, Any] | None = None
+    pattern_peft: dict[str, Any] | None = None
+    linear_r: Count | None = None
     linear_pattern: Ranks = {}
     linear_peft: dict[str, Any] | None = None
     weight_decay: float | None = None
@@ -401,7 +405,8 @@ class Plan(Record, kw_only=True):
 
     Attributes:
         mean_per: what the loss is averaged over: ``sample`` or ``output``.
-        weight_decay: lambda, an L2 decay of LoRA factors at scale one.
+        weight_decay: lambda of the linearised answer, an L2 decay of LoRA factors at scale one; the recommended one is
+            ``recommended.weight_decay``.
         weight_decay_chosen_by: the user, or held-out loss on the path.
         lambda_max: at or above it the optimum is no update.
         shapes: ``(m, n)`` by module.
@@ -413,7 +418,7 @@ class Plan(Record, kw_only=True):
         sentences: the answer in plain language.
     """
 
-    SCHEMA: ClassVar[int] = SCHEMA
+    SCHEMA: ClassVar[int] = 3
     schema: int = SCHEMA
     model: str
     data: Source

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from ranksure.errors import MemoryBudgetError
 from ranksure.factors import FactorLayout, Factors, balanced, ranks_of
 from ranksure.losses import Kind
-from ranksure.network.batch_losses import Forward
+from ranksure.network.batch_losses import Forward, Weighting
 from ranksure.network.gradient import mean_loss
 from ranksure.network.logits import Batch, batch_rows, frozen
 from ranksure.network.prefix import cached_prefix
+from ranksure.network.row_losses import LossCheck
 from ranksure.relinearised import ModuleState
 from ranksure.solvers.lbfgs import minimize
 from ranksure.solvers.network_objective import NetworkObjective, NetworkPoint
@@ -96,6 +97,7 @@ def solve_network(
     *,
     weight_decay: float | Mapping[str, float],
     loss: Kind | None = None,
+    weighting: Weighting = "token",
     start: Factors | None = None,
     tolerance: float = 0.01,
     max_gradients: int = 700,
@@ -112,6 +114,7 @@ def solve_network(
         targets: modules by name (see :func:`ranksure.network.targets.select_targets`).
         weight_decay: lambda, for all modules or by name: the L2 decay of factors of scale one.
         loss: its name; by the model's own rules by default, checked against the loss that it computes itself.
+        weighting: of a causal language model's tokens: every ``token`` or every ``sample`` alike.
         start: factors to start from; no update by default.
         tolerance: the gap to reach, as a share of what was gained.
         max_gradients: most passes forward and back over the data.
@@ -123,7 +126,13 @@ def solve_network(
         DataError, CaptureError: as :func:`ranksure.network.gradient.gradient_pass`.
     """
     with network_objective(
-        model, batches, targets, weight_decay=weight_decay, loss=loss, memory_bytes=memory_bytes
+        model,
+        batches,
+        targets,
+        weight_decay=weight_decay,
+        loss=loss,
+        weighting=weighting,
+        memory_bytes=memory_bytes,
     ) as objective:
         return solve_objective(
             objective, start=start, tolerance=tolerance, max_gradients=max_gradients, progress=progress
@@ -138,6 +147,7 @@ def network_objective(
     *,
     weight_decay: float | Mapping[str, float] = 1.0,
     loss: Kind | None = None,
+    weighting: Weighting = "token",
     memory_bytes: float = 4 * 2**30,
 ) -> Generator[NetworkObjective]:
     """The objective of a network on these rows, made ready once for many solves (see ``with_penalty``).
@@ -146,7 +156,8 @@ def network_objective(
     :func:`solve_network`.
     """
     kind = loss or _own_kind(model, batches[0])
-    turned = _turned_loss(model, batches, kind)  # by the whole network
+    _check_rows(model, batches, kind, weighting)  # by the whole network, as is the next
+    turned = _turned_loss(model, batches, kind, weighting)
     with cached_prefix(model, batches, targets, memory_bytes) as prefix:
         objective = NetworkObjective(
             model,
@@ -155,6 +166,7 @@ def network_objective(
             weight_decay,
             kind,
             prefix.paused,
+            weighting=weighting,
             memory_bytes=memory_bytes,
             skipped=prefix.skipped,
         )
@@ -337,6 +349,8 @@ class _Run:
 
     def sharper(self, point: NetworkPoint) -> float:
         """The gap by the dual of the re-linearised model's own solution, where a capture of it is possible."""
+        if not self.objective.by_row:
+            return point.gap
         try:
             dual = self.objective.relinearised_dual(point, 0.1 * self.tolerance)
         except MemoryBudgetError:
@@ -387,10 +401,24 @@ def _own_kind(model: nn.Module, batch: Batch) -> Kind:
     return forward.kind
 
 
-def _turned_loss(model: nn.Module, batches: Sequence[Batch], kind: Kind) -> float:
+def _check_rows(model: nn.Module, batches: Sequence[Batch], kind: Kind, weighting: Weighting) -> None:
+    """The mean loss is one of the rows, however they share batches.
+
+    Raises:
+        RowsInteract: it is not.
+    """
+    forward, check = Forward(model, kind, weighting), LossCheck(batches)
+    with frozen(model), torch.no_grad():
+        for batch in batches:
+            forward.losses_only(batch)
+            check.see(batch, forward)
+        check.finish(forward)
+
+
+def _turned_loss(model: nn.Module, batches: Sequence[Batch], kind: Kind, weighting: Weighting) -> float:
     """Mean loss with batches and rows in the opposite order: what differs is the noise of an evaluation."""
     turned = [{key: _turned(value, batch_rows(batch)) for key, value in batch.items()} for batch in batches]
-    return mean_loss(model, turned[::-1], kind=kind)
+    return mean_loss(model, turned[::-1], kind=kind, weighting=weighting)
 
 
 def _turned(value: object, rows: int) -> object:

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from ranksure.capture import capture
 from ranksure.errors import SettingError
 from ranksure.factors import Factors, nuclear_norms
 from ranksure.losses import Kind, get_loss
-from ranksure.network.batch_losses import Forward
+from ranksure.network.batch_losses import Forward, Weighting
 from ranksure.network.gradient import gradient_pass, mean_loss
 from ranksure.network.logits import Batch, device_of, frozen, logits_of, to_device, unlabelled
 from ranksure.network.side_path import applied
@@ -28,7 +29,7 @@ from ranksure.network.targets import block_shape
 from ranksure.problem import Problem
 from ranksure.relinearised import Examiner, ModuleState, penalised_gaps
 from ranksure.solvers.burer_monteiro import solve
-from ranksure.spectral import top_pairs
+from ranksure.spectral import outside_pairs
 
 MOST_PAIRS = 4
 """New directions of one module in one round."""
@@ -84,6 +85,7 @@ class NetworkObjective:
         targets: modules by name.
         penalty: ``lambda > 0``, for all modules or by name.
         kind: the loss.
+        weighting: of a causal language model's tokens.
         whole: a context in which the network takes rows other than whole batches, and which gives the batches.
         memory_bytes: for a capture of the model re-linearised at a point.
         disorder: how much the loss was seen to change with the order of the rows.
@@ -105,12 +107,13 @@ class NetworkObjective:
         kind: Kind,
         whole: Callable[[], AbstractContextManager[Sequence[Batch]]] | None = None,
         *,
+        weighting: Weighting = "token",
         memory_bytes: float = math.inf,
         disorder: float = 0.0,
         skipped: Sequence[str] = (),
     ) -> None:
         self.model, self.batches, self.targets = model, batches, dict(targets)
-        self.penalty, self.kind = _checked(penalty, targets), kind
+        self.penalty, self.kind, self.weighting = _checked(penalty, targets), kind, weighting
         self.whole = whole or (lambda: nullcontext(batches))
         self.memory_bytes, self.disorder, self.skipped = memory_bytes, disorder, list(skipped)
         self.shapes = {name: block_shape(module) for name, module in targets.items()}
@@ -151,7 +154,7 @@ class NetworkObjective:
         """Mean loss, by a forward pass."""
         self.counts.forwards += 1
         with applied(self.targets, factors):
-            return mean_loss(self.model, self.batches, kind=self.kind)
+            return mean_loss(self.model, self.batches, kind=self.kind, weighting=self.weighting)
 
     def penalty_of(self, factors: Factors) -> float:
         """``sum_j lambda_j ||delta_j||_*``."""
@@ -164,7 +167,7 @@ class NetworkObjective:
             name: (u.detach().clone().requires_grad_(), v.detach().clone().requires_grad_())
             for name, (u, v) in factors.items()
         }
-        forward = Forward(self.model, self.kind)
+        forward = Forward(self.model, self.kind, self.weighting)
         with frozen(self.model), applied(self.targets, leaves):
             for batch in self.batches:
                 forward.gradients(batch, lambda: None, lambda: None)
@@ -194,7 +197,8 @@ class NetworkObjective:
             pairs[name] = self._missing(name, gradient, examiner)
 
         with applied(self.targets, factors):
-            found = gradient_pass(self.model, self.batches, self.targets, kind=self.kind, consume=consume)
+            asked: dict[str, Any] = {"kind": self.kind, "weighting": self.weighting, "consume": consume}
+            found = gradient_pass(self.model, self.batches, self.targets, check_rows=False, **asked)
         # Growth asks what the columns that there are can follow, so that none of them counts as unused.
         own = {name: replace(state, full=True) for name, state in states.items()}
         gaps = penalised_gaps(own, found.terms, self.penalty)
@@ -203,15 +207,17 @@ class NetworkObjective:
 
     def _missing(self, name: str, gradient: Tensor, examiner: Examiner) -> tuple[Tensor, Tensor]:
         """Top pairs of the gradient outside the factors, ``sigma > lambda``, each of weight ``sigma - lambda``."""
-        p, s, q = (part.to(gradient.device) for part in examiner.parts[name])
-        kept = s > 0
-        left, right = p[:, kept], q[:, kept]
-        g = gradient.double()
-        g = g - left @ (left.T @ g)
-        a, sigma, b = top_pairs(g - (g @ right) @ right.T, MOST_PAIRS)
+        p, s, q = examiner.parts[name]
+        a, sigma, b = outside_pairs(gradient, p[:, s > 0], q[:, s > 0], MOST_PAIRS)
         over = (sigma - self.penalty[name] * (1 + 1e-9)).clamp(min=0).sqrt()
         count = int((over > 0).sum())
         return -a[:, :count] * over[:count], b[:, :count] * over[:count]
+
+    @property
+    def by_row(self) -> bool:
+        """Whether every row has one row of logits, as a capture needs; not one for each token."""
+        labels = self.batches[0]["labels"]
+        return labels.dim() < 2 or labels.is_floating_point()
 
     def relinearised_dual(self, point: NetworkPoint, tolerance: float) -> float:
         """A lower bound on the objective of the model re-linearised at a point: the dual of its own solution.

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from ranksure.adapters.loaded import Adapter, read_adapter
 from ranksure.adapters.merging import merged
 from ranksure.network.gradient import GradientPass, Progress, gradient_pass
+from ranksure.network.hooks import OtherMap
 from ranksure.network.logits import Batch
 from ranksure.network.row_losses import RowsInteract
 from ranksure.records.certificate import RunCertificate
 from ranksure.relinearised import Examiner, ModuleState, ball_gaps, penalised_gaps
 from ranksure.runs.certificate.settings import TOLERANCE, CertifySettings
 from ranksure.runs.certificate.start import first_slope
-from ranksure.runs.certificate.verdict import UNPROBED, Network, Point, judged
+from ranksure.verdict import UNPROBED, Network, Point, judged
 
 _POINT = "the adapter's update is zero (untrained?), and without a penalty its ball is a point: train first"
 
@@ -84,7 +85,7 @@ def certify_adapter(
     batches = list(batches) if iter(batches) is batches else batches
     try:
         found = _gradients(model, read, batches, settings, examine, progress)
-    except RowsInteract as error:  # no loss of the data's rows
+    except (RowsInteract, OtherMap) as error:  # no loss of the data's rows; no update of a weight
         return RunCertificate.not_checked(read.name, read.outside, [str(error)], settings.tolerance, read.notes)
     states, terms = examine.states, found.terms
     known = [earlier.first for earlier in before if earlier.first is not None]
