@@ -38,7 +38,11 @@ def answer(data: Plan, net: NetworkPlan) -> str:
     if net.captured_uniform < data.captured_target:
         return f"Rank {net.r} captures {percent(net.captured_uniform)}, less than was asked for."
     said = enough(data, net.r)
-    return f"{said} for the training rows; held-out rows do worse with it." if worse(net) else f"{said}."
+    if worse(net):
+        return f"{said} for the training rows; held-out rows do worse with it."
+    if net.heldout is not None and data.recommended.heldout_r == 0:
+        return f"{said} for the training rows; held-out rows show no gain from it."
+    return f"{said}."
 
 
 def worth(net: NetworkPlan) -> Status:
@@ -104,7 +108,7 @@ def _shares(data: Plan, net: NetworkPlan, i: str) -> Figure:
         else f"On the network itself no rank examined captures {percent(target, 2)} of what the best point found gains."
     )
     if not data.optimum.is_zero:
-        summary += f" For its linearisation at the pretrained weights rank {data.linear_r or NONE} does."
+        summary += f" For its linearisation at the pretrained weights rank {data.recommended.linear_r or NONE} does."
     return drawn(
         f"{i}-own-captured",
         lambda canvas: network_charts.shares(canvas, own, verdicts, linear, target),
