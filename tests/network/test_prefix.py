@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from ranksure.errors import CaptureError
+from ranksure.network.gradient import gradient_pass
 from ranksure.network.logits import frozen, logits_of, predict
 from ranksure.network.prefix import cached_prefix
 from ranksure.network.side_path import applied
@@ -325,6 +326,20 @@ def test_only_the_rows_that_were_recorded_are_skipped(memory):
         found = predict(model, batches)
         assert prefix.in_file == (memory == 10)
     torch.testing.assert_close(found, predict(model, turned))
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_a_gradient_pass_and_its_checks_of_single_rows(kind):
+    """Rows that are run again alone go through the whole network."""
+    model = model_for(kind)
+    targets = select_targets(model, "all-linear", "last")
+    batches = [{**batch, "labels": torch.arange(len(batch["input_ids"])) % 3} for batch in batches_for(kind)]
+    whole = gradient_pass(model, batches, targets, kind="cross-entropy")
+    with cached_prefix(model, batches, targets) as prefix:
+        found = gradient_pass(model, prefix.batches, targets, kind="cross-entropy")
+    assert prefix.skipped and torch.equal(found.terms.losses, whole.terms.losses)
+    for name, gradient in whole.gradients.items():
+        torch.testing.assert_close(found.gradients[name], gradient)
 
 
 def new_parameter(layer):

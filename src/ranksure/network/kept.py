@@ -91,7 +91,7 @@ class Kept:
         self._file.write(bytes(-self._file.tell() % _ALIGNED))
         place = _Place(self._file.tell(), x.numel(), x.shape, x.dtype)
         if x.numel():
-            self._file.write(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            self._file.write(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return place
 
     def written(self) -> None:

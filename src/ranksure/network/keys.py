@@ -39,7 +39,7 @@ class Keys:
         content = x.detach().cpu().contiguous().reshape(-1)
         digest = hashlib.blake2b(repr((x.shape, x.dtype)).encode(), digest_size=16)
         if content.numel():
-            digest.update(content.view(torch.uint8).numpy())
+            digest.update(content.view(torch.uint8).numpy().data)
         if lasting:
             self._known[kind] = x, x._version, digest.digest()
         return digest.hexdigest()

@@ -138,8 +138,10 @@ class _Cache(Replay):
 
     def _add(self, batches: Sequence[Batch], index: int) -> bool:
         """Record a batch; whether its logits are those of the whole network."""
-        batch = to_device(unlabelled(batches[index]), device_of(self.model))
-        key = self.keys.of(batch, lasting=batches[index] is batches[index])
+        device, own = device_of(self.model), unlabelled(batches[index])
+        batch = to_device(own, device)
+        here = all(x.device == device for x in own.values() if isinstance(x, Tensor))  # then none was copied
+        key = self.keys.of(batch, lasting=here and batches[index] is batches[index])
         if key is None:
             raise CannotSkipError("the batches hold something other than tensors")
         seen, whole = self._whole(batch)
