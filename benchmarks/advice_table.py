@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ranksure.planner.result import LINEARITY_WARNING
+from ranksure.records.plan import LINEARITY_WARNING
 
 SWEEP = ("r=1", "r=2", "r=4", "r=8", "r=16")
 ENOUGH = 0.98

@@ -53,7 +53,7 @@ def solver_rows(size: Size) -> list[Row]:
         _race("solve vs accelerated proximal gradient, dense", problem, accelerated, size.runs, size.cap, 20, where),
         _race("solve vs SGD/GD on dense Jacobians", problem, tuned, size.runs, size.cap, 50, f"{where}; {label}"),
     ]
-    return [*rows, _cvxpy_row(size)]
+    return [*rows, _cvxpy_row(size), _units_row(problem, ours_solution)]
 
 
 def _our_seconds(problem: Problem) -> float:
@@ -132,6 +132,27 @@ def _tuned_first_order(
     gaps = {label: way(allowed / 5)[1] for label, way in ways.items()}
     label = min(gaps, key=lambda key: gaps[key])
     return ways[label], f"best of {len(ways)}: {label}"
+
+
+def _units_row(problem: Problem, solution: Solution) -> Row:
+    """Evaluations of the same problem, the first block's gradients and lambda divided by a factor, the last's times it.
+
+    Evaluations, not seconds: the numbers do not depend on the machine.
+    """
+    first, *_, last = problem.operator.shapes
+    counts: list[int] = []
+    ratios = (1e4, 1e6, 1e8)
+    for ratio in ratios:
+        by = {first: ratio**-0.5, last: ratio**0.5}
+        penalty = {name: lam * by.get(name, 1.0) for name, lam in problem.penalty.items()}
+        found = solve(replace(problem, operator=problem.operator.scaled(by), penalty=penalty), tolerance=TOLERANCE)
+        if found.status != "converged":
+            raise RuntimeError(f"the certified solver did not converge at ratio {ratio:g}: {found.remedy}")
+        counts.append(found.evaluations)
+    shown = ", ".join(f"{count} at {ratio:g}" for ratio, count in zip(ratios, counts, strict=True))
+    note = f"{solution.evaluations} evaluations as it is; at a ratio of two blocks' units: {shown}"
+    values = [count / max(solution.evaluations, 1) for count in counts]
+    return Row("solve in other units, evaluations", "x", values, "<=", 2, False, note)
 
 
 def _cvxpy_row(size: Size) -> Row:

@@ -15,7 +15,7 @@ from tests.commands import call
 from tests.processes import command, ended_at, run
 from tests.tiny_text import frame, loaded, save_bert, save_csv, save_tokenizer, strict_json
 
-SMALL = ["--target-modules", "query,value", "--layers-to-transform", "last", "--samples", "16"]
+SMALL = ["--target-modules", "query,value", "--layers-to-transform", "last", "--samples", "16", "--linearised"]
 QUICK = [*SMALL, "--weight-decay", "10%", "--ranks", "1", "--random-starts", "0", "--heldout", "12"]
 
 
@@ -219,7 +219,7 @@ def test_json_alone_on_standard_output(here):
     done = run(command("plan", "--model", "bert", "--data", "data.csv", *QUICK, "--json", "--out", "out"))
     assert done.returncode == 0, done.stderr
     data = strict_json(done.stdout)
-    assert data["schema"] == 2
+    assert data["schema"] == 3
     assert "Answer" in done.stderr
     written = strict_json((here / "out" / "plan.json").read_text(encoding="utf-8"))
     assert written == data

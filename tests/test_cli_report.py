@@ -16,7 +16,7 @@ from tests.report import records
 from tests.tiny_text import save_bert, save_csv
 
 SMALL = ["--target-modules", "query,value", "--layers-to-transform", "last", "--samples", "16", "--weight-decay", "10%"]
-SMALL += ["--ranks", "1", "--random-starts", "0", "--heldout", "12"]
+SMALL += ["--linearised", "--ranks", "1", "--random-starts", "0", "--heldout", "12"]
 
 
 def test_report_writes_the_page_into_the_folder(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ranksure.errors import CaptureError, MemoryBudgetError
 from ranksure.network.batches import by_row
-from ranksure.network.hooks import Recorder, Uses, input_tokens, leading_shape, output_tokens
+from ranksure.network.hooks import Recorder, Uses, gradient_tokens, input_tokens, leading_shape
 from ranksure.network.layout import Layout, NoRow, RowCheck, row_of, unassigned
 from ranksure.network.logits import Batch, batch_rows, device_of, frozen, logits_of, not_finite, to_device
 from ranksure.network.targets import base_layer, block_shape
@@ -201,7 +201,7 @@ class _Packer:
             module = self.targets[name]
             for use, (x, owner, grads) in enumerate(entries):
                 tokens = input_tokens(module, x)
-                outputs = torch.stack([output_tokens(module, g) for g in grads], 1)
+                outputs = torch.stack([gradient_tokens(module, g) for g in grads], 1)
                 if tokens.shape[0] != outputs.shape[0]:
                     raise CaptureError(unassigned(name, grads[0]))
                 if not bool(torch.isfinite(outputs).all()):

@@ -32,3 +32,21 @@ def parse_share(text: str) -> float | None:
     """``10%`` as 0.1; None for anything that is not a positive percentage."""
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*%\s*", text)
     return float(match[1]) / 100 if match and float(match[1]) > 0 else None
+
+
+_TIMES = {"s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600}
+
+
+def parse_effort(text: int | str) -> tuple[float, float]:
+    """Passes over the data and seconds that work may take, one of them infinite: from ``300``, ``90s`` or ``10min``.
+
+    Raises:
+        SettingError: not understood, or not positive.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]*)\s*", str(text))
+    value, unit = (float(match[1]), match[2]) if match else (0.0, "")
+    if not 0 < value < math.inf or unit not in {"", *_TIMES} or (not unit and value != int(value)):
+        raise SettingError(
+            f"`budget` {text!r} is not understood: write a number of passes such as 300, or 90s, 10min, 2h"
+        )
+    return (math.inf, value * _TIMES[unit]) if unit else (value, math.inf)

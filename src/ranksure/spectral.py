@@ -111,6 +111,19 @@ def top_pairs(w: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return p[:, :k], scale * s[:k], qt[:k].T
 
 
+def outside_pairs(w: Tensor, left: Tensor, right: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`top_pairs` of ``(I - U U^T) w (I - V V^T)``: what factors with these spaces cannot follow.
+
+    Args:
+        w: ``(m, n)``.
+        left: ``U`` (m, r), orthonormal columns.
+        right: ``V`` (n, r), orthonormal columns.
+        k: how many.
+    """
+    w = w.cpu().double() if w.device.type == "mps" else w.double()  # which has no float64
+    return top_pairs(_without(w, left.to(w), right.to(w)), k)
+
+
 def power_of_two(w: Tensor) -> float:
     """The power of two just below the largest entry, by which a matrix is divided without rounding; 1 where it is zero.
 

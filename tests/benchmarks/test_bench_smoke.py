@@ -34,6 +34,7 @@ ROWS = {  # how the names begin, and how many rows begin so
         "solve vs accelerated proximal gradient": 1,
         "solve vs SGD/GD": 1,
         "solve vs cvxpy": 1,
+        "solve in other units": 1,
     },
     "capture": {
         "capture vs 1 forward + K backwards, last": 1,

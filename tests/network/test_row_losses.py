@@ -11,7 +11,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
 import ranksure
-from ranksure.network.gradient import gradient_pass
+from ranksure.network.gradient import GradientPass, gradient_pass
 from ranksure.network.row_losses import RowsInteract
 from tests.helpers import generator_of, randn
 
@@ -58,8 +58,8 @@ def test_a_run_whose_rows_interact_is_not_checked() -> None:
     assert found.verdict == "not-checked" and "samples interact" in found.reasons[0]
 
 
-def padded_runs(positions: bool) -> tuple[nn.Module, list[list[dict[str, torch.Tensor]]]]:
-    """GPT-2, and rows that are padded on the left: to the longest of each batch, and all alike."""
+def padded_runs(positions: bool) -> tuple[Any, dict[str, list[dict[str, torch.Tensor]]]]:
+    """GPT-2, and rows that are padded on the left: to the longest of each batch, and in other ways."""
     torch.manual_seed(0)
     sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32, "num_labels": 3, "pad_token_id": 0}
     model = GPT2ForSequenceClassification(GPT2Config(vocab_size=20, initializer_range=0.4, **sizes)).double()
@@ -73,19 +73,61 @@ def padded_runs(positions: bool) -> tuple[nn.Module, list[list[dict[str, torch.T
         return out
 
     parts = [(rows[:3], 0), (rows[3:], 3)]
-    return model, [
-        [batch(part, max(map(len, part)), low) for part, low in parts],
-        [batch(p, 9, low) for p, low in parts],
-    ]
+    layouts = {
+        "moving": [batch(part, max(map(len, part)), low) for part, low in parts],
+        "fixed": [batch(p, 9, low) for p, low in parts],
+        "one": [batch(rows, 9, 0)],
+        "multiple": [batch(rows, 16, 0)],  # of eight
+        "alike": [batch([rows[0], rows[3]], 9, 0), batch([rows[3], rows[4]], 9, 1)],
+    }
+    return model, layouts
 
 
-def test_padding_that_moves_with_the_batch_is_refused() -> None:
-    model, (moving, fixed) = padded_runs(positions=False)
-    layer = {"c_attn": model.transformer.h[0].attn.c_attn}
+def of_padded(positions: bool, layout: str) -> GradientPass:
+    model, layouts = padded_runs(positions)
+    return gradient_pass(model, layouts[layout], {"c_attn": model.transformer.h[0].attn.c_attn})
+
+
+@pytest.mark.parametrize("layout", ["moving", "one", "multiple", "alike"])
+def test_padding_that_is_the_batch_s_own_is_refused_where_it_counts(layout: str) -> None:
     with pytest.raises(RowsInteract, match="how far its batch is padded"):
-        gradient_pass(model, moving, layer)
-    assert gradient_pass(model, fixed, layer).n_samples == 5  # one width for all: part of every row
-    model, (moving, fixed) = padded_runs(positions=True)
+        of_padded(False, layout)
+    found = of_padded(True, layout)
+    model, layouts = padded_runs(True)
+    model.eval().requires_grad_(False)
+    losses = []
+    for batch in layouts[layout]:
+        for ids, label in zip(batch["input_ids"], batch["labels"], strict=True):
+            logits = model(input_ids=ids[ids > 0][None]).logits
+            losses.append(nn.functional.cross_entropy(logits, label[None]))
+    assert found.terms.mean == pytest.approx(float(torch.stack(losses).mean()), rel=1e-10)
+
+
+def test_padding_to_one_width_is_part_of_every_row() -> None:
+    assert of_padded(False, "fixed").n_samples == 5
+    model, layouts = padded_runs(False)
     layer = {"c_attn": model.transformer.h[0].attn.c_attn}
-    means = [gradient_pass(model, batches, layer).terms.mean for batches in (moving, fixed)]
-    assert means[0] == pytest.approx(means[1], rel=1e-10)
+    rows = [{key: value[i : i + 1] for key, value in batch.items()} for batch in layouts["fixed"] for i in range(2)]
+    assert gradient_pass(model, [*rows, *layouts["one"]], layer).n_samples == 9  # batches of one row tell too
+
+
+class Recording(nn.Module):
+    """Frames ``(rows, bands, time)`` of a fixed length and a mask ``(rows, time)`` that need not count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 3)
+        self.double()
+
+    def forward(self, input_features, attention_mask):
+        assert input_features.shape[-1] == attention_mask.shape[1] == 6
+        halves = (input_features * attention_mask[:, None]).unflatten(-1, (2, 3))
+        return self.layer(halves.mean(-1).flatten(1))
+
+
+def test_a_mask_over_frames_that_a_network_needs_all_of() -> None:
+    model, features = Recording(), randn(3, 2, 6, generator=generator_of(0))
+    mask = (torch.arange(6) < torch.tensor([6, 3, 4])[:, None]).long()
+    batch = {"input_features": features, "attention_mask": mask, "labels": torch.arange(3)}
+    assert gradient_pass(model, [batch], {"layer": model.layer}).n_samples == 3

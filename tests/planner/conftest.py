@@ -43,6 +43,7 @@ def answer(bert: str, csv3: str) -> PlanResult:
         ranks=[1, 3],
         captured=0.999,
         random_starts=1,
+        linearised=True,
     )
 
 
@@ -50,5 +51,11 @@ def answer(bert: str, csv3: str) -> PlanResult:
 def auto(bert: str, csv: str) -> PlanResult:
     """Two classes, the penalty chosen by held-out loss."""
     return ranksure.plan(
-        bert, csv, target_modules=["query", "value"], layers_to_transform="last", samples=24, ranks=[1, 2]
+        bert,
+        csv,
+        target_modules=["query", "value"],
+        layers_to_transform="last",
+        samples=24,
+        ranks=[1, 2],
+        linearised=True,
     )

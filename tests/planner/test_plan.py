@@ -30,6 +30,7 @@ from tests.adapters.test_fresh_process import run_fresh, worst
 from tests.tiny_text import QUERY, VALUE, frame, loaded, save_bert_classifier, strict_json
 
 SMALL: dict[str, Any] = {"target_modules": ["query", "value"], "layers_to_transform": "last", "samples": 16}
+SMALL["linearised"] = True  # the network's own answer: tests/planner/network
 QUICK: dict[str, Any] = {**SMALL, "weight_decay": "10%", "ranks": [1], "random_starts": 0, "heldout": 12}
 
 
@@ -40,7 +41,7 @@ def number(value: Any, low: float = -math.inf, high: float = math.inf) -> bool:
 def check_schema(data: dict[str, Any]) -> None:
     """What the issue promises of plan.json, no more."""
     names = data["target_modules"]
-    assert data["schema"] == 2
+    assert data["schema"] == 3
     assert isinstance(data["model"], str)
     assert all(isinstance(name, str) for name in names)
     for key in ("n_samples", "n_outputs"):
@@ -342,7 +343,13 @@ def test_zero_weight_decay_is_refused_before_anything_is_read():
 
 def test_same_question_same_answer(bert, csv, auto):
     again = ranksure.plan(
-        bert, csv, target_modules=["query", "value"], layers_to_transform="last", samples=24, ranks=[1, 2]
+        bert,
+        csv,
+        target_modules=["query", "value"],
+        layers_to_transform="last",
+        samples=24,
+        ranks=[1, 2],
+        linearised=True,
     )
     timeless = [{k: v for k, v in r.data.items() if k not in ("seconds", "estimate")} for r in (auto, again)]
     assert timeless[0] == timeless[1]
@@ -535,7 +542,7 @@ def test_saving_twice_replaces_and_strangers_are_kept(auto, tmp_path):
     (out / "plan.json").write_text('{"schema": 1, "recommended": {}}')
     (out / "adapter" / "README.md").unlink()
     auto.save(out)
-    assert strict_json((out / "plan.json").read_text())["schema"] == 2
+    assert strict_json((out / "plan.json").read_text())["schema"] == 3
     assert (out / "adapter" / "README.md").is_file()
     for name in ("notes.txt", "adapter/checkpoint.bin"):  # beside a plan, too
         (out / name).write_text("x")

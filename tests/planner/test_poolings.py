@@ -47,7 +47,14 @@ def test_a_plan_is_made_whatever_becomes_of_the_comparison(tmp_path: Path, model
     name, reason = save(tmp_path / "base", model_type), FAMILIES[model_type][1]
     data = _rows(40)
     leaf = {"fnet": "intermediate.dense", "t5": "q", "bart": "q_proj", "funnel": "q_head", "opt": "q_proj"}[model_type]
-    settings = {"samples": 8, "heldout": 16, "weight_decay": "10%", "ranks": [1], "target_modules": [leaf]}
+    settings = {
+        "samples": 8,
+        "heldout": 16,
+        "weight_decay": "10%",
+        "ranks": [1],
+        "target_modules": [leaf],
+        "linearised": True,
+    }
     result = ranksure.plan(name, data, batch_size=1, layers_to_transform="last", **settings)
     compared = result.data["head"]["accuracy"]
     told = [note for note in result.data["notes"] if "pooling was not compared" in note]

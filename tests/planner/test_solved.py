@@ -24,7 +24,7 @@ from tests.runs.tiny_runs import save_mixtral
 from tests.tiny_text import frame, save_bert, save_csv
 
 ASKED = ["--target-modules", "query,value", "--layers-to-transform", "last", "--samples", "16", "--ranks", "1"]
-ASKED += ["--weight-decay", "10%", "--random-starts", "0", "--heldout", "12"]
+ASKED += ["--linearised", "--weight-decay", "10%", "--random-starts", "0", "--heldout", "12"]
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from matplotlib.figure import Figure
 
+from ranksure.planner.answer import sentences
+from ranksure.records.plan import Plan
 from ranksure.records.record import SCHEMA
 
 KINDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj")
@@ -22,7 +25,7 @@ def plan(names: list[str] = NAMES) -> dict[str, Any]:
     none = dict.fromkeys(names, 0)
     row = {"objective": 0.5, "spectral_ratio": 1.0, "starts": 1, "stationary": True, "requested": True}
     return {
-        "schema": SCHEMA,
+        "schema": Plan.SCHEMA,
         "model": "someone/some-model",
         "revision": None,
         "data": {"source": "train.csv", "sha256": "ab" * 32, "rows": 1000},
@@ -103,6 +106,95 @@ def plan(names: list[str] = NAMES) -> dict[str, Any]:
         "warnings": ["Mind the head."],
         "command": "ranksure plan --model someone/some-model --data train.csv --out plan",
     }
+
+
+def network(names: list[str] = NAMES) -> dict[str, Any]:
+    """The network's own answer: rank 2 suffices there, rank 1 is stuck."""
+    ranks = {name: index % 3 for index, name in enumerate(names)}
+    smaller = {name: min(rank, 1) for name, rank in ranks.items()}
+    return {
+        "n_samples": 256,
+        "weight_decay": 0.01,
+        "weight_decay_chosen_by": "held-out loss of the network on the path",
+        "lambda_max": 0.08,
+        "optimum": {
+            "objective": 0.5,
+            "objective_at_zero": 0.63,
+            "loss": 0.41,
+            "gap": 0.00104,
+            "relative_gap": 0.008,
+            "noise": 3e-9,
+            "modules": {
+                name: {
+                    "rank": rank,
+                    "spectral_ratio": 1.0 + 0.001 * rank,
+                    "stationarity": 0.004 * rank,
+                    "outside_norm": 0.01 * (0.9 + 0.01 * rank),
+                }
+                for name, rank in ranks.items()
+            },
+            "status": "converged",
+            "remedy": "",
+            "gradients": 48,
+            "forwards": 31,
+            "captures": 1,
+            "history": [[1, 0.63, 0.5], [12, 0.56, 0.16], [25, 0.52, 0.04], [40, 0.503, 0.006], [48, 0.5, 0.00104]],
+        },
+        "r": 2,
+        "captured_uniform": 0.994,
+        "pattern": {name: rank for name, rank in ranks.items() if rank},
+        "captured_pattern": 0.9925,
+        "path": [
+            {"weight_decay": w, "ranks": r, "objective": f, "relative_gap": g, "selection_loss": s, "gradients": n}
+            | {"selection_accuracy": a}
+            for w, r, f, g, s, a, n in (
+                (0.04, smaller, 0.6, 0.09, 0.66, 0.61, 9),
+                (0.02, smaller, 0.55, 0.07, 0.63, 0.63, 14),
+                (0.01, ranks, 0.5, 0.08, 0.61, 0.66, 21),
+                (0.005, ranks, 0.43, 0.1, 0.65, 0.65, 30),
+            )
+        ],
+        "ranks": [
+            {"rank": r, "objective": f, "captured": c, "verdict": v, "parameters": 128 * r * len(names), "gap": g}
+            | {"spectral_ratio": rho, "heldout_loss": loss, "heldout_accuracy": accuracy, "gradients": 20}
+            | {"start": "cut from the point found", "requested": r != 3}
+            for r, f, c, v, g, rho, loss, accuracy in (
+                (1, 0.5067, 0.948, "rank-bound", 0.02, 1.31, 0.652, 0.625),
+                (2, 0.5008, 0.994, "first-order-optimal", 0.002, 1.009, 0.641, 0.64),
+                (3, 0.5003, 0.998, "not-converged", 0.003, 1.02, 0.64, 0.64),
+                (4, 0.5, 1.0, "first-order-optimal", 0.001, 1.004, 0.639, 0.645),
+            )
+        ],
+        "subsets": [
+            {"n_samples": n, "weight_decay": w, "ranks": r, "loss": loss, "objective": loss + 0.09}
+            | {"relative_gap": g, "rank_needed": k, "heldout_loss": h, "heldout_accuracy": a, "gradients": 20}
+            | {"seconds": 4.5}
+            for n, w, r, loss, g, k, h, a in (
+                (64, 0.02, smaller, 0.35, 0.09, 1, 0.66, 0.61),
+                (128, 0.014, ranks, 0.39, 0.08, 2, 0.645, 0.635),
+                (256, 0.01, ranks, 0.41, 0.008, 2, 0.64, 0.64),
+            )
+        ],
+        "settled": False,
+        "heldout": {
+            "rows": 256,
+            "loss_without_adapter": 0.68,
+            "loss": 0.64,
+            "accuracy_without_adapter": 0.6,
+            "accuracy": 0.64,
+        },
+        "skipped": ["model.layers.0", "model.layers.1"],
+        "gradients": 212,
+    }
+
+
+def network_plan(names: list[str] = NAMES) -> dict[str, Any]:
+    """:func:`plan` with :func:`network`, whose advice it gives."""
+    whole, own = plan(names), network(names)
+    whole["recommended"] |= {"r": 2, "linear_r": 4, "rank_pattern": dict.fromkeys(names, 2), "weight_decay": 0.01}
+    whole["recommended"]["peft"] = {"r": 2, "lora_alpha": 2, "target_modules": "(?:a|b)"}
+    whole["sentences"] = sentences(msgspec.convert({**whole, "network": own}, Plan))
+    return {**whole, "network": own, "warnings": []}
 
 
 def certificate(names: list[str] = NAMES[:8], verdict: str = "rank-bound") -> dict[str, Any]:
@@ -301,7 +393,8 @@ def write(folder: Path, name: str, record: dict[str, Any]) -> Path:
 
 def write_all(root: Path) -> Path:
     """A folder with one result of every kind."""
-    write(root / "plan", "plan.json", plan())
+    write(root / "plan", "plan.json", network_plan())
+    write(root / "linearised", "plan.json", plan())
     write(root / "certify", "certificate.json", certificate())
     write(root / "fit" / "adapter", "fit.json", fit())
     write(root / "fit" / "adapter", "certificate.json", certificate())

@@ -138,7 +138,14 @@ def test_a_fits_loss_goes_where_its_folder_goes(bert, loss, pooling, tmp_path):
 @pytest.mark.parametrize("loss", ["logistic", "squared-error"])
 def test_a_plans_adapter_keeps_its_loss(bert, loss, tmp_path):
     csv = table(loss, tmp_path / "d.csv", 40)
-    options = {"samples": 24, "heldout": 0, "weight_decay": "20%", "ranks": [1], "layers_to_transform": "last"}
+    options = {
+        "samples": 24,
+        "heldout": 0,
+        "weight_decay": "20%",
+        "ranks": [1],
+        "layers_to_transform": "last",
+        "linearised": True,
+    }
     ranksure.plan(bert, csv, loss=loss, target_modules=["value"], **options).save(tmp_path / "plan")
     done("certify", tmp_path / "plan" / "adapter", "--data", csv)
     found = certificate(tmp_path / "plan" / "adapter")
@@ -235,7 +242,14 @@ def test_several_labels_per_text_are_refused_for_that(stated, outputs, tmp_path)
         open_run(tmp_path / "run", rows)
     _, read = open_run(tmp_path / "run", rows, DataSettings(loss="cross-entropy"))
     assert read.kind == "cross-entropy" and read.kind_is_known
-    plan = {"samples": 8, "heldout": 0, "weight_decay": "20%", "ranks": [1], "layers_to_transform": "last"}
+    plan = {
+        "samples": 8,
+        "heldout": 0,
+        "weight_decay": "20%",
+        "ranks": [1],
+        "layers_to_transform": "last",
+        "linearised": True,
+    }
     with pytest.raises(SettingError, match=rf"3 labels or targets per row .*problem_type {stated}.*`loss` cross-entro"):
         ranksure.plan(base, rows, **plan)
     with pytest.raises(SettingError, match="per row"):
@@ -250,7 +264,7 @@ def test_plan_and_fit_take_the_bases_loss(stated, outputs, tmp_path):
     if expected == "squared-error":
         rows["label"] = [len(text) / 10 for text in rows["text"]]
     options = {"heldout": 0, "layers_to_transform": "last", "target_modules": ["value"]}
-    planned = ranksure.plan(base, rows, samples=16, weight_decay="20%", ranks=[1], **options).record
+    planned = ranksure.plan(base, rows, samples=16, weight_decay="20%", ranks=[1], linearised=True, **options).record
     assert planned.loss == planned.settings["loss"] == expected
     told = [note for note in planned.notes if note.startswith("The loss is")]
     assert len(told) == (expected != "cross-entropy")

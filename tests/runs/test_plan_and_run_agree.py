@@ -293,7 +293,7 @@ def test_plan_and_fit_of_texts_agree(kind, classes, tmp_path):
     if kind == "squared-error":
         data["label"] = [len(text) / 10 + ("good" in text) for text in data["text"]]
     tokenizer = save_tokenizer(tmp_path / "tokenizer")
-    options = {"target_modules": ["layer"], "loss": kind, "samples": 40, "heldout": 0}
+    options = {"target_modules": ["layer"], "loss": kind, "samples": 40, "heldout": 0, "linearised": True}
     outputs = classes if kind == "cross-entropy" else 1
     plan = ranksure.plan(network(outputs), data, tokenizer=tokenizer, weight_decay="5%", ranks=[1], **options)
     plan.save(tmp_path / "plan")

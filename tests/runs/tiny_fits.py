@@ -23,7 +23,7 @@ def make_tiny(folder: Path) -> Path:
     model = save_bert(folder / "bert")
     two = save_csv(folder / "two.csv", 80)
     three = save_csv(folder / "three.csv", 90, ("bad", "good", "odd"))
-    common = {"samples": 24, "heldout": 32, "layers_to_transform": "last", "ranks": [1, 2]}
+    common = {"samples": 24, "heldout": 32, "layers_to_transform": "last", "ranks": [1, 2], "linearised": True}
     both = {**common, "target_modules": ["query", "value"], "weight_decay": "30%"}
     ranksure.plan(model, two, **both).save(folder / "plan2")
     ranksure.plan(model, two, **both, pooling="mean").save(folder / "mean")

@@ -203,3 +203,47 @@ def test_a_lambda_that_is_none(lam):
     net, batches, targets, _ = layered()
     with pytest.raises(SettingError, match="lambda"):
         solve_network(net, batches, targets, weight_decay=lam, loss="cross-entropy")
+
+
+class Tokens(nn.Module):
+    """A row of logits for every token, each of which predicts the next one."""
+
+    def __init__(self, k: int = 5) -> None:
+        super().__init__()
+        self.embedding, self.layer, self.head = nn.Embedding(k, 6), nn.Linear(6, 6), nn.Linear(6, k)
+
+    def forward(self, input_ids):
+        return self.head(torch.tanh(self.layer(self.embedding(input_ids))))
+
+
+@pytest.mark.parametrize("weighting", ["token", "sample"])
+@pytest.mark.parametrize("most", [2, 300])
+def test_a_language_model_has_a_term_for_every_token(weighting, most):
+    """Batches of several lengths, labels left out; stopped early, it takes no capture of such logits."""
+    torch.manual_seed(0)
+    net, k = Tokens().double(), 5
+    batches = []
+    for length in (4, 7):
+        ids = torch.randint(k, (3, length))
+        labels = ids.clone()
+        labels[0, :3] = -100
+        batches.append({"input_ids": ids, "labels": labels})
+    asked = {"weight_decay": 0.02, "loss": "cross-entropy", "weighting": weighting, "tolerance": 1e-6}
+    found = solve_network(net, batches, {"layer": net.layer}, max_gradients=most, **asked)
+    assert (found.status, found.captures) == ("converged" if most > 2 else "not-converged", 0)
+    delta = (found.factors["layer"][0] @ found.factors["layer"][1].T).requires_grad_()
+    weights, losses = {"layer.weight": net.layer.weight.detach() + delta}, []
+    for batch in batches:
+        logits = torch.func.functional_call(net, weights, (batch["input_ids"],))
+        for row, labels in zip(logits, batch["labels"], strict=True):
+            losses.append(F.cross_entropy(row[:-1], labels[1:], ignore_index=-100, reduction="none"))
+    counts = [int((loss != 0).sum()) for loss in losses]
+    sums = torch.stack([loss.sum() for loss in losses])
+    means = sums / torch.tensor(counts)
+    loss = means.mean() if weighting == "sample" else sums.sum() / sum(counts)
+    assert found.loss == pytest.approx(float(loss.detach()), abs=1e-12)
+    if most > 2:
+        (gradient,) = torch.autograd.grad(loss, delta)
+        u, s, vt = torch.linalg.svd((delta - gradient).detach(), full_matrices=False)
+        moved = (u * (s - 0.02).clamp(min=0)) @ vt
+        assert float((moved - delta.detach()).norm()) <= 1e-3 * float(delta.detach().norm())

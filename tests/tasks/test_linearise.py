@@ -109,7 +109,14 @@ def test_a_plan_tokenises_each_text_once(bert: str, pooling: str) -> None:
     """Remarks, estimate, head, capture, the other pooling and the comparison with the network share the tokens."""
     rows, tokenizer = _distinct(60), Counting(AutoTokenizer.from_pretrained(bert))
     found = ranksure.plan(
-        bert, rows, tokenizer=tokenizer, pooling=pooling, samples=16, target_modules=["query"], weight_decay="5%"
+        bert,
+        rows,
+        tokenizer=tokenizer,
+        pooling=pooling,
+        samples=16,
+        target_modules=["query"],
+        weight_decay="5%",
+        linearised=True,
     )
     assert found.data["linearity"]["heldout"] is not None and len(found.data["head"]["accuracy"]) == 2
     assert sum(tokenizer.seen.values()) == len(rows) and set(tokenizer.seen) == set(rows.texts)
@@ -119,7 +126,14 @@ def test_texts_that_may_be_cut_are_tokenised_once_more(bert: str) -> None:
     """Only so is it known which have more tokens than the limit of 4."""
     rows, tokenizer = _distinct(60), Counting(AutoTokenizer.from_pretrained(bert))
     found = ranksure.plan(
-        bert, rows, tokenizer=tokenizer, max_length=4, samples=16, target_modules=["query"], weight_decay="5%"
+        bert,
+        rows,
+        tokenizer=tokenizer,
+        max_length=4,
+        samples=16,
+        target_modules=["query"],
+        weight_decay="5%",
+        linearised=True,
     )
     assert any("16 of the 16 training texts reach 4 tokens" in note for note in found.data["notes"])
     assert sorted(tokenizer.seen.values()) == [1] * 44 + [2] * 16
@@ -145,6 +159,7 @@ def test_a_plan_tokenises_each_prompt_once() -> None:
         samples=16,
         weight_decay="5%",
         target_modules=["q_proj"],
+        linearised=True,
     )
     counts = [tokenizer.seen[f"Review: {text}\nSentiment:"] for text in rows.texts]
     assert sorted(counts)[: len(rows) - 3] == [1] * (len(rows) - 3)
@@ -154,7 +169,17 @@ def test_a_plan_prepares_each_image_once(tmp_path: Path) -> None:
     torch.manual_seed(0)
     folder, rows = save_vit(tmp_path / "vit", ViTModel(vit_config())), random_rows(60, (9, 12, 3))
     prepare = Counting(processor(), lambda image: (image.size, image.tobytes()))
-    ranksure.plan(folder, rows, task="image", tokenizer=prepare, samples=16, heldout=40, weight_decay="5%", ranks=[1])
+    ranksure.plan(
+        folder,
+        rows,
+        task="image",
+        tokenizer=prepare,
+        samples=16,
+        heldout=40,
+        weight_decay="5%",
+        ranks=[1],
+        linearised=True,
+    )
     tries = 3  # of the processor's size, on black images
     assert Counter(prepare.seen.values()) == {1: 56 + tries}
 
@@ -165,14 +190,16 @@ def test_a_plan_prepares_each_recording_once(tmp_path: Path) -> None:
     rows = recordings(40)
     prepare = Counting(WhisperFeatureExtractor(chunk_length=1), lambda waveform: waveform.tobytes())
     options: dict[str, Any] = {"samples": 16, "max_seconds": 1, "weight_decay": "5%", "ranks": [1]}
-    ranksure.plan(str(tmp_path), rows, task="speech", tokenizer=prepare, **options)
+    ranksure.plan(str(tmp_path), rows, task="speech", tokenizer=prepare, **options, linearised=True)
     assert Counter(prepare.seen.values()) == {1: 40}
 
 
 def test_a_plan_reads_the_weights_once(bert: str, monkeypatch: pytest.MonkeyPatch) -> None:
     read, load = [], classifiers.load_weights
     monkeypatch.setattr(classifiers, "load_weights", lambda *args, **more: read.append(args) or load(*args, **more))
-    ranksure.plan(bert, _distinct(60), samples=16, target_modules=["query"], weight_decay="5%", ranks=[1])
+    ranksure.plan(
+        bert, _distinct(60), samples=16, target_modules=["query"], weight_decay="5%", ranks=[1], linearised=True
+    )
     assert len(read) == 1
 
 

@@ -34,7 +34,8 @@ from ranksure.network.targets import base_layer, is_supported
 _HALF = (
     "One matrix of each pair was not trained (MiCA, LoRA-FA): what training can still gain is bounded as if both were."
 )
-_HOMES = ("torch.nn.", "transformers.pytorch_utils.")  # where layers that hold plain weights come from
+_HOMES = ("torch.nn.", "transformers.pytorch_utils.", "transformers.models.")
+"""Where layers that hold plain weights come from; whether they apply them as such is seen when they run."""
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

@@ -108,16 +108,21 @@ def _plan(model: str, data: Any, asked: _Planned, *, brief: bool = False) -> Non
     if asked.dry_run:
         show_estimate(prepared, estimate(prepared), console)
         return
+    kept = None if out is None or brief else out.with_name(out.name + ".partial")
     solved = None if out is None else read_solved(out, prepared)
     if solved is not None:
-        result = PlanResult(*solved, prepared)
+        record, factors, linear = solved
+        result = PlanResult(record, factors, prepared, linear)
         show_notes([f"{out} holds the solution of this very question: only writing it is repeated."], console)
     else:
-        result = run_plan(prepared, clock)
+        result = run_plan(prepared, clock, kept)
         result.record.command = command_line()
     if out is not None:
         with clock.stage("export", "Writing and checking the adapter"):
             result.save(out)
+    network = result.record.network
+    if kept is not None and not (network and network.stopped):  # else a larger budget goes on from there
+        kept.unlink(missing_ok=True)
     show(result, console, None if out is None else str(out), brief=brief)
     if out is not None:
         report_beside(out, console)

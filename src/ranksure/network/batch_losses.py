@@ -20,7 +20,7 @@ from ranksure.choices import Weighting
 from ranksure.errors import CaptureError, DataError, SettingError
 from ranksure.loss_terms import CHUNK_VALUES, Terms, batch_terms, is_shifted, kind_of, token_places
 from ranksure.losses import CrossEntropy, Kind, get_loss
-from ranksure.network.logits import Batch, device_of, logits_in, not_finite, to_device, unlabelled
+from ranksure.network.logits import Batch, device_of, logits_in, not_finite, output_of, to_device, unlabelled
 from ranksure.network.targets import base_layer, base_network
 
 _TEXT_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
@@ -287,7 +287,7 @@ class Forward:
         config = getattr(self.base, "config", None)
         stated = getattr(config, "problem_type", None)
         with torch.no_grad():
-            output = self.model(**few, labels=own_labels)
+            output = output_of(self.model, {**few, "labels": own_labels})
         own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if hasattr(config, "problem_type"):
             config.problem_type = stated  # transformers writes there what it finds  # pyright: ignore
@@ -351,7 +351,7 @@ def _classes(base: nn.Module) -> int:
 
 
 def _logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    output = model(**inputs)
+    output = output_of(model, inputs)
     logits = logits_in(output)
     if not isinstance(logits, Tensor) or logits.dim() not in (2, 3):
         raise CaptureError(f"the network returned {type(output).__name__} without logits of shape (B, K) or (B, L, V)")

@@ -21,7 +21,7 @@ from ranksure.errors import CaptureError, DataError, MemoryBudgetError, SettingE
 from ranksure.loss_terms import Terms
 from ranksure.losses import Kind
 from ranksure.network.batch_losses import Forward, Weighting
-from ranksure.network.hooks import Streamed, input_tokens, output_tokens
+from ranksure.network.hooks import Streamed, gradient_tokens, input_tokens
 from ranksure.network.logits import Batch, frozen
 from ranksure.network.row_losses import LossCheck
 from ranksure.network.targets import base_layer, block_shape
@@ -73,6 +73,7 @@ def gradient_pass(
     consume: Callable[[str, Tensor], None] | None = None,
     progress: Progress = lambda done: None,
     around: Around = lambda model, modules, memory_bytes: nullcontext(),
+    check_rows: bool = True,
 ) -> GradientPass:
     """Gradient of the mean loss at the network's current weights.
 
@@ -86,6 +87,7 @@ def gradient_pass(
         consume: takes each module's gradient, which is dropped afterwards: needed for a budget to save anything.
         progress: called after every batch.
         around: a context for each pass, such as :func:`ranksure.adapters.merging.merged`, that changes no output.
+        check_rows: whether a few rows are run again alone (needs a network that takes other rows than these batches).
 
     Raises:
         DataError: no batch, no labels, labels that do not fit, or logits that are not finite.
@@ -95,8 +97,7 @@ def gradient_pass(
         Underflow: the gradients are too small for the network's dtype.
         MemoryBudgetError: one gradient alone is larger than the budget.
     """
-    groups = _groups(modules, memory_bytes)
-    if len(groups) > 1 and iter(batches) is batches:
+    if len(groups := _groups(modules, memory_bytes)) > 1 and iter(batches) is batches:
         raise SettingError("the gradients need several passes under this memory budget: pass a list or a DataLoader")
     gradients: dict[str, Tensor] = {}
     unreached: list[str] = []
@@ -107,7 +108,7 @@ def gradient_pass(
         hooks = Streamed(sums.modules, sums.add)
         forward = Forward(model, kind, weighting, sums.modules.values(), check=first is None)
         left = memory_bytes - sum(map(_bytes, sums.modules.values()))
-        check = LossCheck(batches) if first is None else None
+        check = LossCheck(batches) if first is None and check_rows else None
         inside = around(model, modules.values(), left)
         stream(forward, batches, hooks, lambda: progress(next(done)), inside, check)
         first = _agreeing(first, forward)
@@ -208,7 +209,7 @@ class _Sums:
     def add(self, name: str, x: Tensor, gradient: Tensor) -> None:
         """Add the part of one use: its input, and the gradient at its output."""
         module = self.modules[name]
-        tokens, outputs = input_tokens(module, x), output_tokens(module, gradient)
+        tokens, outputs = input_tokens(module, x), gradient_tokens(module, gradient)
         if tokens.shape[0] != outputs.shape[0]:
             raise CaptureError(f"inputs and outputs of target module {name} have different numbers of rows")
         if int(outputs[:, 0].count_nonzero()) < 0.8 * len(outputs):  # a cheap look first

@@ -16,12 +16,22 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from ranksure.errors import CaptureError
-from ranksure.network.targets import base_layer
+from ranksure.network.targets import base_layer, scaled
 
 Uses: TypeAlias = dict[str, list[tuple[Tensor, int, list[Tensor]]]]
 """By module, for each use: inputs, the identity of the input tensor, one gradient per backward pass."""
+
+
+_PLAIN = {kind.forward for kind in (nn.Linear, Conv1D, nn.Conv2d, nn.Embedding)}
+_SAME = {torch.float64: 1e-6, torch.float32: 1e-3}  # relative; some steps of float64 networks are in float32
+_SAME_HALF = 0.05
+
+
+class OtherMap(CaptureError):
+    """A target module whose output is not its weight times its input: W + u v^T is no adapter of it."""
 
 
 class Hooks:
@@ -34,6 +44,8 @@ class Hooks:
     def attach(self, stack: ExitStack) -> None:
         """Hook every module until the stack is left."""
         for name, module in self.modules.items():
+            if _own_forward(layer := base_layer(module)):
+                stack.callback(layer.register_forward_hook(self._compare(name), with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(self._hook(name), with_kwargs=True).remove)
 
     def start(self) -> None:
@@ -48,12 +60,22 @@ class Hooks:
         """A use with the input ``x``: what takes the gradient at its output. Called without gradients too."""
         raise NotImplementedError
 
+    def _compare(self, name: str) -> Callable[..., None]:
+        seen: list[str] = []
+
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if not seen and not _is_its_weight(layer, _input(name, layer, args, kwargs, output), output):
+                raise OtherMap(
+                    f"target module {name} is a {type(layer).__name__}, whose output is not its weight times its "
+                    "input: an adapter beside it and one merged into it are two networks; leave it out"
+                )
+            seen.append(name)
+
+        return hook
+
     def _hook(self, name: str) -> Callable[..., Tensor | None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
-            x = args[0] if args else next(iter(kwargs.values()), None)
-            if not isinstance(x, Tensor) or not isinstance(output, Tensor):
-                raise CaptureError(f"target module {name} does not map one tensor to one tensor")
-            take = self.seen(name, x)
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
+            take = self.seen(name, _input(name, base_layer(module), args, kwargs, output))
             if not torch.is_grad_enabled():
                 return None
             if not output.requires_grad:  # frozen base: nothing before this module asks for gradients
@@ -65,6 +87,47 @@ class Hooks:
             return output
 
         return hook
+
+
+def _input(name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
+    x = args[0] if args else next(iter(kwargs.values()), None)
+    if not isinstance(x, Tensor) or not isinstance(output, Tensor):
+        kind = type(layer).__name__
+        raise OtherMap(f"target module {name} is a {kind}, which does not map one tensor to one tensor; leave it out")
+    return x
+
+
+def _own_forward(layer: nn.Module) -> bool:
+    """Whether a layer computes by other code than torch's (quantised weights aside, which are no matrices)."""
+    weight = getattr(layer, "weight", None)
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and weight.element_size() > 1
+    if not plain or weight.is_meta:
+        return False
+    convolves = isinstance(layer, nn.Conv2d) and type(layer)._conv_forward is not nn.Conv2d._conv_forward
+    return type(layer).forward not in _PLAIN or convolves or "forward" in vars(layer)
+
+
+@torch.no_grad()
+def _is_its_weight(layer: Any, x: Tensor, output: Tensor) -> bool:
+    """Whether an output is ``W x + b``, up to rounding."""
+    coarsest = max((t.dtype for t in (x, layer.weight, output) if t.is_floating_point()), key=_eps)
+    wide = torch.promote_types(output.dtype, torch.float32)
+    try:
+        tokens, found = input_tokens(layer, x), output_tokens(layer, output).to(wide)
+        weight = layer.weight.to(wide)
+        if isinstance(layer, nn.Embedding):
+            expected = scaled(layer, weight[tokens])
+        else:
+            bias = None if layer.bias is None else layer.bias.to(wide)
+            expected = F.linear(tokens.to(wide), weight.T if isinstance(layer, Conv1D) else weight.flatten(1), bias)
+        far = float((found - expected).norm())
+    except (RuntimeError, IndexError):
+        return False  # shapes, or indices, that do not fit
+    return found.shape == expected.shape and far <= _SAME.get(coarsest, _SAME_HALF) * float(expected.norm())
+
+
+def _eps(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
 
 
 class Streamed(Hooks):
@@ -219,8 +282,13 @@ def leading_shape(module: nn.Module, grad: Tensor) -> Sequence[int]:
     return grad.shape[:-1]
 
 
-def output_tokens(module: nn.Module, grad: Tensor) -> Tensor:
-    """Gradients at the output as rows ``(rows * tokens, m)``."""
+def output_tokens(module: nn.Module, output: Tensor) -> Tensor:
+    """An output as rows ``(rows * tokens, m)``."""
     if isinstance(base_layer(module), nn.Conv2d):
-        return grad.flatten(2).transpose(1, 2).reshape(-1, grad.shape[1])
-    return grad.reshape(-1, grad.shape[-1])
+        return output.flatten(2).transpose(1, 2).reshape(-1, output.shape[1])
+    return output.reshape(-1, output.shape[-1])
+
+
+def gradient_tokens(module: nn.Module, grad: Tensor) -> Tensor:
+    """Gradients at an output as those of ``W x``, ``(rows * tokens, m)``."""
+    return scaled(module, output_tokens(module, grad))

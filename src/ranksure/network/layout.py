@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ranksure.errors import CaptureError, one_line
+from ranksure.errors import CaptureError, exhausted, one_line
 from ranksure.factors import Factors
 from ranksure.network.batches import Batches, Given, few_rows
-from ranksure.network.hooks import Uses, input_tokens, leading_shape, output_tokens
-from ranksure.network.logits import Batch, not_finite
+from ranksure.network.hooks import Uses, gradient_tokens, input_tokens, leading_shape
+from ranksure.network.logits import Batch, DoesNotRun, not_finite
 from ranksure.network.targets import block_shape
 
 Run = Callable[[Batch, Tensor], tuple[Tensor, Uses]]
@@ -170,10 +170,11 @@ class RowCheck:
     def _run_alone(self, row: int) -> tuple[Tensor, dict[str, list[_Use]]]:
         try:
             return self._products(*self._run(self._rows.of([row]), self._seed))
-        except (RuntimeError, ValueError, IndexError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
+        except (DoesNotRun, RuntimeError, ValueError, IndexError) as error:
+            if exhausted(error):
                 raise
-            raise CaptureError(f"the network does not run row {row} alone: {one_line(error)}") from None
+            why = one_line(error.__cause__ if isinstance(error, DoesNotRun) and error.__cause__ else error)
+            raise CaptureError(f"the network does not run row {row} alone: {why}") from None
 
     def _products(self, z: Tensor, uses: Uses) -> tuple[Tensor, dict[str, list[_Use]]]:
         """Logits in float64, and every token's product with the random factors."""
@@ -183,7 +184,7 @@ class RowCheck:
             u, v = self._factors[name]
             out[name] = []
             for x, _, (gradient,) in entries:
-                tokens, outputs = input_tokens(self._targets[name], x), output_tokens(self._targets[name], gradient)
+                tokens, outputs = input_tokens(self._targets[name], x), gradient_tokens(self._targets[name], gradient)
                 if len(tokens) != len(outputs):
                     raise CaptureError(unassigned(name, gradient))
                 left = outputs.cpu().double() @ u

@@ -6,6 +6,7 @@ mode with every parameter frozen; both are restored afterwards.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from ranksure.errors import CaptureError
+from ranksure.errors import CaptureError, exhausted, one_line
+from ranksure.network.targets import base_network
 
 Batch: TypeAlias = Mapping[str, Any]
 
@@ -34,13 +36,45 @@ def logits_in(output: Any) -> Any:
     return logits[:, None] if isinstance(logits, Tensor) and logits.dim() == 1 else logits
 
 
+class DoesNotRun(CaptureError):
+    """A network that fails on a batch; what it raised is the cause."""
+
+
+_FAILS = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
+
+
+def output_of(model: nn.Module, batch: Batch) -> Any:
+    """What a network gives for a batch.
+
+    Raises:
+        DoesNotRun: it raises an error, other than for want of memory.
+    """
+    try:
+        return model(**batch)
+    except _FAILS as error:
+        if exhausted(error):
+            raise
+        where = _innermost(base_network(model), error)
+        raise DoesNotRun(
+            f"the network does not run on this batch: {where}{type(error).__name__}: {one_line(error)}"
+        ) from error
+
+
+def _innermost(base: nn.Module, error: Exception) -> str:
+    """The module in whose forward pass an error was raised, if any."""
+    names = {id(module): name for name, module in base.named_modules()}
+    frames = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return next((f"in {name}, " for module in reversed(frames) if (name := names.get(id(module)))), "")
+
+
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:
     """Logits of a batch, shape ``(rows, K)``.
 
     Raises:
         CaptureError: there are none, or of another shape.
+        DoesNotRun: as :func:`output_of`.
     """
-    output = model(**batch)
+    output = output_of(model, batch)
     logits = logits_in(output)
     if not isinstance(logits, Tensor):
         raise CaptureError(f"the network returned {type(output).__name__}, which has no logits tensor")

@@ -16,6 +16,7 @@ from ranksure.network.logits import Batch
 
 _SAME = {torch.float64: 1e-6, torch.float32: 1e-4}  # some steps of float64 networks are in float32
 _SAME_HALF = 0.1
+_MULTIPLE = 8  # collators pad to a batch's longest row, or to the next multiple of this
 
 
 class RowsInteract(CaptureError):
@@ -42,19 +43,21 @@ class LossCheck:
         self._own_padding = isinstance(batches, Batches)
         self._kept: dict[str, _Row] = {}
         self._widths: set[int] = set()
+        self._filled = True  # no batch is padded further than its own rows ask for
 
     def see(self, batch: Batch, forward: Forward) -> None:
         """After the batch has gone through ``forward``."""
         rows, losses = forward.last
         labels = batch.get("labels", batch.get("label"))
-        if not isinstance(labels, Tensor) or len(labels) < 2:
+        if not isinstance(labels, Tensor) or not len(labels):
             return
-        mask = batch.get("attention_mask")
+        mask, lengths = batch.get("attention_mask"), [0] * len(labels)
         if isinstance(mask, Tensor) and mask.dim() == 2:
-            lengths = mask.sum(1).tolist()
-            self._widths.add(mask.shape[1])
-        else:
-            lengths = [0] * len(labels)
+            lengths, width = (mask > 0).sum(1).tolist(), mask.shape[1]
+            self._widths.add(width)
+            self._filled &= max(lengths) > width - min(width & -width, _MULTIPLE)
+        if len(labels) < 2:
+            return
         chances = torch.rand(len(labels), generator=self._random).tolist()
         for i, (length, chance) in enumerate(zip(lengths, chances, strict=True)):
             wanted = self._wanted(length, chance)
@@ -89,10 +92,11 @@ class LossCheck:
                     "(batch statistics, routing of limited capacity): the mean loss is not one of the rows; use "
                     "batches of one row"
                 )
+        if self._own_padding or (len(self._widths) == 1 and not self._filled):
+            return  # one width for all, whatever they hold: that padding is part of every row
         shortest = self._kept.get("shortest")
-        if shortest is None or self._own_padding or len(self._widths) < 2:
-            return  # one width for all: that padding is part of every row
-        if (change := _change(forward, _unpadded(shortest.batch), shortest.losses)) > 0:
+        bare = None if shortest is None else _unpadded(shortest.batch)
+        if shortest and bare and (change := _change(forward, bare, shortest.losses)) > 0:
             raise RowsInteract(
                 f"the loss of a row changes by {change:.2g} with how far its batch is padded, so the mean loss depends "
                 "on the batches: pass rows of one length in a batch, or position_ids that do not count the padding"
@@ -123,11 +127,12 @@ def _dtype(model: nn.Module) -> torch.dtype:
     return max(kinds, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
 
 
-def _unpadded(batch: Batch) -> dict[str, Any]:
-    """One row without the places that its mask hides."""
-    keep = batch["attention_mask"][0] > 0
-    width = len(keep)
-    return {
-        key: value[:, keep] if isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == width else value
-        for key, value in batch.items()
-    }
+def _unpadded(batch: Batch) -> dict[str, Any] | None:
+    """One row without the places that its mask hides; None where there are none, or the network needs them."""
+    mask = batch.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or bool((keep := mask[0] > 0).all()):
+        return None
+    flat = [key for key, x in batch.items() if isinstance(x, Tensor) and x.dim() > 1 and x.shape[1] == len(keep)]
+    if set(flat) <= {"attention_mask", "labels", "label"}:
+        return None
+    return {key: value[:, keep] if key in flat else value for key, value in batch.items()}

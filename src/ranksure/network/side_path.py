@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ranksure.errors import AdapterError
 from ranksure.factors import Factors
-from ranksure.network.targets import base_layer, block_shape
+from ranksure.network.targets import base_layer, block_shape, scaled
 
 
 def check_factors(targets: Mapping[str, nn.Module], factors: Factors) -> None:
@@ -82,7 +82,7 @@ def _side_path_hook(layer: nn.Module, u: Tensor, v: Tensor) -> Any:
 def _side_path(layer: nn.Module, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """``(u v^T)`` applied to the layer's input, by the operations and in the order that PEFT uses."""
     if isinstance(layer, nn.Embedding):
-        return F.embedding(x, v, padding_idx=layer.padding_idx, sparse=layer.sparse) @ u.T
+        return scaled(layer, F.embedding(x, v, padding_idx=layer.padding_idx, sparse=layer.sparse) @ u.T)
     x = x.to(u.dtype)
     if isinstance(layer, nn.Conv2d):
         kernel = v.T.reshape(-1, *layer.weight.shape[1:])
@@ -95,7 +95,7 @@ def side_path(module: nn.Module, x: Tensor, delta: Tensor) -> Tensor:
     """What a block update ``(m, n)`` adds to the module's output for the input ``x``."""
     layer = base_layer(module)
     if isinstance(layer, nn.Embedding):
-        return F.embedding(x, delta.T)
+        return scaled(layer, F.embedding(x, delta.T))
     if isinstance(layer, nn.Conv2d):
         kernel = delta.view(layer.out_channels, layer.in_channels, *layer.kernel_size)
         return F.conv2d(x, kernel, None, layer.stride, layer.padding, layer.dilation)

@@ -82,6 +82,13 @@ def block_shape(module: nn.Module) -> tuple[int, int]:
     return weight.shape[0], weight[0].numel()
 
 
+def scaled(module: nn.Module, output: torch.Tensor) -> torch.Tensor:
+    """An update's output times what an embedding multiplies its own by, and PEFT an adapter's (Gemma, BART)."""
+    layer = base_layer(module)
+    scale = getattr(layer, "embed_scale", None) if isinstance(layer, nn.Embedding) else None
+    return output if scale is None else output * scale
+
+
 def to_weight_shape(module: nn.Module, delta: torch.Tensor) -> torch.Tensor:
     """A block update ``(m, n)`` as an update of the module's stored weight."""
     layer = base_layer(module)

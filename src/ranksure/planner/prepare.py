@@ -29,6 +29,7 @@ from ranksure.tasks.task import Task
 
 _SELECT_AT_LEAST = 16
 _WORKING_COPIES = 5.5  # float32 factors twice while they are packed, a float64 copy, what the allocator keeps
+_NETWORK_PASSES = 300  # forward and back over the training rows, as a rule
 _OVERHEAD_BYTES = 1 << 30  # the libraries, and the chunks in which products are formed
 
 
@@ -76,6 +77,11 @@ class Linearised:
     head: HeadFit | None
     pooling_accuracy: dict[str, float | None] = field(default_factory=dict)
     lambda_max: float = 0.0
+
+    @property
+    def chooses(self) -> bool:
+        """Whether lambda is to be chosen by held-out loss, and can be."""
+        return self.prepared.settings.weight_decay == "auto" and self.lambda_max > 0 and self.select is not None
 
 
 def prepare(model: Any, data: Any, settings: PlanSettings, tokenizer: Any, clock: Clock) -> Prepared:
@@ -204,8 +210,8 @@ def estimate(prepared: Prepared) -> Estimate:
         began = time.perf_counter()
         logits_of(task.model, batch)
         forward = time.perf_counter() - began
-    padded = sum(task.padded_tokens(b) for group in batches for b in group) / task.padded_tokens(middle)
-    capture_seconds = forward * (1 + 2 * contrasts) * padded
+    padded = [sum(map(task.padded_tokens, group)) / task.padded_tokens(middle) for group in batches]
+    capture_seconds = forward * (1 + 2 * contrasts) * sum(padded)
     probe = torch.randn(1024, 1024, dtype=torch.float64)
     began = time.perf_counter()
     torch.matmul(probe, probe)
@@ -213,6 +219,8 @@ def estimate(prepared: Prepared) -> Estimate:
     per_rank = sum(4 * tokens[0] * (m * contrasts + n) for m, n in map(block_shape, prepared.targets.values()))
     # About 400 evaluations at a handful of columns for path, optimum, ranks and pattern together, memory-bound.
     solve_seconds = 400 * 8 * per_rank * (2 + len(settings.ranks)) / rate
+    if not settings.linearised:  # passes through the network, less where frozen layers lie below the targets
+        solve_seconds += _NETWORK_PASSES * 3 * forward * padded[0]
     return Estimate(tokens[0], sizes[0], total, capture_seconds, solve_seconds)
 
 

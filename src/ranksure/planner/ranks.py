@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
+
+from torch import Tensor
 
 from ranksure.certificate import Certificate, captured_interval
 from ranksure.factors import Factors, ranks_of, singular_values
@@ -91,6 +95,17 @@ def choose_starts(problem: Problem, rank: int, asked: int | None, most: int = 8)
         return asked
     per_evaluation = 8 * rank * problem.operator.multiplications if rank else 0
     return max(0, min(most, int(_START_BUDGET / (300 * max(per_evaluation, 1)))))
+
+
+def smallest_within_error(losses: Mapping[int, Tensor]) -> int:
+    """Smallest rank whose held-out losses, one a row, are within one paired standard error of the best rank's."""
+    best = min(losses, key=lambda rank: float(losses[rank].mean()))
+    for rank in sorted(losses):
+        difference = losses[rank] - losses[best]
+        error = float(difference.std()) / math.sqrt(len(difference)) if len(difference) > 1 else 0.0
+        if float(difference.mean()) <= error:
+            return rank
+    return best
 
 
 def rank_table(

@@ -2,37 +2,55 @@
 
 from __future__ import annotations
 
-import os
-from typing import Any
-
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
 from ranksure.planner.prepare import Estimate, Prepared
+from ranksure.planner.render_network import show_network
 from ranksure.planner.result import PlanResult
+from ranksure.planner.tables import COLOURS, WIDE, module_names, optional
 from ranksure.records.plan import Generalization, Plan, PlanBounds, RankRow
-
-_WIDE = 110  # columns that the full rank table needs
-_COLOURS = {"optimal": "green", "rank-bound": "yellow", "not-converged": "red"}
 
 
 def show(result: PlanResult, console: Console, folder: str | None = None, brief: bool = False) -> None:
     """Print a plan; ``brief`` leaves out what does not concern its ranks."""
-    record = result.record
+    record, net = result.record, result.record.network
     console.print()
     console.print(
         f"[bold]{escape(_short(record.model))}[/bold] on {escape(record.data.source)}: "
-        f"{record.n_samples} of {record.data.rows} rows, "
+        f"{(net or record).n_samples} of {record.data.rows} rows, "
         f"{record.n_outputs} outputs, {record.loss}, {len(record.target_modules)} target modules",
         highlight=False,
     )
+    chosen = net or record
     console.print(
-        f"weight decay (lambda) {record.weight_decay:.4g}, chosen by {record.weight_decay_chosen_by}; "
-        f"lambda_max {record.lambda_max:.4g}",
+        f"weight decay (lambda) {chosen.weight_decay:.4g}, chosen by {chosen.weight_decay_chosen_by}; "
+        f"lambda_max {chosen.lambda_max:.4g}",
         highlight=False,
     )
+    if net is None:
+        _show_linearised(record, console, brief)
+    else:
+        show_network(record, net, console, brief)
+    accuracies = record.head.accuracy
+    if accuracies:
+        shown = ", ".join(f"{pooling} pooling {value:.1%}" for pooling, value in accuracies.items())
+        where = "the rows that choose lambda" if chosen.path else "one half of the held-out rows"
+        console.print(f"new head, accuracy before any adapter on {where}: {shown}", highlight=False)
+    for note in record.notes:
+        console.print(f"[yellow]note[/yellow] {escape(note)}", highlight=False)
+    for warning in result.warnings:
+        console.print(f"[bold yellow]warning[/bold yellow] {escape(warning)}", highlight=False)
+    console.print(Panel(escape("\n".join(result.sentences())), title="Answer", expand=False))
+    if not result.is_zero and not brief:
+        console.print(result.snippet(), highlight=False, markup=False, soft_wrap=True)
+    if folder is not None:
+        console.print(f"written to {escape(folder)} in {record.seconds['total']:.1f} s", highlight=False)
+
+
+def _show_linearised(record: Plan, console: Console, brief: bool) -> None:
     if record.path and not brief:
         console.print(_path_table(record))
     console.print(_bounds_table(record.bounds))
@@ -44,20 +62,6 @@ def show(result: PlanResult, console: Console, folder: str | None = None, brief:
     _linearity(record, console)
     if record.generalization is not None:
         _generalization(record.generalization, console)
-    accuracies = record.head.accuracy
-    if accuracies:
-        shown = ", ".join(f"{pooling} pooling {value:.1%}" for pooling, value in accuracies.items())
-        where = "the rows that choose lambda" if record.path else "one half of the held-out rows"
-        console.print(f"new head, accuracy before any adapter on {where}: {shown}", highlight=False)
-    for note in record.notes:
-        console.print(f"[yellow]note[/yellow] {escape(note)}", highlight=False)
-    for warning in result.warnings:
-        console.print(f"[bold yellow]warning[/bold yellow] {escape(warning)}", highlight=False)
-    console.print(Panel(escape("\n".join(result.sentences())), title="Answer", expand=False))
-    if not result.is_zero and not brief:
-        console.print(result.snippet(), highlight=False, markup=False, soft_wrap=True)
-    if folder is not None:
-        console.print(f"written to {escape(folder)} in {record.seconds['total']:.1f} s", highlight=False)
 
 
 def show_estimate(prepared: Prepared, guess: Estimate, console: Console) -> None:
@@ -117,16 +121,16 @@ def _rank_table(record: Plan, width: int) -> Table:
     columns = {
         "rank": lambda row: str(row.rank) + ("" if row.requested else "*"),
         "objective": lambda row: f"{row.objective:.6f}",
-        "gap": lambda row: _optional(row.gap, ".1e"),
-        "rho": lambda row: _optional(row.spectral_ratio, ".3f"),
+        "gap": lambda row: optional(row.gap, ".1e"),
+        "rho": lambda row: optional(row.spectral_ratio, ".3f"),
         "captured": _captured,
-        "held-out loss": lambda row: _optional(row.heldout_loss, ".4f"),
-        "accuracy": lambda row: _optional(row.heldout_accuracy, ".1%"),
+        "held-out loss": lambda row: optional(row.heldout_loss, ".4f"),
+        "accuracy": lambda row: optional(row.heldout_accuracy, ".1%"),
         "parameters": lambda row: f"{row.parameters:,}",
-        "starts": lambda row: _optional(row.starts, "d"),
-        "verdict": lambda row: f"[{_COLOURS.get(row.verdict, 'default')}]{row.verdict}[/]",
+        "starts": lambda row: optional(row.starts, "d"),
+        "verdict": lambda row: f"[{COLOURS.get(row.verdict, 'default')}]{row.verdict}[/]",
     }
-    if width < _WIDE:
+    if width < WIDE:
         columns = {name: columns[name] for name in ("rank", "gap", "rho", "captured", "held-out loss", "verdict")}
     for name in columns:
         table.add_column(name, justify="left" if name == "verdict" else "right", no_wrap=True)
@@ -151,23 +155,16 @@ def _captured(row: RankRow) -> str:
     return f"{low:.2%}" if high - low < 5e-5 else f"{low:.2%} to {high:.2%}"
 
 
-def _optional(value: Any, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
 def _module_table(record: Plan, most: int = 24) -> Table:
     names = record.target_modules
-    common = os.path.commonprefix(names) if len(names) > 1 else ""  # noqa: RUF071 (cut at a dot below)
-    common = common[: common.rfind(".") + 1]
-    table = Table(title=f"Rank of every module{f' of {common[:-1]}' if common else ''}", title_justify="left")
+    common, shown = module_names(names)
+    table = Table(title=f"Rank of every module{f' of {common}' if common else ''}", title_justify="left")
     for column in ("module", "shape", "certified optimum", "smallest pattern found"):
         table.add_column(column, justify="left" if column == "module" else "right")
     pattern = record.recommended.linear_pattern
     for name in names[:most]:
         m, n = record.shapes[name]
-        table.add_row(
-            name.removeprefix(common), f"{m} x {n}", str(record.optimum.ranks[name]), str(pattern.get(name, 0))
-        )
+        table.add_row(shown[name], f"{m} x {n}", str(record.optimum.ranks[name]), str(pattern.get(name, 0)))
     if len(names) > most:
         table.caption = f"and {len(names) - most} more in plan.json"
     return table

@@ -18,6 +18,7 @@ from ranksure.errors import AdapterError, SettingError, one_line
 from ranksure.factors import Factors
 from ranksure.files import is_left, staged_folder
 from ranksure.options import spoken
+from ranksure.planner import answer
 from ranksure.planner.solved import SOLVED, write_solved
 from ranksure.records.plan import Generalization, Plan
 from ranksure.records.record import encoded, plain
@@ -27,14 +28,6 @@ from ranksure.theory.generalization import GeneralizationBound
 
 if TYPE_CHECKING:
     from ranksure.planner.prepare import Prepared
-
-LINEARITY_WARNING = 0.5
-"""Relative difference between the real network and its linearisation above which a plan warns.
-
-Set before, and kept after, ``benchmarks.advice``: of its cases that choose the threshold every plan up to 0.67
-transferred and the first failure is at 0.96; among its scored cases one failed at 0.63, and none below 0.5.
-"""
-
 
 _OWN = {"plan.json", SOLVED, "report.html", "lora_config.py", "axolotl.yaml", "adapter", "merged", "weak-decay"}
 _OWN_ADAPTER = {"task.json", "adapter_config.json", "adapter_model.safetensors", "README.md", "head.safetensors"}
@@ -91,11 +84,13 @@ class PlanResult:
 
     Attributes:
         record: the content of ``plan.json``.
-        factors: the certified optimum, ``(u, v)`` by module, at scale one.
+        factors: the answer, ``(u, v)`` by module, at scale one: the certified point of the network itself, or the
+            linearised network's optimum where only that was solved; ``linear_factors`` is this one in any case.
     """
 
-    def __init__(self, record: Plan, factors: Factors, prepared: Prepared) -> None:
+    def __init__(self, record: Plan, factors: Factors, prepared: Prepared, linear: Factors | None = None) -> None:
         self.record, self.factors, self._prepared = record, factors, prepared
+        self.linear_factors = factors if linear is None else linear
 
     @property
     def data(self) -> dict[str, Any]:
@@ -104,8 +99,8 @@ class PlanResult:
 
     @property
     def is_zero(self) -> bool:
-        """Whether the optimum is no update at all (lambda at or above lambda_max)."""
-        return self.record.optimum.is_zero
+        """Whether the answer is no update at all (as for lambda at or above lambda_max)."""
+        return not any(u.shape[1] for u, _ in self.factors.values())
 
     @property
     def lora_config(self) -> LoraConfig:
@@ -118,14 +113,15 @@ class PlanResult:
 
     @property
     def pattern_lora_config(self) -> LoraConfig:
-        """The smallest rank pattern found, for the linearised network; it may leave targets out.
+        """The smallest rank pattern found, on the network itself where that was solved; it may leave targets out.
 
-        A trained network often reaches less with it (docs/does-the-advice-transfer.md).
+        For the linearised network, a trained one often reaches less with it (docs/does-the-advice-transfer.md).
 
         Raises:
             AdapterError: the optimum is zero, so there is nothing to train.
         """
-        return self._config(self.record.recommended.linear_pattern)
+        network = self.record.network
+        return self._config(self.record.recommended.linear_pattern if network is None else network.pattern)
 
     def _config(self, ranks: dict[str, int]) -> LoraConfig:
         task = self._prepared.task
@@ -140,89 +136,11 @@ class PlanResult:
     @property
     def warnings(self) -> list[str]:
         """What a user should know before trusting the advice."""
-        out: list[str] = []
-        record, linearity = self.record, self.record.linearity
-        if linearity.worst > LINEARITY_WARNING:
-            out.append(
-                f"The real network differs from its linearisation by {linearity.worst:.0%} of the change: the "
-                "certificate is for the linearised problem, so treat the ranks as a guide, consider twice the rank, "
-                "and certify the trained run."
-            )
-        losses = [point.selection_loss for point in record.path if point.selection_loss is not None]
-        if len(losses) > 1 and min(losses) == losses[-1]:
-            out.append(
-                f"The held-out loss still fell at the end of the path of lambda ({record.weight_decay:.3g}, "
-                f"{record.weight_decay / record.lambda_max:.2g} of lambda_max): a weaker decay may be "
-                "better; give `weight_decay` a smaller number to see."
-            )
-        held, real = record.heldout, linearity.heldout_real_loss
-        if held is not None and real is not None and real > held.loss_without_adapter:
-            out.append(
-                "With the solved update the real network does worse on held-out rows than without an adapter (loss "
-                f"{real:.4f} against {held.loss_without_adapter:.4f})."
-            )
-        optimum = record.optimum
-        if optimum.status != "converged":
-            out.append(
-                f"The optimum was not certified to the tolerance: relative gap {optimum.relative_gap:.1e}; "
-                f"{optimum.remedy}."
-            )
-        mean, model = record.head.accuracy.get("mean"), record.head.accuracy.get("model")
-        if mean is not None and model is not None and mean - model > 0.01 and record.pooling == "model":
-            out.append(
-                f"Mean pooling is the better head here ({mean:.1%} against {model:.1%} before any adapter, on the rows "
-                "that choose lambda): try `pooling` mean, and look at its linearity before you trust it."
-            )
-        return out
+        return answer.warnings(self.record)
 
     def sentences(self) -> list[str]:
-        """The answer in three plain sentences."""
-        record, optimum, advice = self.record, self.record.optimum, self.record.recommended
-        if self.is_zero:
-            return [
-                f"No adapter is needed: at weight decay {record.weight_decay:.3g} (lambda_max is "
-                f"{record.lambda_max:.3g}) the certified optimum is no update at all, so the rank is 0.",
-                "Held-out loss rises as the weight decay falls, so nothing is gained by a weaker one."
-                if len(record.path) > 1
-                else "Lower the weight decay to let the data move the weights.",
-            ]
-        share = f"{100 * record.captured_target:.6g}%"  # 99.9% is not 100%
-        kept = advice.linear_pattern
-        ranks = set(kept.values())
-        pattern = (
-            f"rank {ranks.pop()} in {_count(len(kept), 'module')}"
-            if len(ranks) == 1
-            else f"ranks {min(ranks)} to {max(ranks)} in {_count(len(kept), 'module')}"
-        )
-        left_out = len(record.target_modules) - len(kept)
-        far = record.linearity.worst > LINEARITY_WARNING
-        first = (
-            f"Rank {advice.r} is enough in {_every(len(record.target_modules))}: it captures at least {share} of "
-            f"what any rank could gain on these {record.n_samples} rows."
-        )
-        if far:
-            first = f"For the linearised network, which is far from the real one here, {first[0].lower()}{first[1:]}"
-        if advice.parameters_pattern < advice.parameters_uniform:
-            first += f" The linearised network needs only {pattern} ({advice.captured_pattern:.2%})"
-            # measured in docs/does-the-advice-transfer.md
-            first += ", but a trained one often uses the targets left out." if left_out else "."
-        stuck = [row.rank for row in record.ranks if row.verdict == "rank-bound"]
-        trapped = f", and rank {_listed(stuck)} is stuck below it (rank-bound)" if stuck else ""
-        second = (
-            f"Theory promises an optimum of rank at most {record.bounds.existence.best} and, for almost every small "
-            f"perturbation of the objective, no spurious minima from rank {record.bounds.landscape.best}; the "
-            f"certified optimum has rank {optimum.largest_rank} (relative gap {optimum.relative_gap:.1e}){trapped}."
-        )
-        held = record.heldout
-        if held is None:
-            return [first, second, "There were no held-out rows, so nothing is said about generalisation."]
-        third = (
-            f"On {held.rows} held-out rows that chose nothing, the smallest rank within one standard error of the "
-            f"best is {advice.heldout_r}"
-        )
-        if advice.heldout_r == 0:
-            return [f"{third}: there the adapter shows no gain over the network without it.", first, second]
-        return [first, second, f"{third}."]
+        """The answer in a few plain sentences."""
+        return answer.sentences(self.record)
 
     def snippet(self) -> str:
         """Python source of the recommended configuration."""
@@ -256,7 +174,7 @@ class PlanResult:
         with staged_folder(out, "plan.json") as stage:
             (stage / "plan.json").write_text(self.to_json(), encoding="utf-8")
             if not self.is_zero:
-                write_solved(stage, self.factors, self._prepared.task)
+                write_solved(stage, self.factors, self.linear_factors, self._prepared.task)
                 failure = self._try_export(stage, out)
         if failure is not None:
             raise AdapterError(
@@ -278,13 +196,17 @@ class PlanResult:
         (stage / SOLVED).unlink()
         return None
 
+    @property
+    def _weight_decay(self) -> float:
+        return self.record.recommended.weight_decay or self.record.weight_decay
+
     def _notes(self) -> str:
         """Comments above the configuration: what it is for, and what it does not say."""
         task = self._prepared.task
         owner = f"{type(task.adapted).__name__}{', with a head of its own' if task.pooling == 'mean' else ''}"
         lines = [
             f"The smallest uniform rank found, in every target; module names are those of {owner}.",
-            f"Weight decay {self.record.weight_decay:.6g}: L2 on the LoRA factors, as SGD applies it, not AdamW.",
+            f"Weight decay {self._weight_decay:.6g}: L2 on the LoRA factors, as SGD applies it, not AdamW.",
         ]
         if task.saved_modules:
             lines.append("Made for its own fitted head, frozen: ranksure.install_planned_head(peft_model, PLAN).")
@@ -299,7 +221,7 @@ class PlanResult:
         task, advice = self._prepared.task, self.record.recommended
         return axolotl_yaml(
             advice.rank_pattern,
-            weight_decay=self.record.weight_decay,
+            weight_decay=self._weight_decay,
             modules_to_save=task.saved_modules,
             model=None if self._prepared.settings.merged else task.adapted,
         )
@@ -349,16 +271,3 @@ class PlanResult:
                 **common,
             )
         write_task(stage / "adapter", task_record(task, self._prepared.loss.name))
-
-
-def _every(n: int) -> str:
-    return "the target" if n == 1 else "both targets" if n == 2 else f"each of the {n} targets"
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n} {noun}{'s' * (n != 1)}"
-
-
-def _listed(values: list[int]) -> str:
-    texts = [str(value) for value in values]
-    return texts[0] if len(texts) == 1 else ", ".join(texts[:-1]) + " and " + texts[-1]

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ranksure.adapters.config import lora_config
 from ranksure.capture import check_memory
+from ranksure.errors import RanksureError, one_line
 from ranksure.factors import Factors
 from ranksure.losses import accuracy
 from ranksure.network.logits import predict
 from ranksure.network.side_path import applied
+from ranksure.planner.advice import FoundRanks, by_linearised, by_network
+from ranksure.planner.network.run import NetworkAnswer, plan_network
 from ranksure.planner.prepare import Linearised, Prepared, estimate, linearise, prepare
-from ranksure.planner.ranks import RankTable, TableRow, clipped, parameters, rank_table, smallest_pattern
+from ranksure.planner.ranks import (
+    RankTable,
+    TableRow,
+    clipped,
+    parameters,
+    rank_table,
+    smallest_pattern,
+    smallest_within_error,
+)
 from ranksure.planner.result import PlanResult, generalization_record
 from ranksure.planner.settings import PlanSettings
 from ranksure.planner.subsets import extrapolate, subset_row, subset_rows
@@ -36,7 +46,6 @@ from ranksure.records.plan import (
     Plan,
     PlanBounds,
     RankRow,
-    Recommended,
     Source,
     Subset,
 )
@@ -83,8 +92,8 @@ def plan(
     return run_plan(prepared, clock)
 
 
-def run_plan(prepared: Prepared, clock: Clock) -> PlanResult:
-    """Everything after the data and the model are read."""
+def run_plan(prepared: Prepared, clock: Clock, kept: Path | None = None) -> PlanResult:
+    """Everything after data and model are read; what the network's part finishes is kept in the file ``kept``."""
     options, task, train = prepared.settings, prepared.task, prepared.split.train
     guess = estimate(prepared)
     check_memory(guess.total_bytes, options.memory_bytes, "the captured factors and their working copies")
@@ -100,6 +109,8 @@ def run_plan(prepared: Prepared, clock: Clock) -> PlanResult:
     with clock.stage("linearity", "Comparing with the real network"):
         linearity = _linearity(lin, solution.factors)
     figures, heldout, heldout_rank = _held_out(lin, ranks.table)
+    answer = None if options.linearised else _network(lin, clock, lam, kept)
+    advice = by_linearised(problem, ranks, lam, heldout_rank, None if options.merged else task.adapted)
     record = Plan(
         model=task.name,
         revision=task.revision,
@@ -120,11 +131,14 @@ def run_plan(prepared: Prepared, clock: Clock) -> PlanResult:
         optimum=_optimum_record(solution),
         ranks=[_row_record(problem, row, figures) for row in ranks.table.rows],
         heldout=heldout,
-        recommended=_recommended(problem, ranks, lam, heldout_rank, None if options.merged else task.adapted),
+        recommended=advice
+        if answer is None
+        else by_network(advice, answer.record, answer.heldout_r, problem, prepared),
         subsets=subsets,
         extrapolation=extrapolation,
         linearity=linearity,
         generalization=generalization,
+        network=None if answer is None else answer.record,
         head=_head_record(lin),
         captured_target=options.captured,
         seed=options.seed,
@@ -135,7 +149,16 @@ def run_plan(prepared: Prepared, clock: Clock) -> PlanResult:
         versions={name: version(name) for name in ("torch", "transformers", "peft")},
     )
     task.kept.clear()  # prepared inputs, which the result need not hold
-    return PlanResult(record, solution.factors, prepared)
+    return PlanResult(record, (answer or solution).factors, prepared, solution.factors)
+
+
+def _network(lin: Linearised, clock: Clock, lam: float, kept: Path | None) -> NetworkAnswer | None:
+    """The network's own answer; where it cannot be had, a note says why, and what the linearised one says stands."""
+    try:
+        return plan_network(lin, None if lin.chooses else lam, clock, kept)
+    except RanksureError as error:
+        lin.prepared.notes.append(f"The network itself was not solved, only its linearisation: {one_line(error)}")
+        return None
 
 
 def _solve(problem: Problem, path: list[PathPoint], options: PlanSettings, clock: Clock) -> Solution:
@@ -145,24 +168,15 @@ def _solve(problem: Problem, path: list[PathPoint], options: PlanSettings, clock
     with clock.stage("solve", "Solving to a certified optimum") as advance:
         return solve(
             problem,
-            tolerance=options.tolerance,
+            tolerance=options.linear_tolerance,
             start=start,
-            progress=lambda index, certificate: advance(_digits(certificate.relative_gap, options.tolerance), 100),
+            progress=lambda index, certificate: advance(
+                _digits(certificate.relative_gap, options.linear_tolerance), 100
+            ),
         )
 
 
-@dataclass(frozen=True)
-class _Ranks:
-    """What each rank reaches; the smallest uniform rank and the smallest pattern found, with the shares captured."""
-
-    table: RankTable
-    smallest: int
-    captured_uniform: float
-    pattern: dict[str, int]
-    captured_pattern: float
-
-
-def _examine_ranks(problem: Problem, solution: Solution, options: PlanSettings, clock: Clock) -> _Ranks:
+def _examine_ranks(problem: Problem, solution: Solution, options: PlanSettings, clock: Clock) -> FoundRanks:
     with clock.stage("ranks", "Examining ranks") as advance:
         table, smallest = rank_table(
             problem,
@@ -174,13 +188,13 @@ def _examine_ranks(problem: Problem, solution: Solution, options: PlanSettings, 
             advance=advance,
         )
     if not any(solution.ranks.values()):
-        return _Ranks(table, 0, 1.0, dict.fromkeys(solution.ranks, 0), 1.0)
+        return FoundRanks(table, 0, 1.0, dict.fromkeys(solution.ranks, 0), 1.0)
     uniform, reached = clipped(problem, smallest), table.row(smallest).captured[0]
     with clock.stage("pattern", "Finding the smallest rank pattern") as advance:
         pattern, point = smallest_pattern(problem, solution, options.captured, advance)
     if parameters(problem, uniform) < parameters(problem, pattern):
-        return _Ranks(table, smallest, reached, uniform, reached)
-    return _Ranks(table, smallest, reached, pattern, table.captured(point.certificate)[0])
+        return FoundRanks(table, smallest, reached, uniform, reached)
+    return FoundRanks(table, smallest, reached, pattern, table.captured(point.certificate)[0])
 
 
 def _subsets(
@@ -297,13 +311,6 @@ def _held_out(lin: Linearised, table: RankTable) -> tuple[_Figures, HeldOutFigur
         losses[row.rank] = held.losses(row.factors)
         figures[row.rank] = float(losses[row.rank].mean()), held.accuracy(row.factors)
     best = min(losses, key=lambda rank: float(losses[rank].mean()))
-    chosen = best
-    for rank in sorted(losses):
-        difference = losses[rank] - losses[best]
-        error = float(difference.std()) / math.sqrt(len(difference)) if len(difference) > 1 else 0.0
-        if float(difference.mean()) <= error:
-            chosen = rank
-            break
     summary = HeldOutFigures(
         rows=len(held.rows),
         loss_without_adapter=float(base.mean()),
@@ -311,7 +318,7 @@ def _held_out(lin: Linearised, table: RankTable) -> tuple[_Figures, HeldOutFigur
         best_rank=best,
         note="rows that chose nothing; figures of the linearised network",
     )
-    return figures, summary, chosen
+    return figures, summary, smallest_within_error(losses)
 
 
 def _row_record(problem: Problem, row: TableRow, figures: _Figures) -> RankRow:
@@ -331,41 +338,6 @@ def _row_record(problem: Problem, row: TableRow, figures: _Figures) -> RankRow:
         negative_curvature=row.negative_curvature,
         requested=row.requested,
     )
-
-
-def _recommended(
-    problem: Problem, ranks: _Ranks, lam: float, heldout_rank: int | None, model: nn.Module | None
-) -> Recommended:
-    kept = {name: rank for name, rank in ranks.pattern.items() if rank > 0}
-    # Every target, though the linearised network may need fewer: a trained network often uses those too.
-    uniform = clipped(problem, ranks.smallest) if ranks.smallest else {}
-    return Recommended(
-        r=ranks.smallest,
-        lora_alpha=ranks.smallest,
-        rank_pattern=uniform,
-        alpha_pattern=dict(uniform),
-        target_modules=list(uniform),
-        peft=_exact_fields(uniform, model),
-        linear_pattern=kept,
-        linear_peft=_exact_fields(kept, model),
-        weight_decay=lam,
-        heldout_r=heldout_rank,
-        parameters_uniform=parameters(problem, uniform),
-        parameters_pattern=parameters(problem, kept),
-        captured_uniform=ranks.captured_uniform,
-        captured_pattern=ranks.captured_pattern,
-        note="smallest found; weight_decay is L2 on LoRA factors at scale lora_alpha / r = 1: SGD's, not AdamW's",
-    )
-
-
-def _exact_fields(kept: dict[str, int], model: nn.Module | None) -> dict[str, Any] | None:
-    """Ranks as ``LoraConfig`` fields that match these modules only (a plain name also matches by suffix)."""
-    if not kept:
-        return None
-    config = lora_config(kept, model=model, uniform=len(set(kept.values())) == 1)
-    names = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")
-    fields = {name: getattr(config, name) for name in names}
-    return {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
 
 
 def _generalization(lin: Linearised, problem: Problem, advance: Advance) -> Generalization:

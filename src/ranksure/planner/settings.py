@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from ranksure.errors import SettingError
 from ranksure.options import COMMON, DATA, MODEL, OUTPUT, SEED, SOLVER, Option, plain, whole
-from ranksure.quantities import parse_memory, parse_share
+from ranksure.quantities import parse_effort, parse_memory, parse_share
 from ranksure.tasks.options import TaskOptions, values_of
 
 
@@ -29,6 +29,10 @@ def _captured(value: float) -> str | None:
 
 def _gap(value: float) -> str | None:
     return None if 1e-12 <= value <= 1e-3 else "must lie between 1e-12 and 1e-3"
+
+
+def _network_gap(value: float) -> str | None:
+    return None if 1e-9 <= value <= 0.5 else "must lie between 1e-9 and 0.5, such as 0.01"
 
 
 def _ranks(value: Sequence[int]) -> str | None:
@@ -73,7 +77,24 @@ class PlanSettings(TaskOptions):
         float, Option("Share of the possible gain that a recommended rank must capture.", SOLVER, check=_captured)
     ] = 0.99
     memory: Annotated[float | str, Option("Memory budget, such as 8GB.", SOLVER, parse=str)] = "8GB"
-    tolerance: Annotated[float, Option("Relative gap of the final solution.", SOLVER, check=_gap)] = 1e-6
+    tolerance: Annotated[
+        float, Option("Gap of the network's solution, as a share of what it gains.", SOLVER, check=_network_gap)
+    ] = 0.01
+    linear_tolerance: Annotated[
+        float, Option("Relative gap of the linearised network's solution.", SOLVER, check=_gap)
+    ] = 1e-6
+    linearised: Annotated[
+        bool, Option("Stop after the answer for the linearised network (seconds, and a guide only).", COMMON)
+    ] = False
+    budget: Annotated[
+        int | str | None,
+        Option(
+            "Most work on the network itself, in passes over the rows (300) or time (10min); the best point so far is "
+            "the answer then.",
+            COMMON,
+            parse=str,
+        ),
+    ] = None
     random_starts: Annotated[
         int | None, Option("Random starts per rank (default: as the size allows).", SOLVER, check=whole(0))
     ] = None
@@ -90,6 +111,8 @@ class PlanSettings(TaskOptions):
         super().__post_init__()
         parse_layers(self.layers_to_transform)
         parse_memory(self.memory)
+        if self.budget is not None:
+            parse_effort(self.budget)
         if self.uniform and self.merged:
             raise SettingError("`uniform` and `merged` exclude each other: a merged checkpoint has no adapter")
         if self.merged and self.task == "prompt":

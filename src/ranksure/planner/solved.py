@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,17 +21,23 @@ if TYPE_CHECKING:
 
 SOLVED = "solved.safetensors"
 _HOW_WRITTEN = ("merged", "uniform")  # settings that the solution does not depend on
+_LINEAR = "linear."  # before the names of the linearised optimum's tensors
 
 
-def write_solved(folder: Path, factors: Factors, task: Task[Any]) -> None:
-    """Write the optimum's factors, and what of the network the plan itself has made (a new head)."""
-    tensors = {f"{side}.{name}": part for name, pair in factors.items() for side, part in zip("uv", pair, strict=True)}
+def write_solved(folder: Path, factors: Factors, linear: Factors, task: Task[Any]) -> None:
+    """Write the factors of the answer and of the linearised optimum, and what the plan itself has made (a new head)."""
+    tensors = {
+        f"{before}{side}.{name}": part
+        for before, each in (("", factors), (_LINEAR, linear))
+        for name, pair in each.items()
+        for side, part in zip("uv", pair, strict=True)
+    }
     for index, module in enumerate(_new(task)):
         tensors |= {f"new.{index}.{key}": value for key, value in module.state_dict().items()}
     save_file({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}, folder / SOLVED)
 
 
-def read_solved(folder: Path, prepared: Prepared) -> tuple[Plan, Factors] | None:
+def read_solved(folder: Path, prepared: Prepared) -> tuple[Plan, Factors, Factors] | None:
     """A plan that was solved for the same model, rows and settings; what it made is put into the network.
 
     None where there is none, or one of another request.
@@ -39,22 +46,33 @@ def read_solved(folder: Path, prepared: Prepared) -> tuple[Plan, Factors] | None
         record, tensors = read(folder / "plan.json", Plan), load_file(folder / SOLVED)
     except (OSError, SafetensorError, RanksureError):
         return None
-    task, train = prepared.task, prepared.split.train
-    if train.sha256 is None or _request(record) != (
-        (task.name, task.revision),
-        (train.sha256, prepared.split.total),
-        {**plain(prepared.settings.to_json()), **dict.fromkeys(_HOW_WRITTEN)},
-    ):
+    task = prepared.task
+    request = request_of(prepared)
+    if request["data"] is None or _requested(record) != request:
         return None
     for index, module in enumerate(_new(task)):
         start = f"new.{index}."
         module.load_state_dict({k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)})
-    return record, {name: (tensors[f"u.{name}"], tensors[f"v.{name}"]) for name in record.target_modules}
+    found = [
+        {name: (tensors[f"{before}u.{name}"], tensors[f"{before}v.{name}"]) for name in record.target_modules}
+        for before in ("", _LINEAR)
+        if f"{before}u.{record.target_modules[0]}" in tensors
+    ]
+    return record, found[0], found[-1]
 
 
-def _request(record: Plan) -> tuple[Any, ...]:
+def request_of(prepared: Prepared, but: Sequence[str] = ()) -> dict[str, Any]:
+    """What a plan's solution depends on, but for some of its settings."""
+    task, train = prepared.task, prepared.split.train
+    settings = {**plain(prepared.settings.to_json()), **dict.fromkeys((*_HOW_WRITTEN, *but))}
+    model = [task.name, task.revision]
+    return {"model": model, "data": train.sha256, "rows": prepared.split.total, "settings": settings}
+
+
+def _requested(record: Plan) -> dict[str, Any]:
     settings = {**record.settings, **dict.fromkeys(_HOW_WRITTEN)}
-    return (record.model, record.revision), (record.data.sha256, record.data.rows), settings
+    model = [record.model, record.revision]
+    return {"model": model, "data": record.data.sha256, "rows": record.data.rows, "settings": settings}
 
 
 def _new(task: Task[Any]) -> list[nn.Module]:

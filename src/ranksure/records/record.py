@@ -24,7 +24,8 @@ Ranks = dict[str, Count]
 
 SCHEMA = 2
 """Of records about plans and runs. Since 2, squared error and logistic loss are means over outputs too, as in
-transformers; records of 1 with another loss mean the same, and are read."""
+transformers; records of 1 with another loss mean the same, and are read. What a later schema of one kind adds may be
+left out: it reads those of 2."""
 
 _RESCALED = ("squared-error", "logistic")
 
@@ -108,7 +109,11 @@ def checked(content: Any, kind: type[T], path: Path) -> T:
         DataError: another schema, or a value that is missing or not what it should be, with its place.
     """
     stated, schema = content.get("schema") if isinstance(content, dict) else None, kind.SCHEMA
-    if type(stated) is int and stated == 1 and schema == 2 and _loss_of(content) not in _RESCALED:
+    if (
+        type(stated) is int
+        and (stated == 2 or (stated == 1 and _loss_of(content) not in _RESCALED))
+        and stated < schema
+    ):
         stated, content = schema, {**content, "schema": schema}
     if stated != schema or isinstance(stated, bool):
         found = "no schema" if stated is None else f"schema {stated!r}"

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -22,10 +24,11 @@ from torch import Tensor, nn
 from ranksure.errors import MemoryBudgetError
 from ranksure.factors import FactorLayout, Factors, balanced, ranks_of
 from ranksure.losses import Kind
-from ranksure.network.batch_losses import Forward
+from ranksure.network.batch_losses import Forward, Weighting
 from ranksure.network.gradient import mean_loss
 from ranksure.network.logits import Batch, batch_rows, frozen
 from ranksure.network.prefix import cached_prefix
+from ranksure.network.row_losses import LossCheck
 from ranksure.relinearised import ModuleState
 from ranksure.solvers.lbfgs import minimize
 from ranksure.solvers.network_objective import NetworkObjective, NetworkPoint
@@ -94,6 +97,7 @@ def solve_network(
     *,
     weight_decay: float | Mapping[str, float],
     loss: Kind | None = None,
+    weighting: Weighting = "token",
     start: Factors | None = None,
     tolerance: float = 0.01,
     max_gradients: int = 700,
@@ -110,6 +114,7 @@ def solve_network(
         targets: modules by name (see :func:`ranksure.network.targets.select_targets`).
         weight_decay: lambda, for all modules or by name: the L2 decay of factors of scale one.
         loss: its name; by the model's own rules by default, checked against the loss that it computes itself.
+        weighting: of a causal language model's tokens: every ``token`` or every ``sample`` alike.
         start: factors to start from; no update by default.
         tolerance: the gap to reach, as a share of what was gained.
         max_gradients: most passes forward and back over the data.
@@ -120,33 +125,93 @@ def solve_network(
         SettingError: a lambda that is not positive, or a loss that is not the model's own.
         DataError, CaptureError: as :func:`ranksure.network.gradient.gradient_pass`.
     """
-    began = time.perf_counter()
-    penalty = weight_decay if isinstance(weight_decay, Mapping) else dict.fromkeys(targets, float(weight_decay))
+    with network_objective(
+        model,
+        batches,
+        targets,
+        weight_decay=weight_decay,
+        loss=loss,
+        weighting=weighting,
+        memory_bytes=memory_bytes,
+    ) as objective:
+        return solve_objective(
+            objective, start=start, tolerance=tolerance, max_gradients=max_gradients, progress=progress
+        )
+
+
+@contextmanager
+def network_objective(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    targets: Mapping[str, nn.Module],
+    *,
+    weight_decay: float | Mapping[str, float] = 1.0,
+    loss: Kind | None = None,
+    weighting: Weighting = "token",
+    memory_bytes: float = 4 * 2**30,
+) -> Generator[NetworkObjective]:
+    """The objective of a network on these rows, made ready once for many solves (see ``with_penalty``).
+
+    Within the context the frozen layers below the targets do not run again. Arguments and errors: as
+    :func:`solve_network`.
+    """
     kind = loss or _own_kind(model, batches[0])
-    turned = _turned_loss(model, batches, kind)  # by the whole network
+    _check_rows(model, batches, kind, weighting)  # by the whole network, as is the next
+    turned = _turned_loss(model, batches, kind, weighting)
     with cached_prefix(model, batches, targets, memory_bytes) as prefix:
-        objective = NetworkObjective(model, prefix.batches, targets, penalty, kind, prefix.paused)
-        at_zero = objective.loss({})
-        noise = abs(turned - at_zero) + 4 * torch.finfo(next(model.parameters()).dtype).eps * at_zero
-        run = _Run(objective, at_zero, noise, tolerance, max_gradients, memory_bytes, progress)
-        point, gap, status, remedy = run.rounds(objective.zero() if start is None else balanced(start))
+        objective = NetworkObjective(
+            model,
+            prefix.batches,
+            targets,
+            weight_decay,
+            kind,
+            prefix.paused,
+            weighting=weighting,
+            memory_bytes=memory_bytes,
+            skipped=prefix.skipped,
+        )
+        objective.disorder = abs(turned - objective.at_zero)
+        yield objective
+
+
+def solve_objective(
+    objective: NetworkObjective,
+    *,
+    start: Factors | None = None,
+    tolerance: float = 0.01,
+    max_gradients: int = 700,
+    progress: Progress = lambda gradients, point: None,
+) -> NetworkSolution:
+    """:func:`solve_network` of a network made ready; counts are those of this solve alone."""
+    began, before = time.perf_counter(), copy(objective.counts)
+    run = _Run(objective, tolerance, max_gradients, progress)
+    point, gap, status, remedy = run.rounds(objective.zero() if start is None else balanced(start))
+    counts = objective.counts.since(before)
     return NetworkSolution(
         factors=point.factors,
         objective=point.objective,
-        objective_at_zero=at_zero,
+        objective_at_zero=objective.at_zero,
         loss=point.loss,
         states=point.states,
         gap=gap,
-        noise=noise,
+        noise=objective.noise,
         status=status,
         remedy=remedy,
-        gradients=objective.gradients,
-        forwards=objective.forwards,
-        captures=objective.captures,
+        gradients=counts.gradients,
+        forwards=counts.forwards,
+        captures=counts.captures,
         seconds=time.perf_counter() - began,
-        skipped=prefix.skipped,
+        skipped=objective.skipped,
         history=run.history,
     )
+
+
+def descend_at_ranks(objective: NetworkObjective, start: Factors, *, max_gradients: int = 40) -> NetworkPoint:
+    """Descent at the ranks of a start, which neither grow nor shrink, and what one gradient pass says of its end."""
+    run = _Run(objective, 1e-3, max_gradients - 1, inner=1e-4)  # the last one examines
+    factors = balanced(start)
+    layout = FactorLayout(objective.shapes, ranks_of(factors))
+    return objective.examine(run.descended(layout, factors) if layout.size else factors)
 
 
 @dataclass
@@ -154,14 +219,20 @@ class _Run:
     """The rounds of one solve: certificate, directions, descent."""
 
     objective: NetworkObjective
-    at_zero: float
-    noise: float
     tolerance: float
     max_gradients: int
-    memory_bytes: float
-    progress: Progress
+    progress: Progress = lambda gradients, point: None
     history: list[tuple[int, float, float]] = field(default_factory=list)
     inner: float = 1e-2
+
+    def __post_init__(self) -> None:
+        self.at_zero, self.noise = self.objective.at_zero, self.objective.noise
+        self.before = self.objective.counts.gradients
+
+    @property
+    def gradients(self) -> int:
+        """Of this solve."""
+        return self.objective.counts.gradients - self.before
 
     def rounds(self, factors: Factors) -> tuple[NetworkPoint, float, Status, str]:
         """From a start to a certified point, or the best one with what to do."""
@@ -169,11 +240,11 @@ class _Run:
         point, stalled, slow = objective.examine(factors), 0, False
         while True:
             gap = point.gap
-            self.history.append((objective.gradients, point.objective, gap))
-            self.progress(objective.gradients, point)
+            self.history.append((self.gradients, point.objective, gap))
+            self.progress(self.gradients, point)
             if self.enough(point, gap):
                 return self.pruned(point)
-            spent = objective.gradients >= self.max_gradients
+            spent = self.gradients >= self.max_gradients
             if slow or spent:  # all that is left may be a loose dual
                 gap = self.sharper(point)
                 if self.enough(point, gap):
@@ -237,7 +308,7 @@ class _Run:
 
         x = layout.flatten(factors).to(objective.dtype)
         scale = math.sqrt(2 * max(self.at_zero, 1e-300) * min(objective.penalty.values()))
-        most = min(200, max(1, self.max_gradients - objective.gradients))
+        most = min(200, max(1, self.max_gradients - self.gradients))
         result = minimize(function, x, tolerance=self.inner * scale, max_evaluations=most)
         return balanced({**objective.zero(), **layout.unflatten(result.x.double())})
 
@@ -278,8 +349,10 @@ class _Run:
 
     def sharper(self, point: NetworkPoint) -> float:
         """The gap by the dual of the re-linearised model's own solution, where a capture of it is possible."""
+        if not self.objective.by_row:
+            return point.gap
         try:
-            dual = self.objective.relinearised_dual(point, 0.1 * self.tolerance, self.memory_bytes)
+            dual = self.objective.relinearised_dual(point, 0.1 * self.tolerance)
         except MemoryBudgetError:
             return point.gap
         return min(point.gap, max(point.objective - dual, 0.0) + self.noise)
@@ -328,10 +401,24 @@ def _own_kind(model: nn.Module, batch: Batch) -> Kind:
     return forward.kind
 
 
-def _turned_loss(model: nn.Module, batches: Sequence[Batch], kind: Kind) -> float:
+def _check_rows(model: nn.Module, batches: Sequence[Batch], kind: Kind, weighting: Weighting) -> None:
+    """The mean loss is one of the rows, however they share batches.
+
+    Raises:
+        RowsInteract: it is not.
+    """
+    forward, check = Forward(model, kind, weighting), LossCheck(batches)
+    with frozen(model), torch.no_grad():
+        for batch in batches:
+            forward.losses_only(batch)
+            check.see(batch, forward)
+        check.finish(forward)
+
+
+def _turned_loss(model: nn.Module, batches: Sequence[Batch], kind: Kind, weighting: Weighting) -> float:
     """Mean loss with batches and rows in the opposite order: what differs is the noise of an evaluation."""
     turned = [{key: _turned(value, batch_rows(batch)) for key, value in batch.items()} for batch in batches]
-    return mean_loss(model, turned[::-1], kind=kind)
+    return mean_loss(model, turned[::-1], kind=kind, weighting=weighting)
 
 
 def _turned(value: object, rows: int) -> object:

@@ -9,7 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +21,7 @@ from ranksure.capture import capture
 from ranksure.errors import SettingError
 from ranksure.factors import Factors, nuclear_norms
 from ranksure.losses import Kind, get_loss
-from ranksure.network.batch_losses import Forward
+from ranksure.network.batch_losses import Forward, Weighting
 from ranksure.network.gradient import gradient_pass, mean_loss
 from ranksure.network.logits import Batch, device_of, frozen, logits_of, to_device, unlabelled
 from ranksure.network.side_path import applied
@@ -26,7 +29,7 @@ from ranksure.network.targets import block_shape
 from ranksure.problem import Problem
 from ranksure.relinearised import Examiner, ModuleState, penalised_gaps
 from ranksure.solvers.burer_monteiro import solve
-from ranksure.spectral import top_pairs
+from ranksure.spectral import outside_pairs
 
 MOST_PAIRS = 4
 """New directions of one module in one round."""
@@ -60,6 +63,19 @@ class NetworkPoint:
         return self.objective - self.loss + sum(state.inner for state in self.states.values())
 
 
+@dataclass
+class Counts:
+    """Work so far: passes forward and back over the data, passes forward alone, captures."""
+
+    gradients: int = 0
+    forwards: int = 0
+    captures: int = 0
+
+    def since(self, before: Counts) -> Counts:
+        """What came after a copy was taken."""
+        return Counts(*(getattr(self, f.name) - getattr(before, f.name) for f in fields(self)))
+
+
 class NetworkObjective:
     """``Phi`` of a network on labelled batches, and how often it was evaluated.
 
@@ -67,9 +83,16 @@ class NetworkObjective:
         model: the network; nothing in it changes.
         batches: with ``labels``.
         targets: modules by name.
-        penalty: ``lambda_j > 0`` by module.
+        penalty: ``lambda > 0``, for all modules or by name.
         kind: the loss.
+        weighting: of a causal language model's tokens.
         whole: a context in which the network takes rows other than whole batches, and which gives the batches.
+        memory_bytes: for a capture of the model re-linearised at a point.
+        disorder: how much the loss was seen to change with the order of the rows.
+
+    Attributes:
+        counts: passes so far, shared by what :meth:`with_penalty` gives.
+        skipped: frozen layers that ran once.
 
     Raises:
         SettingError: a penalty that is not positive.
@@ -80,24 +103,45 @@ class NetworkObjective:
         model: nn.Module,
         batches: Sequence[Batch],
         targets: Mapping[str, nn.Module],
-        penalty: Mapping[str, float],
+        penalty: float | Mapping[str, float],
         kind: Kind,
         whole: Callable[[], AbstractContextManager[Sequence[Batch]]] | None = None,
+        *,
+        weighting: Weighting = "token",
+        memory_bytes: float = math.inf,
+        disorder: float = 0.0,
+        skipped: Sequence[str] = (),
     ) -> None:
-        for name in targets:
-            if not 0 < penalty.get(name, 0.0) < math.inf:
-                raise SettingError(
-                    f"the penalty lambda of {name} is {penalty.get(name)}; it must be positive and finite"
-                )
         self.model, self.batches, self.targets = model, batches, dict(targets)
-        self.penalty, self.kind = dict(penalty), kind
+        self.penalty, self.kind, self.weighting = _checked(penalty, targets), kind, weighting
         self.whole = whole or (lambda: nullcontext(batches))
+        self.memory_bytes, self.disorder, self.skipped = memory_bytes, disorder, list(skipped)
         self.shapes = {name: block_shape(module) for name, module in targets.items()}
-        self.gradients = self.forwards = self.captures = 0
+        self.counts = Counts()
         parameter = next(model.parameters())
         self.device = parameter.device
         self.dtype = torch.promote_types(parameter.dtype, torch.float32)
         """Of factors while they are descended."""
+
+    def with_penalty(self, penalty: float | Mapping[str, float]) -> NetworkObjective:
+        """The same network, rows and counts at another lambda.
+
+        Raises:
+            SettingError: a penalty that is not positive.
+        """
+        other = copy(self)
+        other.penalty = _checked(penalty, self.targets)
+        return other
+
+    @cached_property
+    def at_zero(self) -> float:
+        """The mean loss without an update."""
+        return self.loss({})
+
+    @property
+    def noise(self) -> float:
+        """How much of a value is rounding."""
+        return self.disorder + 4 * torch.finfo(next(self.model.parameters()).dtype).eps * self.at_zero
 
     def zero(self) -> Factors:
         """No update."""
@@ -108,9 +152,9 @@ class NetworkObjective:
 
     def loss(self, factors: Factors) -> float:
         """Mean loss, by a forward pass."""
-        self.forwards += 1
+        self.counts.forwards += 1
         with applied(self.targets, factors):
-            return mean_loss(self.model, self.batches, kind=self.kind)
+            return mean_loss(self.model, self.batches, kind=self.kind, weighting=self.weighting)
 
     def penalty_of(self, factors: Factors) -> float:
         """``sum_j lambda_j ||delta_j||_*``."""
@@ -118,12 +162,12 @@ class NetworkObjective:
 
     def value_and_gradient(self, factors: Factors) -> tuple[float, Factors]:
         """``Phi`` and its gradient in the factors, in their dtype."""
-        self.gradients += 1
+        self.counts.gradients += 1
         leaves = {
             name: (u.detach().clone().requires_grad_(), v.detach().clone().requires_grad_())
             for name, (u, v) in factors.items()
         }
-        forward = Forward(self.model, self.kind)
+        forward = Forward(self.model, self.kind, self.weighting)
         with frozen(self.model), applied(self.targets, leaves):
             for batch in self.batches:
                 forward.gradients(batch, lambda: None, lambda: None)
@@ -143,7 +187,7 @@ class NetworkObjective:
 
     def examine(self, factors: Factors) -> NetworkPoint:
         """The certificate of the model re-linearised at balanced factors, and the directions that they lack."""
-        self.gradients += 1
+        self.counts.gradients += 1
         examiner = Examiner(factors, self.penalty)
         states: dict[str, ModuleState] = {}
         pairs: Factors = {}
@@ -153,7 +197,8 @@ class NetworkObjective:
             pairs[name] = self._missing(name, gradient, examiner)
 
         with applied(self.targets, factors):
-            found = gradient_pass(self.model, self.batches, self.targets, kind=self.kind, consume=consume)
+            asked: dict[str, Any] = {"kind": self.kind, "weighting": self.weighting, "consume": consume}
+            found = gradient_pass(self.model, self.batches, self.targets, check_rows=False, **asked)
         # Growth asks what the columns that there are can follow, so that none of them counts as unused.
         own = {name: replace(state, full=True) for name, state in states.items()}
         gaps = penalised_gaps(own, found.terms, self.penalty)
@@ -162,23 +207,25 @@ class NetworkObjective:
 
     def _missing(self, name: str, gradient: Tensor, examiner: Examiner) -> tuple[Tensor, Tensor]:
         """Top pairs of the gradient outside the factors, ``sigma > lambda``, each of weight ``sigma - lambda``."""
-        p, s, q = (part.to(gradient.device) for part in examiner.parts[name])
-        kept = s > 0
-        left, right = p[:, kept], q[:, kept]
-        g = gradient.double()
-        g = g - left @ (left.T @ g)
-        a, sigma, b = top_pairs(g - (g @ right) @ right.T, MOST_PAIRS)
+        p, s, q = examiner.parts[name]
+        a, sigma, b = outside_pairs(gradient, p[:, s > 0], q[:, s > 0], MOST_PAIRS)
         over = (sigma - self.penalty[name] * (1 + 1e-9)).clamp(min=0).sqrt()
         count = int((over > 0).sum())
         return -a[:, :count] * over[:count], b[:, :count] * over[:count]
 
-    def relinearised_dual(self, point: NetworkPoint, tolerance: float, memory_bytes: float) -> float:
+    @property
+    def by_row(self) -> bool:
+        """Whether every row has one row of logits, as a capture needs; not one for each token."""
+        labels = self.batches[0]["labels"]
+        return labels.dim() < 2 or labels.is_floating_point()
+
+    def relinearised_dual(self, point: NetworkPoint, tolerance: float) -> float:
         """A lower bound on the objective of the model re-linearised at a point: the dual of its own solution.
 
         Raises:
             MemoryBudgetError: its capture does not fit.
         """
-        self.captures += 1
+        self.counts.captures += 1
         loss = get_loss(self.kind)
         labels = torch.cat([batch["labels"] for batch in self.batches]).cpu()
         with self.whole() as batches, applied(self.targets, point.factors):
@@ -186,9 +233,17 @@ class NetworkObjective:
             with frozen(self.model), torch.no_grad():
                 n_logits = logits_of(self.model, to_device(plain[0], device_of(self.model))).shape[1]
             contrasts = loss.contrasts(n_logits)
-            captured = capture(self.model, plain, self.targets, contrasts, memory_bytes=memory_bytes)
+            captured = capture(self.model, plain, self.targets, contrasts, memory_bytes=self.memory_bytes)
         operator = captured.operator
         moved = operator.to(torch.float64).apply_factors({n: (u.cpu(), v.cpu()) for n, (u, v) in point.factors.items()})
         base = captured.base_logits - moved @ contrasts.T
         problem = Problem(operator, base, labels, loss, self.penalty)
         return solve(problem, tolerance=tolerance, start=point.factors).certificate.dual
+
+
+def _checked(penalty: float | Mapping[str, float], targets: Mapping[str, nn.Module]) -> dict[str, float]:
+    every = dict(penalty) if isinstance(penalty, Mapping) else dict.fromkeys(targets, float(penalty))
+    for name in targets:
+        if not 0 < every.get(name, 0.0) < math.inf:
+            raise SettingError(f"the penalty lambda of {name} is {every.get(name)}; it must be positive and finite")
+    return every

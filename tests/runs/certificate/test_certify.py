@@ -23,9 +23,9 @@ from ranksure.errors import DataError, SettingError
 from ranksure.network.gradient import mean_loss
 from ranksure.runs.certificate import certify as certify_module
 from ranksure.runs.certificate.certify import certify
-from ranksure.runs.certificate.verdict import Network, Point, rank_or_saddle
 from ranksure.runs.resizing.grow import grow
 from ranksure.solvers.burer_monteiro import solve
+from ranksure.verdict import Network, Point, rank_or_saddle
 from tests.runs.networks import gradients, largest_lambda, linear_run, place, small_run, stuck_run
 
 

@@ -58,7 +58,14 @@ def test_what_has_no_such_head(tiny, tmp_path):
     with pytest.raises(AdapterError, match=r"classifier\.\w+ of the plan .* does not fit"):
         ranksure.install_planned_head(other, tiny / "plan2")
     path = save_bert_classifier(tmp_path / "trained", ["bad", "good"])
-    common = {"samples": 24, "heldout": 0, "layers_to_transform": "last", "ranks": [1], "weight_decay": "30%"}
+    common = {
+        "samples": 24,
+        "heldout": 0,
+        "layers_to_transform": "last",
+        "ranks": [1],
+        "weight_decay": "30%",
+        "linearised": True,
+    }
     ranksure.plan(path, save_csv(tmp_path / "two.csv", 30), **common).save(tmp_path / "plan")
     trained = AutoModelForSequenceClassification.from_pretrained(path)
     assert ranksure.install_planned_head(trained, tmp_path / "plan") == []
@@ -73,6 +80,7 @@ def test_the_end_of_the_path_and_a_far_network_are_told(tmp_path):
         weight_decay="30%",
         ranks=[1],
         layers_to_transform="last",
+        linearised=True,
     )
     result.record.linearity = near = replace(result.record.linearity, train=0.1, heldout=None)
     assert result.sentences()[0].startswith("Rank ") and not any("path" in text for text in result.warnings)

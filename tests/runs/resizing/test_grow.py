@@ -205,8 +205,8 @@ def test_only_rank_bound_modules_of_a_nonlinear_network_grow(tmp_path):
 
 def test_without_a_penalty_the_threshold_is_that_of_the_ball():
     from ranksure.relinearised import ball_gaps, module_states
-    from ranksure.runs.certificate.verdict import Point
     from ranksure.runs.resizing.grow import _threshold
+    from ranksure.verdict import Point
 
     model, batches, _ = small_run(rank=1, seed=3)
     certificate = certify(model, batches, probe=False)

@@ -175,7 +175,9 @@ def test_an_adapter_is_read_once(parts, kind, tmp_path, monkeypatch):
 def test_a_plan_is_trained(parts, kind, tmp_path):
     model, rows, options = parts[kind]
     common = {**options, "layers_to_transform": "last"}
-    result = ranksure.plan(model, rows, samples=8, heldout=0, weight_decay="20%", ranks=[1, 2], **common)
+    result = ranksure.plan(
+        model, rows, samples=8, heldout=0, weight_decay="20%", ranks=[1, 2], linearised=True, **common
+    )
     result.save(tmp_path / "plan")
     record = json.loads((tmp_path / "plan" / "adapter" / "task.json").read_text())
     assert record["kind"] == ("text" if kind == "mean" else kind) and record["labels"] == rows.label_names
@@ -268,7 +270,7 @@ def test_images_with_several_labels_are_refused_for_that(parts, tmp_path):
     base = save_vit(tmp_path / "base", ViTForImageClassification(vit_config(**stated)))
     config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], init_lora_weights=False)
     get_peft_model(ViTForImageClassification.from_pretrained(base), config).save_pretrained(tmp_path / "run")
-    plan = {"task": "image", "samples": 8, "heldout": 0, "weight_decay": "20%", "ranks": [1]}
+    plan = {"task": "image", "samples": 8, "heldout": 0, "weight_decay": "20%", "ranks": [1], "linearised": True}
     for call in (
         lambda: open_run(tmp_path / "run", pictures()),
         lambda: ranksure.plan(base, pictures(), **plan),

@@ -17,13 +17,14 @@ from ranksure.adapters.loaded import Adapter, read_adapter
 from ranksure.adapters.merging import merged
 from ranksure.network.batches import held
 from ranksure.network.gradient import GradientPass, Progress, Underflow, gradient_pass
+from ranksure.network.hooks import OtherMap
 from ranksure.network.logits import Batch
 from ranksure.network.row_losses import RowsInteract
 from ranksure.records.certificate import RunCertificate
 from ranksure.relinearised import Examiner, ModuleState, ball_gaps, penalised_gaps
 from ranksure.runs.certificate.settings import TOLERANCE, CertifySettings
 from ranksure.runs.certificate.start import first_slope
-from ranksure.runs.certificate.verdict import UNPROBED, Network, Point, judged
+from ranksure.verdict import UNPROBED, Network, Point, judged
 
 _POINT = "the adapter's update is zero (untrained?), and without a penalty its ball is a point: train first"
 _OVERFLOW = (
@@ -90,7 +91,11 @@ def certify_adapter(
     try:
         found = _gradients(model, read, batches, settings, examine, progress)
         first = first_slope(model, read, batches, settings, known) if penalty is None else None
-    except (RowsInteract, Underflow) as error:  # no loss of the data's rows, or none that has gradients
+    except (
+        RowsInteract,
+        OtherMap,
+        Underflow,
+    ) as error:  # no loss of the data's rows, no update of a weight, or no slope
         return RunCertificate.not_checked(read.name, read.outside, [str(error)], settings.tolerance, read.notes)
     terms, states = found.terms, examine.states
     gaps = ball_gaps(states, terms, first.length) if first else penalised_gaps(states, terms, penalty or {})

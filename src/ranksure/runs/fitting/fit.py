@@ -202,7 +202,7 @@ class _Run:
             return self.options.lam
         if self.options.weight_decay is not None:
             return self.options.weight_decay / self.scale
-        return 0.0 if self.plan is None else self.plan.record.weight_decay
+        return 0.0 if self.plan is None else self.plan.weight_decay
 
     def _as_planned(self) -> bool:
         """Whether what was trained is what the plan speaks of."""
@@ -210,7 +210,7 @@ class _Run:
             return False
         if self.options.rank is not None and set(self.ranks) != set(self.plan.record.target_modules):
             return False
-        return math.isclose(self.lam, self.plan.record.weight_decay, rel_tol=1e-9)
+        return math.isclose(self.lam, self.plan.weight_decay, rel_tol=1e-9)
 
     def _wrapped(self, ranks: dict[str, int], factors: Factors | None) -> PeftModel:
         base = self.setup.base
@@ -293,7 +293,7 @@ def _plan_folder(
             raise SettingError("the linear optimum needs `samples`, the rows to solve on (or `plan`)")
         lam = options.lam if options.lam is not None else options.weight_decay
         shared = {name: getattr(options, name) for name in (*SHARED, "samples", "seed", "memory", "device")}
-        shared["weight_decay"] = "auto" if lam is None else lam
+        shared |= {"weight_decay": "auto" if lam is None else lam, "linearised": True}  # whose optimum it asks for
         prepared = prepare(model, data, PlanSettings(**shared), tokenizer, clock)
         run_plan(prepared, clock).save(own)
     return read_plan(own), prepared

@@ -23,7 +23,7 @@ from ranksure.network.targets import base_network
 from ranksure.planner.settings import PlanSettings
 from ranksure.planner.solved import SOLVED
 from ranksure.records.fit import Prediction
-from ranksure.records.plan import Plan
+from ranksure.records.plan import NetworkPlan, Plan
 from ranksure.records.record import read
 
 
@@ -44,8 +44,13 @@ class PlanFolder:
         self._refuse_zero()
         return self.record.recommended.rank_pattern
 
+    @property
+    def weight_decay(self) -> float:
+        """The recommended lambda."""
+        return self.record.recommended.weight_decay or self.record.weight_decay
+
     def _refuse_zero(self) -> None:
-        if self.record.optimum.is_zero or not self.record.recommended.rank_pattern:
+        if not self.record.recommended.rank_pattern:
             raise SettingError(
                 f"the plan in {self.folder} needs no adapter: at its weight decay the optimum is no update at all, "
                 "so there is nothing to train"
@@ -115,12 +120,16 @@ class PlanFolder:
         return {key.removeprefix(PREFIX): value for key, value in self.tensors().items() if not is_factor(key)}
 
     def prediction(self, rank: int | None, linear: bool) -> Prediction | None:
-        """The linearised problem's figures for what is trained; None where the plan says nothing of this rank.
+        """The plan's figures for what is trained; None where it says nothing of this rank.
+
+        Of the network itself where the plan solved it, else of the linearised problem.
 
         Args:
             rank: a uniform rank on every target, or None for the recommended ranks.
-            linear: the optimum's own ranks instead.
+            linear: the solution's own ranks instead.
         """
+        if self.record.network is not None:
+            return self._of_network(self.record.network, rank, linear)
         record, optimum = self.record, self.record.optimum
         zero, dual = optimum.objective_at_zero, optimum.dual
         wanted = record.recommended.r if rank is None else rank
@@ -148,6 +157,31 @@ class PlanFolder:
             heldout_loss=loss,
             heldout_accuracy=accuracy,
             linearity=record.linearity.train,
+        )
+
+    def _of_network(self, found: NetworkPlan, rank: int | None, solution: bool) -> Prediction | None:
+        zero, best = (
+            found.optimum.objective_at_zero,
+            min([found.optimum.objective, *(r.objective for r in found.ranks)]),
+        )
+        row = next((row for row in found.ranks if row.rank == (found.r if rank is None else rank)), None)
+        if solution or (row is None and rank is not None and rank >= max(found.optimum.ranks.values(), default=0)):
+            of = "the planned solution" if solution else f"rank {rank}"
+            objective, held = found.optimum.objective, found.heldout
+            loss, accuracy = (held.loss, held.accuracy) if held else (None, None)
+        elif row is None:
+            return None
+        else:
+            of = "the recommended rank" if rank is None else f"rank {rank}"
+            objective, loss, accuracy = row.objective, row.heldout_loss, row.heldout_accuracy
+        return Prediction(
+            of=of,
+            objective=objective,
+            objective_at_zero=zero,
+            optimum=best,
+            captured=(zero - objective) / (zero - best) if zero > best else 1.0,
+            heldout_loss=loss,
+            heldout_accuracy=accuracy,
         )
 
 

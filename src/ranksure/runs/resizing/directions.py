@@ -24,7 +24,7 @@ from ranksure.factors import Factors, thin_svd
 from ranksure.losses import Kind
 from ranksure.network.batch_losses import Forward, Weighting
 from ranksure.network.gradient import stream
-from ranksure.network.hooks import Streamed, input_tokens, output_tokens
+from ranksure.network.hooks import Streamed, gradient_tokens, input_tokens
 from ranksure.network.logits import Batch
 
 LENGTHS = (0.0, 0.5, 1.0)
@@ -124,7 +124,7 @@ def mean_squares(
     def add(name: str, x: Tensor, gradient: Tensor) -> None:
         """Add ``b^T p q^T a``, summed over a sample's tokens, of one use's inputs ``a`` and gradients ``b``."""
         module, (p, _, q) = read.blocks[name].module, parts[name]
-        tokens, outputs = input_tokens(module, x), output_tokens(module, gradient)
+        tokens, outputs = input_tokens(module, x), gradient_tokens(module, gradient)
         wide = torch.promote_types(outputs.dtype, torch.float32)
         p, q = p.to(outputs.device, wide), q.to(outputs.device, wide)
         found = (outputs.to(wide) @ p) * (q[tokens] if tokens.dim() == 1 else tokens.to(wide) @ q)

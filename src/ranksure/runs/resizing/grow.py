@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ranksure.adapters.loaded import Adapter, read_adapter
 from ranksure.adapters.merging import merged
 from ranksure.errors import AdapterError, SettingError
-from ranksure.factors import Factors, ranks_of, thin_svd
+from ranksure.factors import Factors, ranks_of
 from ranksure.losses import Kind
 from ranksure.network.batches import held
 from ranksure.network.gradient import Progress, gradient_pass
@@ -28,11 +28,11 @@ from ranksure.network.logits import Batch
 from ranksure.records.certificate import RunCertificate
 from ranksure.records.change import GrownModule, GrowRecord
 from ranksure.records.record import plain
-from ranksure.relinearised import USED
+from ranksure.relinearised import Examiner
 from ranksure.runs.certificate.certify import certify_adapter
 from ranksure.runs.certificate.settings import CertifySettings
 from ranksure.runs.resizing.resized import Resized
-from ranksure.spectral import top_pairs
+from ranksure.spectral import outside_pairs
 
 MOST_NEW = 8
 """Most directions added to a module."""
@@ -225,9 +225,7 @@ class Missing:
     """
 
     def __init__(self, factors: Factors, most: int) -> None:
-        self.most = most
-        self.parts = {name: thin_svd(u.double(), v.double()) for name, (u, v) in factors.items()}
-        self.threshold = USED * max((float(s[0]) for _, s, _ in self.parts.values() if len(s)), default=0.0)
+        self.most, self.examiner = most, Examiner(factors, None)
 
     def __call__(self, name: str, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of one module's gradient of the loss, ``(m, n)``.
@@ -236,11 +234,9 @@ class Missing:
             ``p`` (m, k), ``sigma`` (k,) descending, ``q`` (n, k), float64, on the CPU: adding ``-t p_l q_l^T`` lowers
             the loss by ``sigma_l`` per unit of ``t``; the directions are orthogonal to each other and to the used.
         """
-        g = gradient.cpu().double() if gradient.device.type == "mps" else gradient.double()
-        p, s, q = (part.to(g.device) for part in self.parts[name])
-        left, right = p[:, s > self.threshold], q[:, s > self.threshold]
-        outside = g - left @ (left.T @ g)
-        a, sigma, b = top_pairs(outside - (outside @ right) @ right.T, self.most)
+        p, s, q = self.examiner.parts[name]
+        used = s > self.examiner.threshold
+        a, sigma, b = outside_pairs(gradient, p[:, used], q[:, used], self.most)
         return a.cpu(), sigma.cpu(), b.cpu()
 
 

@@ -1,0 +1,87 @@
+"""The advice of a plan: ranks as a configuration of PEFT takes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from msgspec.structs import replace
+from torch import nn
+
+from ranksure.adapters.config import lora_config
+from ranksure.planner.prepare import Prepared
+from ranksure.planner.ranks import RankTable, clipped, parameters
+from ranksure.problem import Problem
+from ranksure.records.plan import NetworkPlan, Recommended
+
+
+@dataclass(frozen=True)
+class FoundRanks:
+    """What each rank reaches; the smallest uniform rank and the smallest pattern found, with the shares captured."""
+
+    table: RankTable
+    smallest: int
+    captured_uniform: float
+    pattern: dict[str, int]
+    captured_pattern: float
+
+
+def by_linearised(
+    problem: Problem, ranks: FoundRanks, lam: float, heldout_rank: int | None, model: nn.Module | None
+) -> Recommended:
+    """The linearised network's advice; ``model`` tells which names are exact."""
+    kept = {name: rank for name, rank in ranks.pattern.items() if rank > 0}
+    # Every target, though the linearised network may need fewer: a trained network often uses those too.
+    uniform = clipped(problem, ranks.smallest) if ranks.smallest else {}
+    return Recommended(
+        r=ranks.smallest,
+        lora_alpha=ranks.smallest,
+        rank_pattern=uniform,
+        alpha_pattern=dict(uniform),
+        target_modules=list(uniform),
+        peft=_exact_fields(uniform, model),
+        linear_r=ranks.smallest,
+        linear_pattern=kept,
+        linear_peft=_exact_fields(kept, model),
+        weight_decay=lam,
+        heldout_r=heldout_rank,
+        parameters_uniform=parameters(problem, uniform),
+        parameters_pattern=parameters(problem, kept),
+        captured_uniform=ranks.captured_uniform,
+        captured_pattern=ranks.captured_pattern,
+        note="smallest found; weight_decay is L2 on LoRA factors at scale lora_alpha / r = 1: SGD's, not AdamW's",
+    )
+
+
+def by_network(
+    linear: Recommended, found: NetworkPlan, heldout_r: int | None, problem: Problem, prepared: Prepared
+) -> Recommended:
+    """The network's advice, the linearised one beside it."""
+    model = None if prepared.settings.merged else prepared.task.adapted
+    uniform = clipped(problem, found.r) if found.r else {}
+    return replace(
+        linear,
+        r=found.r,
+        lora_alpha=found.r,
+        rank_pattern=uniform,
+        alpha_pattern=dict(uniform),
+        target_modules=list(uniform),
+        peft=_exact_fields(uniform, model),
+        pattern_peft=_exact_fields(found.pattern, model),
+        weight_decay=found.weight_decay,
+        heldout_r=heldout_r,
+        parameters_uniform=parameters(problem, uniform),
+        parameters_pattern=parameters(problem, found.pattern),
+        captured_uniform=found.captured_uniform,
+        captured_pattern=found.captured_pattern,
+    )
+
+
+def _exact_fields(kept: dict[str, int], model: nn.Module | None) -> dict[str, Any] | None:
+    """Ranks as ``LoraConfig`` fields that match these modules only (a plain name also matches by suffix)."""
+    if not kept:
+        return None
+    config = lora_config(kept, model=model, uniform=len(set(kept.values())) == 1)
+    names = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")
+    fields = {name: getattr(config, name) for name in names}
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}

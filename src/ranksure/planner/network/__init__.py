@@ -1,0 +1,1 @@
+"""The network itself answers: lambda, the certified point, what each rank reaches, the smallest that suffice."""

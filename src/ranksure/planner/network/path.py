@@ -1,0 +1,55 @@
+"""Lambda for the network itself: a path from below ``lambda_max`` down, chosen by the network's own held-out loss."""
+
+from __future__ import annotations
+
+from ranksure.planner.network.pieces import Reached
+from ranksure.planner.network.rows import HeldOutRows
+from ranksure.planner.network.stage import Stage
+from ranksure.records.plan import NetworkStep
+
+FIRST, RATIO, MOST_STEPS = 0.6, 0.5, 8
+"""Of lambda_max: the first lambda, each as a share of the one before, and how many at most (down to 0.5%)."""
+
+_TOLERANCE = 0.1
+_MOST_GRADIENTS = 100  # of one step
+_PATIENCE = 2  # steps without a lower held-out loss, after which the path ends
+EXPECTED = 80
+"""Gradients of a path, as a rule."""
+
+
+def follow_path(stage: Stage, lambda_max: float, select: HeldOutRows) -> tuple[list[NetworkStep], float, Reached]:
+    """Solve at falling lambdas, each from the one before, until the held-out loss has risen twice.
+
+    Returns:
+        The steps (the first is no update, which is what ``lambda_max`` gives), the lambda of the lowest held-out loss,
+        and the point reached there.
+    """
+    zero = Reached(stage.objective.zero(), stage.objective.at_zero, stage.objective.at_zero, status="converged")
+    points, steps = [zero], [_step(lambda_max, zero, select)]
+    for index in range(MOST_STEPS):
+        if stage.spent("following lambda"):
+            break
+        at = stage.at(lambda_max * FIRST * RATIO**index)
+        (lam,) = set(at.objective.penalty.values())
+        point = at.solved(f"path/{lam!r}", points[-1].factors, _TOLERANCE, _MOST_GRADIENTS, "following lambda")
+        points.append(point)
+        steps.append(_step(lam, point, select))
+        losses = [step.selection_loss or 0.0 for step in steps]
+        if len(losses) - 1 - losses.index(min(losses)) >= _PATIENCE and index:
+            break
+    best = min(range(len(steps)), key=lambda i: steps[i].selection_loss or 0.0)
+    return steps, steps[best].weight_decay, points[best]
+
+
+def _step(lam: float, point: Reached, select: HeldOutRows) -> NetworkStep:
+    loss, accuracy = select.mean(point.factors)
+    gained = point.history[0][1] - point.objective if point.history else 0.0
+    return NetworkStep(
+        weight_decay=lam,
+        ranks=point.ranks,
+        objective=point.objective,
+        relative_gap=point.gap / gained if gained > 0 else None,
+        selection_loss=loss,
+        selection_accuracy=accuracy,
+        gradients=point.gradients,
+    )
