@@ -8,6 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from ranksure.adapters import loaded
+from ranksure.runs.certificate import start
 from ranksure.runs.saved.data import DataSettings, read_data
 from ranksure.runs.saved.open import load_run
 from tests import commands
@@ -68,6 +69,21 @@ def test_the_file_agrees_with_the_library(here, call):
     assert found["rank_gain_bound"] == pytest.approx(own.rank_gain_bound, rel=1e-4)
     assert found["data"]["form"] == "prompt and completion" and found["n_samples"] == len(PAIRS)
     assert not (here / "causal" / "certificate.json").exists()
+
+
+def test_the_slope_at_the_base_weights_is_read_back(here, call, monkeypatch):
+    """A run without decay needs one more pass, at W0: once for the same weights, rows and loss."""
+    passes, real = [], start.gradient_pass
+    monkeypatch.setattr(start, "gradient_pass", lambda *given, **how: passes.append(1) or real(*given, **how))
+    path, known = here / "texts" / "certificate.json", []
+    for rows, expected in (([], 1), ([], 1), (["--samples", "20"], 2), ([], 3), (["--batch-size", "7"], 4)):
+        assert call("texts", "--data", "data.csv", *rows) == 0
+        assert len(passes) == expected
+        known.append(strict_json(path.read_text()))
+    assert known[0]["first"] == known[1]["first"] and known[0]["first"]["key"]
+    assert known[0]["rank_gain_bound"] == known[1]["rank_gain_bound"]
+    path.write_text(path.read_text().replace('"slope"', '"slopes"'))  # one that cannot be read is no help
+    assert call("texts", "--data", "data.csv", "--batch-size", "7") == 0 and len(passes) == 5
 
 
 def test_packed_is_the_same(here, call):

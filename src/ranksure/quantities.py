@@ -23,7 +23,7 @@ def parse_memory(text: float | str) -> int:
         value = float(match[1]) * _UNITS[match[2].upper()] if match else 0
     except (KeyError, ValueError):
         value = 0
-    if not 0 < value < math.inf:
+    if not 1 <= value < math.inf:
         raise SettingError(f"`memory` {text!r} is not understood: write 8GB, 512MiB or a number of bytes")
     return int(value)
 

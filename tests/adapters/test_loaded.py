@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers import BertForSequenceClassification, BitsAndBytesConfig, FalconConfig, FalconForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from ranksure.adapters.loaded import read_adapter
 from ranksure.errors import AdapterError
 from ranksure.runs.certificate.certify import certify
-from tests.runs.networks import Small, merged_copy, randomise, small_run
+from ranksure.runs.resizing.compress import compress
+from ranksure.runs.resizing.grow import grow
+from tests.helpers import rounding
+from tests.runs.networks import Small, gradients, merged_copy, randomise, reference, small_run
+from tests.tiny_text import save_bert_classifier
 
 
 class Kinds(nn.Module):
@@ -181,6 +188,66 @@ def test_quantised_bases_are_not_checked():
     del layer.weight
     layer.weight = weight
     assert any("second" in reason and "quantised?" in reason for reason in read_adapter(model).untested)
+
+
+def test_a_network_that_is_quantised_elsewhere_is_not_checked():
+    """Adapted modules are left in float often (heads); the rest still rounds what goes through it."""
+    model, batches, _ = small_run()
+    net = model.base_model.model
+    net.packed = nn.Module()
+    net.packed.weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.int8), requires_grad=False)
+    found = certify(model, batches, lam=0.1)
+    assert found.verdict == "not-checked"
+    assert "the network is quantised (base_model.model.packed.weight is Parameter of int8)" in found.reasons[0]
+    del net.packed.weight
+    net.packed.register_buffer("qweight", torch.zeros(2, 2, dtype=torch.int32))
+    assert "packed.qweight is Tensor of int32" in certify(model, batches, lam=0.1).reasons[0]
+    del net.packed
+    assert not certify(model, batches, lam=0.1).reasons
+
+
+def test_a_models_own_linear_layers_are_taken_as_what_they_compute():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 40}
+    net = FalconForCausalLM(FalconConfig(**sizes, max_position_embeddings=32)).double().eval()
+    config = LoraConfig(r=2, target_modules=["query_key_value", "dense"])
+    model = get_peft_model(net, config, autocast_adapter_dtype=False)
+    randomise(model)
+    ids = torch.randint(40, (3, 7))
+    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}]
+
+    def loss(base):
+        return nn.functional.cross_entropy(base(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+    assert not read_adapter(model).untested
+    found, (value, expected) = gradients(model, batches), reference(model, loss)
+    bound = 1e4 * rounding(model)
+    assert found.terms.mean == pytest.approx(value, rel=bound)
+    for name, g in expected.items():
+        assert float((found.gradients[name] - g).norm()) <= bound * float(g.norm())
+    layer = net.transformer.h[0].self_attention.query_key_value.base_layer
+    layer.forward = lambda x: 2 * nn.functional.linear(x, layer.weight)
+    assert "whose output is not its weight times its input" in certify(model, batches, lam=0.1).reasons[0]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_networks_that_bitsandbytes_quantised_are_not_checked(bits, tmp_path):
+    """On its CPU kernels. Beside the layers above, which stand for it where it is not installed."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    save_bert_classifier(tmp_path / "bert", ["a", "b", "c"])
+    config = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)
+    net = BertForSequenceClassification.from_pretrained(tmp_path / "bert", quantization_config=config, device_map="cpu")
+    ids = torch.randint(5, 20, (3, 6))
+    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1, 2])}]
+    for targets, named in ((["query"], "quantised? its weight is"), (["word_embeddings"], "the network is quantised")):
+        model = get_peft_model(copy.deepcopy(net), LoraConfig(r=2, target_modules=targets))
+        randomise(model)
+        found = certify(model, batches)
+        assert found.verdict == "not-checked" and any(named in reason for reason in found.reasons)
+        with pytest.raises(AdapterError, match="quantised"):
+            compress(model, batches)
+        with pytest.raises(AdapterError, match="quantised"):
+            grow(model, batches, force=True)
 
 
 def test_kinds_of_networks_and_modules_that_were_not_tested():

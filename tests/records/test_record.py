@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
+import torch
 from jsonschema import Draft202012Validator
 
 from ranksure.errors import DataError
@@ -132,3 +134,16 @@ def test_what_is_not_finite_is_null_and_can_be_read_again(tmp_path: Path) -> Non
     assert again.settings == {"a": [None, None, 1e300]}
     assert math.isnan(again.optimum.dual) and math.isnan(again.ranks[0].captured[0])
     assert again.ranks[0].captured[1] == 1.0
+
+
+def test_scalars_of_numpy_and_torch_are_numbers() -> None:
+    record = msgspec.convert(WRITTEN["plan"], Plan)
+    scalars = [np.float64(0.1), np.float32(0.5), np.int64(3), np.bool_(True), np.float64("nan"), torch.tensor(2.5)]
+    record.settings = {"a": scalars, "b": {"c": np.float32(0.25)}}
+    record.notes = [np.str_("one")]
+    again = json.loads(encoded(record))
+    assert again["settings"] == {"a": [0.1, 0.5, 3, True, None, 2.5], "b": {"c": 0.25}} == plain(record)["settings"]
+    assert again["notes"] == ["one"]
+    record.settings = {"a": object()}
+    with pytest.raises(NotImplementedError, match="a record cannot hold a object"):
+        encoded(record)

@@ -195,6 +195,11 @@ def _block(name: str, layer: Any, adapter: str) -> LoraBlock:
 
 
 def _untested_network(model: nn.Module) -> list[str]:
+    for name, weight in [*model.named_parameters(), *model.named_buffers()]:
+        bytes_ = isinstance(weight, nn.Parameter) and weight.dtype.itemsize == 1
+        foreign = type(weight).__module__.partition(".")[0] != "torch"
+        if bytes_ or foreign or name.endswith("qweight"):  # whatever is adapted: what goes through it is rounded
+            return [f"the network is quantised ({name} is {_described(weight)}), which was not tested"]
     both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     # A classifier on such a model's encoder keeps the setting, but has no decoder.
     if both and any(name.rpartition(".")[2] == "decoder" for name, _ in model.named_modules()):
@@ -211,10 +216,15 @@ def _untested_layer(name: str, layer: Any) -> str | None:
     # A quantised weight is a class of layer (bitsandbytes), a subclass of Tensor (torchao), or a narrow dtype.
     plain = isinstance(weight, Tensor) and type(weight) in (Tensor, nn.Parameter) and weight.dtype in _DTYPES
     if not home.startswith(_HOMES) or not plain:
-        return f"{name} is a {type(inner).__module__}.{type(inner).__name__} (quantised?), which was not tested"
+        what = "quantised?" if plain else f"quantised? its weight is {_described(weight)}"
+        return f"{name} is a {type(inner).__module__}.{type(inner).__name__} ({what}), which was not tested"
     if isinstance(inner, nn.Conv2d) and any(size != 1 for size in inner.dilation):
         return f"{name} is a dilated convolution, whose dilation PEFT leaves out of the update"
     return None
+
+
+def _described(weight: Any) -> str:
+    return f"{type(weight).__name__} of {str(getattr(weight, 'dtype', 'no dtype')).removeprefix('torch.')}"
 
 
 def _outside(model: nn.Module, config: LoraConfig, adapter: str, active: list[str]) -> list[str]:

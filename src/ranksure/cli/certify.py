@@ -35,7 +35,14 @@ class CertifyCommand(RunCommand):
 )
 def certify(asked: CertifyCommand) -> None:
     """Is this LoRA run done, is its rank the limit, and what comes next? One gradient pass over its data."""
-    from ranksure.runs.certificate.record import check_place, full_record, refuse_other_loss, sampled, write_record
+    from ranksure.runs.certificate.record import (
+        check_place,
+        earlier,
+        full_record,
+        refuse_other_loss,
+        sampled,
+        write_record,
+    )
 
     place = asked.adapter_dir if asked.out is None else asked.out
     check_place(place, create=asked.out is not None)
@@ -62,6 +69,7 @@ def certify(asked: CertifyCommand) -> None:
             tolerance=asked.tolerance,
             memory_bytes=memory_bytes,
             probe=not is_sample,
+            before=earlier(place),
         )
     found = replace(found, n_samples=rows.n_rows)  # packed sequences hold several
     if is_sample:
@@ -76,7 +84,7 @@ def certify(asked: CertifyCommand) -> None:
         sys.stdout.write(encoded(found.to_json()).decode())
 
 
-class Watched:
+class Watched(Sequence[Any]):
     """Batches that tell how far each pass over them is."""
 
     def __init__(self, batches: Sequence[Any], advance: Any) -> None:
@@ -86,6 +94,9 @@ class Watched:
         for done, batch in enumerate(self.batches, start=1):
             yield batch
             self.advance(done, len(self.batches))
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.batches[index]
 
     def __len__(self) -> int:
         return len(self.batches)

@@ -109,8 +109,7 @@ def gradient_pass(
         forward = Forward(model, kind, weighting, sums.modules.values(), check=first is None)
         left = memory_bytes - sum(map(_bytes, sums.modules.values()))
         check = LossCheck(batches) if first is None and check_rows else None
-        inside = around(model, modules.values(), left)
-        stream(forward, batches, hooks, lambda: progress(next(done)), inside, check)
+        stream(forward, batches, hooks, lambda: progress(next(done)), around(model, modules.values(), left), check)
         first = _agreeing(first, forward)
         for name in group:
             g = sums.pop(name).div_(forward.weight)

@@ -73,12 +73,19 @@ class DataSource(msgspec.Struct, kw_only=True, frozen=True):
 
 def plain(record: Any) -> Any:
     """The content as JSON has it: dicts, lists, numbers, and null for what is not finite."""
-    return msgspec.json.decode(msgspec.json.encode(record))
+    return msgspec.json.decode(msgspec.json.encode(record, enc_hook=_number))
 
 
 def encoded(record: Any, indent: int = 1) -> bytes:
     """JSON text with a newline at its end; what is not finite becomes null, and is read again as NaN."""
-    return msgspec.json.format(msgspec.json.encode(record), indent=indent) + b"\n"
+    return msgspec.json.format(msgspec.json.encode(record, enc_hook=_number), indent=indent) + b"\n"
+
+
+def _number(value: Any) -> Any:
+    """A scalar of NumPy or torch as Python's."""
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        return value.item()
+    raise NotImplementedError(f"a record cannot hold a {type(value).__name__}")
 
 
 def parsed(path: Path) -> Any:

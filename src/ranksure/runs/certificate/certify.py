@@ -27,6 +27,7 @@ from ranksure.runs.certificate.start import first_slope
 from ranksure.verdict import UNPROBED, Network, Point, judged
 
 _POINT = "the adapter's update is zero (untrained?), and without a penalty its ball is a point: train first"
+_UNCHECKED = (RowsInteract, OtherMap, Underflow)  # no loss of the data's rows, no update of a weight, no slope
 _OVERFLOW = (
     "the objective overflows float64 (loss {loss:.3g}, penalty {penalty:.3g}): labels or lambda of another scale"
 )
@@ -40,6 +41,7 @@ def certify(
     *,
     probe: bool = True,
     progress: Progress = lambda done: None,
+    before: Sequence[RunCertificate] = (),
     **settings: Any,
 ) -> RunCertificate:
     """Certify a trained LoRA run.
@@ -52,6 +54,8 @@ def certify(
             turn towards a new direction, and what a new direction gives: three to seven forward passes. Without it
             such a run is ``not-checked``.
         progress: called after every batch of the gradient pass.
+        before: earlier certificates of the run. Without a penalty, what they know of W0 is not measured again where the
+            weights there, the rows and the loss are the same (a checksum says so; ``batches`` must be a sequence).
         **settings: ``weight_decay`` or ``lam``, ``adapter``, ``loss``, ``weighting``, ``tolerance``,
             ``memory_bytes``, ``stream_rows``: see :class:`~ranksure.runs.certificate.settings.CertifySettings`.
 
@@ -66,7 +70,8 @@ def certify(
         MemoryBudgetError: one module's gradient alone is larger than the budget.
     """
     chosen = CertifySettings.of("certify", settings)
-    return certify_adapter(model, read_adapter(model, chosen.adapter), batches, chosen, probe=probe, progress=progress)
+    read = read_adapter(model, chosen.adapter)
+    return certify_adapter(model, read, batches, chosen, probe=probe, progress=progress, before=before)
 
 
 def certify_adapter(
@@ -91,11 +96,7 @@ def certify_adapter(
     try:
         found = _gradients(model, read, batches, settings, examine, progress)
         first = first_slope(model, read, batches, settings, known) if penalty is None else None
-    except (
-        RowsInteract,
-        OtherMap,
-        Underflow,
-    ) as error:  # no loss of the data's rows, no update of a weight, or no slope
+    except _UNCHECKED as error:
         return RunCertificate.not_checked(read.name, read.outside, [str(error)], settings.tolerance, read.notes)
     terms, states = found.terms, examine.states
     gaps = ball_gaps(states, terms, first.length) if first else penalised_gaps(states, terms, penalty or {})

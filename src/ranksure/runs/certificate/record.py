@@ -8,12 +8,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ranksure.errors import SettingError
+from ranksure.errors import DataError, SettingError
 from ranksure.files import try_to_write, write_or_refuse
 from ranksure.losses import Kind
 from ranksure.network.targets import base_network, block_shape
 from ranksure.records.certificate import RunCertificate
-from ranksure.records.record import encoded
+from ranksure.records.record import encoded, read
 
 if TYPE_CHECKING:
     from ranksure.runs.saved.base import LoadedRun
@@ -88,6 +88,14 @@ def refuse_other_loss(folder: Path, kind: Kind) -> None:
             f"{path} is a certificate with the {known} loss, not {kind}: name another folder with `out`, or move it "
             "away if it was made by mistake"
         )
+
+
+def earlier(folder: Path) -> list[RunCertificate]:
+    """The certificate that is there already, if it can be read."""
+    try:
+        return [read(folder / NAME, RunCertificate)]
+    except DataError:
+        return []
 
 
 def write_record(folder: Path, found: RunCertificate) -> Path:
