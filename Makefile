@@ -70,7 +70,7 @@ test-lowest: $(DEV)
 	$(BIN)/python -m scripts.lowest > out/lowest.txt
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install -c out/lowest.txt torch
-	$(LOWEST)/bin/python -m pip install -c out/lowest.txt -e '.[dev]'
+	$(LOWEST)/bin/python -m pip install -c out/lowest.txt -e '.[dev,docs]'
 	$(LOWEST)/bin/python -m pip install -c out/lowest.txt --no-deps $(PARTS)
 	$(LOWEST)/bin/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 

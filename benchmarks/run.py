@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.capture_rows import capture_rows
 from benchmarks.certify_rows import certify_rows
-from benchmarks.evaluation_rows import evaluation_rows
+from benchmarks.evaluation_rows import evaluation_rows, network_rows
 from benchmarks.growth_rows import growth_rows
 from benchmarks.measure import FULL, QUICK, Row, Size, show
 from benchmarks.reduction_rows import reduction_rows
@@ -34,6 +34,7 @@ PARTS: dict[str, Callable[[Size], list[Row]]] = {
     "solver": solver_rows,
     "capture": capture_rows,
     "evaluation": evaluation_rows,
+    "network": network_rows,
     "growth": growth_rows,
     "reduction": reduction_rows,
     "certify": certify_rows,

@@ -44,6 +44,7 @@ ROWS = {  # how the names begin, and how many rows begin so
         "stored bytes": 1,
     },
     "evaluation": {"evaluation vs bare products, N=4": 2, "evaluation vs bare products, N=8": 2},
+    "network": {"network's evaluation vs bare passes of its tail": 2},
     "growth": {
         "growth of capture, time": 1,
         "growth of capture, peak memory": 1,

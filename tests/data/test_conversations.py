@@ -296,7 +296,8 @@ def test_markers_that_do_not_survive_are_refused():
         encode(rows(messages=[turns("a")]), byte_tokenizer(upper), max_length=64)
 
 
-TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "required": ["city"]}}}]
+# Keys in the order of the alphabet, in which pyarrow 17 writes them.
+TOOLS = [{"function": {"name": "weather", "parameters": {"required": ["city"], "type": "object"}}, "type": "function"}]
 READS = (
     "{% for tool in tools or [] %}{{ tool['function']['name'] }}{{ tool['function'].get('parameters') | tojson }} "
     "{% endfor %}{% for document in documents or [] %}{{ document['title'] }} {% endfor %}"
