@@ -11,79 +11,14 @@ from torch.nn import functional as F
 
 from ranksure.certificate import lambda_max
 from ranksure.errors import SettingError
-from ranksure.factors import Factors, nuclear_norms
+from ranksure.factors import nuclear_norms
 from ranksure.losses import get_loss
 from ranksure.operators.dense import DenseOperator
 from ranksure.problem import Problem
 from ranksure.solvers.burer_monteiro import solve
 from ranksure.solvers.network import solve_network
 from ranksure.solvers.network_objective import NetworkObjective
-
-
-class Affine(nn.Module):
-    """Linear in both weights: its linearisation is itself."""
-
-    def __init__(self, k: int) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(6, k), nn.Linear(5, k)
-
-    def forward(self, x, z):
-        return self.first(x) + self.second(z)
-
-
-class Layered(nn.Module):
-    """A small nonlinear network."""
-
-    def __init__(self, k: int = 4) -> None:
-        super().__init__()
-        self.first, self.second, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, k)
-
-    def forward(self, x):
-        h = torch.tanh(self.first(x))
-        return self.head(torch.tanh(self.second(h)) + h)
-
-
-def affine(loss: str, k: int, seed: int = 0):
-    """The network, batches, targets and the same problem for the linearised solver, at lambda = 1."""
-    torch.manual_seed(seed)
-    net = Affine(k).double()
-    x, z = torch.randn(14, 6, dtype=torch.float64), torch.randn(14, 5, dtype=torch.float64)
-    y = {
-        "cross-entropy": torch.randint(k, (14,)),
-        "logistic": torch.randint(2, (14, k)).double(),
-        "squared-error": torch.randn(14, k, dtype=torch.float64),
-    }[loss]
-    function = get_loss(loss)
-    contrasts = function.contrasts(k)
-    operator = DenseOperator(
-        {"first": torch.einsum("kc,in->ickn", contrasts, x), "second": torch.einsum("kc,in->ickn", contrasts, z)}
-    )
-    base = net(x, z).detach()
-    batches = [{"x": x[low:high], "z": z[low:high], "labels": y[low:high]} for low, high in ((0, 5), (5, 14))]
-    problem = Problem(operator, base, y, function, {"first": 1.0, "second": 1.0})
-    return net, batches, {"first": net.first, "second": net.second}, problem
-
-
-def layered(seed: int = 0, dtype: torch.dtype = torch.float64):
-    torch.manual_seed(seed)
-    net = Layered().to(dtype)
-    x, y = torch.randn(24, 6, dtype=dtype), torch.randint(4, (24,))
-    batches = [{"x": x[:11], "labels": y[:11]}, {"x": x[11:], "labels": y[11:]}]
-    return net, batches, {"first": net.first, "second": net.second}, (x, y)
-
-
-def largest_lambda(net, batches, targets) -> float:
-    objective = NetworkObjective(net, batches, targets, dict.fromkeys(targets, 1.0), "cross-entropy")
-    return max(state.gradient_norm for state in objective.examine(objective.zero()).states.values())
-
-
-def dense_gradients(net: nn.Module, factors: Factors, x, y) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients at ``W0 + u v^T`` by plain autograd."""
-    weights = {f"{n}.weight": net.get_submodule(n).weight.detach() + u @ v.T for n, (u, v) in factors.items()}
-    leaves = {name: w.clone().requires_grad_() for name, w in weights.items()}
-    loss = F.cross_entropy(torch.func.functional_call(net, leaves, (x,)), y)
-    found = torch.autograd.grad(loss, list(leaves.values()))
-    return float(loss.detach()), {name: g for name, g in zip(factors, found, strict=True)}
+from tests.solvers.networks import affine, dense_gradients, largest_lambda, layered
 
 
 @pytest.mark.parametrize("k", [2, 4])
@@ -203,3 +138,47 @@ def test_a_lambda_that_is_none(lam):
     net, batches, targets, _ = layered()
     with pytest.raises(SettingError, match="lambda"):
         solve_network(net, batches, targets, weight_decay=lam, loss="cross-entropy")
+
+
+class Tokens(nn.Module):
+    """A row of logits for every token, each of which predicts the next one."""
+
+    def __init__(self, k: int = 5) -> None:
+        super().__init__()
+        self.embedding, self.layer, self.head = nn.Embedding(k, 6), nn.Linear(6, 6), nn.Linear(6, k)
+
+    def forward(self, input_ids):
+        return self.head(torch.tanh(self.layer(self.embedding(input_ids))))
+
+
+@pytest.mark.parametrize("weighting", ["token", "sample"])
+@pytest.mark.parametrize("most", [2, 300])
+def test_a_language_model_has_a_term_for_every_token(weighting, most):
+    """Batches of several lengths, labels left out; stopped early, it takes no capture of such logits."""
+    torch.manual_seed(0)
+    net, k = Tokens().double(), 5
+    batches = []
+    for length in (4, 7):
+        ids = torch.randint(k, (3, length))
+        labels = ids.clone()
+        labels[0, :3] = -100
+        batches.append({"input_ids": ids, "labels": labels})
+    asked = {"weight_decay": 0.02, "loss": "cross-entropy", "weighting": weighting, "tolerance": 1e-6}
+    found = solve_network(net, batches, {"layer": net.layer}, max_gradients=most, **asked)
+    assert (found.status, found.captures) == ("converged" if most > 2 else "not-converged", 0)
+    delta = (found.factors["layer"][0] @ found.factors["layer"][1].T).requires_grad_()
+    weights, losses = {"layer.weight": net.layer.weight.detach() + delta}, []
+    for batch in batches:
+        logits = torch.func.functional_call(net, weights, (batch["input_ids"],))
+        for row, labels in zip(logits, batch["labels"], strict=True):
+            losses.append(F.cross_entropy(row[:-1], labels[1:], ignore_index=-100, reduction="none"))
+    counts = [int((loss != 0).sum()) for loss in losses]
+    sums = torch.stack([loss.sum() for loss in losses])
+    means = sums / torch.tensor(counts)
+    loss = means.mean() if weighting == "sample" else sums.sum() / sum(counts)
+    assert found.loss == pytest.approx(float(loss.detach()), abs=1e-12)
+    if most > 2:
+        (gradient,) = torch.autograd.grad(loss, delta)
+        u, s, vt = torch.linalg.svd((delta - gradient).detach(), full_matrices=False)
+        moved = (u * (s - 0.02).clamp(min=0)) @ vt
+        assert float((moved - delta.detach()).norm()) <= 1e-3 * float(delta.detach().norm())
