@@ -1,3 +1,4 @@
+from .adapters.solving import solve_network as solve_network
 from .certificate import Certificate as Certificate
 from .certificate import certify_point as certify_point
 from .certificate import lambda_max as lambda_max
@@ -20,6 +21,5 @@ from .runs.fitting.trainer import mean_loss_function as mean_loss_function
 from .runs.resizing.compress import compress as compress
 from .runs.resizing.grow import grow as grow
 from .solvers.burer_monteiro import solve as solve
-from .solvers.network import solve_network as solve_network
 from .solvers.solution import Solution as Solution
 from .theory.rank_reduction import reduce_rank as reduce_rank

@@ -190,3 +190,16 @@ def test_layout_round_trip_and_objective(loss):
         expected = factored_objective(problem, factors, x)
         assert float(value[row]) == pytest.approx(float(expected.detach()), rel=1e-12)
         torch.testing.assert_close(gradient[row], torch.autograd.grad(expected, x)[0])
+
+
+def test_when_there_is_no_time_left_the_last_accepted_point_comes_back():
+    start, asked = torch.tensor([[-1.2, 1.0]]).double(), []
+
+    def stop() -> bool:
+        asked.append(True)
+        return len(asked) >= 9
+
+    found = minimize(rosenbrock, start, tolerance=1e-12, stop=stop)
+    assert found.evaluations <= 9 and not found.converged.any()
+    assert float(found.value) <= float(rosenbrock(start)[0]) and float(found.value) == float(rosenbrock(found.x)[0])
+    assert minimize(rosenbrock, start, tolerance=1e-12, stop=lambda: True).evaluations == 1

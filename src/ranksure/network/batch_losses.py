@@ -33,6 +33,10 @@ class OtherLossError(SettingError):
     """The model computes another loss than the one that was found for it."""
 
 
+class NotFiniteError(DataError):
+    """The network's logits are NaN or infinite."""
+
+
 def check_own_loss(model: nn.Module, batch: Batch, kind: Kind | None = None, counted: bool = False) -> None:
     """The loss that a model computes itself is the mean of its terms.
 
@@ -193,7 +197,7 @@ class Forward:
         if streamed:
             return self._add_streamed(output, labels, gradient)
         if output.dim() == 2 and not bool(torch.isfinite(output).all()):
-            raise DataError(not_finite("on this data", inputs))
+            raise NotFiniteError(not_finite("on this data", inputs))
         kind = self.kind = self.kind or kind_of(getattr(self.base, "config", None), labels, output)
         found = batch_terms(kind, output, labels, is_shifted(self.base) if output.dim() == 3 else False)
         per_row = self._add(found.rows, len(output), found.losses)

@@ -25,6 +25,7 @@ from ranksure.factors import FactorLayout, Factors, balanced, ranks_of
 from ranksure.operators.base import zero_factors
 from ranksure.problem import Problem
 from ranksure.solvers.descent import descend, restricted
+from ranksure.solvers.growth import combined, descent_pairs, pruned
 from ranksure.solvers.solution import Solution, Status
 
 
@@ -95,7 +96,14 @@ def _finished(
 ) -> tuple[Factors, PointState]:
     """The point without needless directions, on the full blocks and certified there."""
     working, bases = problem.working
-    factors, state = _pruned(working, factors, state, tolerance, best_dual)
+    target = max(tolerance, state.certificate.relative_gap)
+    factors, state = pruned(
+        factors,
+        (factors, state),
+        lambda fewer: (fewer, certify_point(working, fewer, best_dual)),
+        lambda found: found[1].certificate.relative_gap <= target,
+        [10.0**-k for k in range(2, 9)],
+    )
     lifted = bases.lift(factors)
     if not bases.is_trivial:  # certified on the stored operator, not on its reduction
         state = certify_point(problem, lifted, max(best_dual, state.certificate.dual))
@@ -117,19 +125,13 @@ def _improved(
     return balanced({**zero_factors(working.operator), **layout.unflatten(result.x)}), result.evaluations
 
 
-def _add_directions(problem: Problem, factors: Factors, state: PointState, most: int = 4) -> Factors:
+def _add_directions(problem: Problem, factors: Factors, state: PointState) -> Factors:
     """Generalised conditional gradient step along the top singular pairs of every violating block."""
     pairs: Factors = {}
     for name, g in state.gradients.items():
-        lam = problem.penalty[name]
-        if state.certificate.spectral_ratios[name] <= 1:  # an upper bound: nothing violates
-            pairs[name] = (g[:, :0], g.T[:, :0])
-            continue
-        p, s, q = _top_pairs(g, most)
-        count = int((s > lam * (1 + 1e-12)).sum())
-        weight = (s[:count] - lam).clamp(min=0).sqrt()
-        pairs[name] = (-p[:, :count] * weight, q[:, :count] * weight)
-    if all(u.shape[1] == 0 for u, _ in pairs.values()):
+        violates = state.certificate.spectral_ratios[name] > 1  # an upper bound
+        pairs[name] = descent_pairs(g, problem.penalty[name], 1e-12) if violates else (g[:, :0], g.T[:, :0])
+    if not any(ranks_of(pairs).values()):
         return factors
     if any(ranks_of(factors).values()):
         z = problem.operator.apply_factors(factors).double()
@@ -138,24 +140,7 @@ def _add_directions(problem: Problem, factors: Factors, state: PointState, most:
     dz = problem.operator.apply_factors(pairs).double()
     prices = [float(problem.penalty_of(x) + problem.linear_of(x)) for x in (factors, pairs)]
     a, b = _convex_step(problem, z, prices[0], dz, prices[1])
-    return {
-        name: (
-            torch.cat([math.sqrt(a) * factors[name][0], math.sqrt(b) * u], 1),
-            torch.cat([math.sqrt(a) * factors[name][1], math.sqrt(b) * v], 1),
-        )
-        for name, (u, v) in pairs.items()
-    }
-
-
-def _top_pairs(g: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest singular values and vectors, from the smaller Gram matrix: exact enough at the top, and cheaper."""
-    if g.shape[0] < g.shape[1]:
-        q, s, p = _top_pairs(g.T, count)
-        return p, s, q
-    wide = g.double()
-    values, vectors = torch.linalg.eigh(wide.T @ wide)
-    s, q = values.flip(0)[:count].clamp(min=0).sqrt(), vectors.flip(1)[:, :count]
-    return ((wide @ q) / s.clamp(min=1e-300)).to(g), s.to(g), q.to(g)
+    return combined(factors, a, pairs, b)
 
 
 def _convex_step(problem: Problem, z: Tensor, pen: float, dz: Tensor, dpen: float) -> tuple[float, float]:
@@ -212,18 +197,3 @@ def _newton_step(x: Tensor, gradient: Tensor, hessian: Tensor) -> Tensor:
     scaled[~free, ~free] = 1
     slope = torch.where(free, gradient, 0) / diagonal.sqrt()
     return torch.linalg.solve(scaled, slope) / diagonal.sqrt()
-
-
-def _pruned(
-    problem: Problem, factors: Factors, state: PointState, tolerance: float, best_dual: float
-) -> tuple[Factors, PointState]:
-    """Drop the smallest directions as long as the relative gap stays within the tolerance."""
-    target = max(tolerance, state.certificate.relative_gap)
-    for share in (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8):
-        fewer = balanced(factors, drop=share)
-        if ranks_of(fewer) == ranks_of(factors):
-            break
-        candidate = certify_point(problem, fewer, best_dual)
-        if candidate.certificate.relative_gap <= target:
-            return fewer, candidate
-    return factors, state

@@ -58,6 +58,7 @@ def minimize(
     max_evaluations: int = 2000,
     history: int = 20,
     stop_below: float | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Minimum:
     """Minimise from each row of ``x``.
 
@@ -68,6 +69,7 @@ def minimize(
         max_evaluations: most function evaluations.
         history: stored pairs.
         stop_below: stop as soon as any value is at most this.
+        stop: asked before every evaluation but the first: whether there is time for no more.
 
     Returns:
         The last accepted points; rows that stalled at rounding are reported as not converged.
@@ -82,7 +84,7 @@ def minimize(
     while True:
         norm = g.norm(dim=1)
         alive &= (norm > tolerance) & (stalls < 2) & torch.isfinite(f)
-        if not bool(alive.any()) or evaluations >= max_evaluations:
+        if not bool(alive.any()) or evaluations >= max_evaluations or stop():
             break
         if stop_below is not None and bool((f <= stop_below).any()):
             break
@@ -96,7 +98,7 @@ def minimize(
             step = (1 / norm.clamp(min=1e-300)).clamp(max=1.0)
         else:
             step = torch.ones_like(f)
-        x_new, f_new, g_new, used, moved = _line_search(function, x, f, g, direction, slope, step, alive)
+        x_new, f_new, g_new, used, moved = _line_search(function, x, f, g, direction, slope, step, alive, stop)
         evaluations += used
         memory.store(torch.where(moved[:, None], x_new - x, 0), torch.where(moved[:, None], g_new - g, 0))
         stalls = torch.where(moved, 0, stalls + 1)
@@ -115,6 +117,7 @@ def _line_search(
     slope: Tensor,
     step: Tensor,
     alive: Tensor,
+    stop: Callable[[], bool] = lambda: False,
     armijo: float = 1e-4,
     wolfe: float = 0.9,
     most: int = 30,
@@ -126,7 +129,7 @@ def _line_search(
     open_ = alive.clone()
     noise = max(1e-14, 2 * torch.finfo(x.dtype).eps) * f.abs()
     used = 0
-    while bool(open_.any()) and used < most:
+    while bool(open_.any()) and used < most and not (used and stop()):
         trial = torch.where(open_[:, None], x + step[:, None] * direction, best_x)
         f_new, g_new = function(trial)
         used += 1

@@ -12,17 +12,15 @@ could still gain at any rank; it bounds no optimum of the network, which is not 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass, field
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from ranksure.errors import MemoryBudgetError
-from ranksure.factors import FactorLayout, Factors, balanced, ranks_of
+from ranksure.factors import Factors, ranks_of
 from ranksure.losses import Kind
 from ranksure.network.batch_losses import Forward, Weighting
 from ranksure.network.gradient import mean_loss
@@ -30,14 +28,9 @@ from ranksure.network.logits import Batch, batch_rows, frozen
 from ranksure.network.prefix import cached_prefix
 from ranksure.network.row_losses import LossCheck
 from ranksure.relinearised import ModuleState
-from ranksure.solvers.lbfgs import minimize
 from ranksure.solvers.network_objective import NetworkObjective, NetworkPoint
+from ranksure.solvers.network_rounds import Checkpoint, Progress, Rounds
 from ranksure.solvers.solution import Status
-
-Progress = Callable[[int, NetworkPoint], None]
-"""Called with the gradients so far and the point, after every round."""
-
-_SHARES = (3e-2, 1e-2, 1e-3, 1e-4)  # of the largest singular value, below which directions may go
 
 
 @dataclass(frozen=True)
@@ -59,6 +52,7 @@ class NetworkSolution:
         captures: captures of the model re-linearised at a point.
         seconds: wall-clock time.
         skipped: frozen layers that ran once.
+        unreached: modules that the loss does not depend on: nothing was or can be gained there.
         history: objective and gap of every round, with the gradients until then.
     """
 
@@ -76,6 +70,7 @@ class NetworkSolution:
     captures: int
     seconds: float
     skipped: list[str]
+    unreached: list[str]
     history: list[tuple[int, float, float]] = field(default_factory=list)
 
     @property
@@ -90,6 +85,19 @@ class NetworkSolution:
         return self.gap / gained if gained > 0 else (0.0 if self.gap <= self.noise else math.inf)
 
 
+class Solving(TypedDict, total=False):
+    """What :func:`solve_objective` is told."""
+
+    start: Factors | None
+    tolerance: float
+    of_objective: float
+    max_gradients: int
+    max_seconds: float
+    progress: Progress
+    checkpoint: Callable[[Checkpoint], None] | None
+    resume: Checkpoint | None
+
+
 def solve_network(
     model: nn.Module,
     batches: Sequence[Batch],
@@ -98,11 +106,8 @@ def solve_network(
     weight_decay: float | Mapping[str, float],
     loss: Kind | None = None,
     weighting: Weighting = "token",
-    start: Factors | None = None,
-    tolerance: float = 0.01,
-    max_gradients: int = 700,
     memory_bytes: float = 4 * 2**30,
-    progress: Progress = lambda gradients, point: None,
+    **solving: Unpack[Solving],
 ) -> NetworkSolution:
     """Minimise ``mean loss + lambda sum_j ||delta_j||_*`` of a network over updates of its target modules.
 
@@ -115,14 +120,13 @@ def solve_network(
         weight_decay: lambda, for all modules or by name: the L2 decay of factors of scale one.
         loss: its name; by the model's own rules by default, checked against the loss that it computes itself.
         weighting: of a causal language model's tokens: every ``token`` or every ``sample`` alike.
-        start: factors to start from; no update by default.
-        tolerance: the gap to reach, as a share of what was gained.
-        max_gradients: most passes forward and back over the data.
         memory_bytes: for what the frozen layers give, and for a capture where the cheap certificate is loose.
-        progress: called after every round.
+        **solving: as :func:`solve_objective`'s.
 
     Raises:
-        SettingError: a lambda that is not positive, or a loss that is not the model's own.
+        SettingError: a lambda that is not positive, a loss that is not the model's own, or a start at which the network
+            overflows.
+        TargetError: a module that is quantised.
         DataError, CaptureError: as :func:`ranksure.network.gradient.gradient_pass`.
     """
     with network_objective(
@@ -134,9 +138,7 @@ def solve_network(
         weighting=weighting,
         memory_bytes=memory_bytes,
     ) as objective:
-        return solve_objective(
-            objective, start=start, tolerance=tolerance, max_gradients=max_gradients, progress=progress
-        )
+        return solve_objective(objective, **solving)
 
 
 @contextmanager
@@ -179,217 +181,56 @@ def solve_objective(
     *,
     start: Factors | None = None,
     tolerance: float = 0.01,
+    of_objective: float = math.inf,
     max_gradients: int = 700,
+    max_seconds: float = math.inf,
     progress: Progress = lambda gradients, point: None,
+    checkpoint: Callable[[Checkpoint], None] | None = None,
+    resume: Checkpoint | None = None,
 ) -> NetworkSolution:
-    """:func:`solve_network` of a network made ready; counts are those of this solve alone."""
-    began, before = time.perf_counter(), copy(objective.counts)
-    run = _Run(objective, tolerance, max_gradients, progress)
-    point, gap, status, remedy = run.rounds(objective.zero() if start is None else balanced(start))
-    counts = objective.counts.since(before)
+    """:func:`solve_network` of a network made ready; counts are those of this solve alone.
+
+    Args:
+        objective: from :func:`network_objective`.
+        start: factors to start from; no update by default.
+        tolerance: the gap to reach, as a share of what was gained.
+        of_objective: and as a share of the objective reached, of which what was gained may be a multiple.
+        max_gradients: most passes forward and back over the data.
+        max_seconds: for this call, looked at between evaluations.
+        progress: called with the gradients so far and the last point that was examined, after every gradient.
+        checkpoint: called after every round with what is needed to go on.
+        resume: such a thing, of the same objective: the solve goes on to the same bits.
+
+    Raises:
+        SettingError: a start at which the network overflows.
+    """
+    rounds = Rounds(objective, tolerance, max_gradients, max_seconds, progress, checkpoint, of_objective)
+    end = rounds.run(start, resume)
+    point, counts = end.point, rounds.counts
     return NetworkSolution(
         factors=point.factors,
         objective=point.objective,
         objective_at_zero=objective.at_zero,
         loss=point.loss,
         states=point.states,
-        gap=gap,
+        gap=end.gap,
         noise=objective.noise,
-        status=status,
-        remedy=remedy,
+        status=end.status,
+        remedy=end.remedy,
         gradients=counts.gradients,
         forwards=counts.forwards,
         captures=counts.captures,
-        seconds=time.perf_counter() - began,
+        seconds=rounds.seconds,
         skipped=objective.skipped,
-        history=run.history,
+        unreached=point.unreached,
+        history=rounds.history,
     )
 
 
 def descend_at_ranks(objective: NetworkObjective, start: Factors, *, max_gradients: int = 40) -> NetworkPoint:
     """Descent at the ranks of a start, which neither grow nor shrink, and what one gradient pass says of its end."""
-    run = _Run(objective, 1e-3, max_gradients - 1, inner=1e-4)  # the last one examines
-    factors = balanced(start)
-    layout = FactorLayout(objective.shapes, ranks_of(factors))
-    return objective.examine(run.descended(layout, factors) if layout.size else factors)
-
-
-@dataclass
-class _Run:
-    """The rounds of one solve: certificate, directions, descent."""
-
-    objective: NetworkObjective
-    tolerance: float
-    max_gradients: int
-    progress: Progress = lambda gradients, point: None
-    history: list[tuple[int, float, float]] = field(default_factory=list)
-    inner: float = 1e-2
-
-    def __post_init__(self) -> None:
-        self.at_zero, self.noise = self.objective.at_zero, self.objective.noise
-        self.before = self.objective.counts.gradients
-
-    @property
-    def gradients(self) -> int:
-        """Of this solve."""
-        return self.objective.counts.gradients - self.before
-
-    def rounds(self, factors: Factors) -> tuple[NetworkPoint, float, Status, str]:
-        """From a start to a certified point, or the best one with what to do."""
-        objective = self.objective
-        point, stalled, slow = objective.examine(factors), 0, False
-        while True:
-            gap = point.gap
-            self.history.append((self.gradients, point.objective, gap))
-            self.progress(self.gradients, point)
-            if self.enough(point, gap):
-                return self.pruned(point)
-            spent = self.gradients >= self.max_gradients
-            if slow or spent:  # all that is left may be a loose dual
-                gap = self.sharper(point)
-                if self.enough(point, gap):
-                    return point, gap, "converged", ""
-            if spent:
-                remedy = f"the limit of {self.max_gradients} gradients was reached; raise it, or the tolerance"
-                return point, gap, "not-converged", remedy
-            if stalled >= 2:
-                return point, gap, "not-converged", "no step lowers the objective beyond the noise of an evaluation"
-            found = self.improved(point)
-            fell = point.objective - found.objective
-            slow = fell < 0.5 * self.tolerance * (self.at_zero - found.objective)
-            stalled = 0 if fell > self.noise else stalled + 1
-            self.inner = max(self.floor, 0.1 * self.inner) if stalled else self.inner
-            if fell >= 0:
-                point = found
-
-    @property
-    def floor(self) -> float:
-        """Relative gradient norm below which the network's own precision decides."""
-        return 3e-5 if self.objective.dtype == torch.float32 else 1e-9
-
-    def enough(self, point: NetworkPoint, gap: float) -> bool:
-        """Whether what could still be gained is a small share of what was."""
-        return gap <= max(self.tolerance * (self.at_zero - point.objective), self.noise, 1e-9 * self.at_zero)
-
-    @staticmethod
-    def unfinished(point: NetworkPoint) -> bool:
-        """Whether the present factors' own directions make up most of the gap: no time for new ones."""
-        return any(ranks_of(point.factors).values()) and point.tangent > 0.5 * point.gap
-
-    @staticmethod
-    def lacks(point: NetworkPoint) -> bool:
-        """Whether a direction outside the factors lowers the objective."""
-        return any(ranks_of(point.pairs).values())
-
-    def improved(self, point: NetworkPoint) -> NetworkPoint:
-        """New directions if it is time for them, then descent; the point that it ends at, with its certificate."""
-        objective = self.objective
-        factors = point.factors
-        if self.lacks(point) and (not self.unfinished(point) or self.inner <= self.floor):
-            factors = self.grown(point)
-        layout = FactorLayout(objective.shapes, ranks_of(factors))
-        if layout.size:
-            factors = self.descended(layout, factors)
-        found = objective.examine(self.lean(factors))
-        gained = max(self.at_zero - found.objective, self.noise)
-        # A gradient of relative size e costs about e of the gap.
-        self.inner = min(self.inner, max(self.floor, 0.1 * found.gap / gained))
-        if self.unfinished(found):
-            self.inner = max(self.floor, 0.3 * self.inner)
-        return found
-
-    def descended(self, layout: FactorLayout, factors: Factors) -> Factors:
-        """L-BFGS on the factors, in the network's precision."""
-        objective = self.objective
-
-        def function(x: Tensor) -> tuple[Tensor, Tensor]:
-            value, gradient = objective.value_and_gradient(layout.unflatten(x))
-            return x.new_tensor([value]), layout.flatten(gradient)
-
-        x = layout.flatten(factors).to(objective.dtype)
-        scale = math.sqrt(2 * max(self.at_zero, 1e-300) * min(objective.penalty.values()))
-        most = min(200, max(1, self.max_gradients - self.gradients))
-        result = minimize(function, x, tolerance=self.inner * scale, max_evaluations=most)
-        return balanced({**objective.zero(), **layout.unflatten(result.x.double())})
-
-    def grown(self, point: NetworkPoint) -> Factors:
-        """Conditional-gradient step: ``a delta + b P``, ``b`` along the new directions, ``a`` where shrinking pays."""
-        objective = self.objective
-        # of P, whose pairs weigh sigma - lambda each
-        price = sum(objective.penalty[name] * float(u.square().sum()) for name, (u, _) in point.pairs.items())
-
-        def at(a: float, b: float) -> Factors:
-            return {
-                name: (
-                    torch.cat([math.sqrt(a) * point.factors[name][0], math.sqrt(b) * u], 1),
-                    torch.cat([math.sqrt(a) * point.factors[name][1], math.sqrt(b) * v], 1),
-                )
-                for name, (u, v) in point.pairs.items()
-            }
-
-        def value(a: float, b: float) -> float:
-            return objective.loss(at(a, b)) + a * (point.objective - point.loss) + b * price
-
-        slope = -sum(float(u.square().sum(0).square().sum()) for u, _ in point.pairs.values())
-        b, reached = _line_minimum(lambda t: value(1.0, t), point.objective, slope, 0.1 * point.loss / -slope)
-        a = 1.0
-        if point.slope > 0.1 * -slope * b:  # the update is too long: shrink it along with the step
-            shrink, _ = _line_minimum(lambda t: value(max(1 - t, 0.0), b), reached, -point.slope, 0.1)
-            a = max(1 - shrink, 0.0)
-        return at(a, b)
-
-    def lean(self, factors: Factors) -> Factors:
-        """The factors without directions that do nothing."""
-        fewer = balanced(factors, drop=_SHARES[-1])
-        if ranks_of(fewer) == ranks_of(factors):
-            return factors
-        objective = self.objective
-        values = [objective.loss(x) + objective.penalty_of(x) for x in (fewer, factors)]
-        return fewer if values[0] <= values[1] + self.noise else factors
-
-    def sharper(self, point: NetworkPoint) -> float:
-        """The gap by the dual of the re-linearised model's own solution, where a capture of it is possible."""
-        if not self.objective.by_row:
-            return point.gap
-        try:
-            dual = self.objective.relinearised_dual(point, 0.1 * self.tolerance)
-        except MemoryBudgetError:
-            return point.gap
-        return min(point.gap, max(point.objective - dual, 0.0) + self.noise)
-
-    def pruned(self, point: NetworkPoint) -> tuple[NetworkPoint, float, Status, str]:
-        """Without the smallest directions, as long as the gap stays within the tolerance."""
-        for share in _SHARES:
-            fewer = balanced(point.factors, drop=share)
-            if ranks_of(fewer) != ranks_of(point.factors):
-                found = self.objective.examine(fewer)
-                if self.enough(found, found.gap):
-                    point = found
-                    break
-        return point, point.gap, "converged", ""
-
-
-def _line_minimum(value: Callable[[float], float], start: float, slope: float, first: float) -> tuple[float, float]:
-    """A step ``t > 0`` that lowers a function with a negative slope at zero, near its minimum, and the value there.
-
-    Zero and the start's value where no step down to ``1e-6 first`` does.
-    """
-    t, best = first, (0.0, start)
-    for _ in range(12):
-        found = value(t)
-        if math.isfinite(found) and found <= start + 1e-4 * t * slope and found < best[1]:
-            gained = best[1] - found
-            best = (t, found)
-            if gained < 0.1 * (start - found):
-                break
-        elif best[0] > 0:
-            break
-        curvature = 2 * (found - start - slope * t) / t**2 if math.isfinite(found) else math.inf
-        guess = -slope / curvature if curvature > 0 else math.inf
-        t = min(max(guess, 0.1 * t), 4 * t)
-        if t < 1e-6 * first or abs(t - best[0]) < 0.1 * best[0]:
-            break
-    return best
+    rounds = Rounds(objective, 1e-3, max_gradients - 1, inner=1e-4)  # the last one examines
+    return objective.examine_start(rounds.descended(start)[0])
 
 
 def _own_kind(model: nn.Module, batch: Batch) -> Kind:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
-from dataclasses import dataclass, fields, replace
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,21 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from ranksure.capture import capture
-from ranksure.errors import SettingError
-from ranksure.factors import Factors, nuclear_norms
+from ranksure.errors import DataError, SettingError, TargetError
+from ranksure.factors import Factors, balanced, nuclear_norms
 from ranksure.losses import Kind, get_loss
-from ranksure.network.batch_losses import Forward, Weighting
+from ranksure.network.batch_losses import Forward, NotFiniteError, Weighting
 from ranksure.network.gradient import gradient_pass, mean_loss
 from ranksure.network.logits import Batch, device_of, frozen, logits_of, to_device, unlabelled
-from ranksure.network.side_path import applied
-from ranksure.network.targets import block_shape
+from ranksure.network.side_path import applied, check_factors
+from ranksure.network.targets import base_layer, block_shape
 from ranksure.problem import Problem
-from ranksure.relinearised import Examiner, ModuleState, penalised_gaps
+from ranksure.relinearised import USED, Examiner, ModuleState, penalised_gaps
 from ranksure.solvers.burer_monteiro import solve
-from ranksure.spectral import outside_pairs
-
-MOST_PAIRS = 4
-"""New directions of one module in one round."""
+from ranksure.solvers.growth import descent_pairs
 
 
 @dataclass(frozen=True)
@@ -47,6 +44,7 @@ class NetworkPoint:
         gap: what the model re-linearised here could still gain, at any rank: at most this.
         tangent: the same over updates in the tangent spaces of the factors.
         pairs: directions outside them that lower the objective, as factors of their first size.
+        unreached: modules that the loss does not depend on; their gradient is zero.
     """
 
     factors: Factors
@@ -56,6 +54,7 @@ class NetworkPoint:
     gap: float
     tangent: float
     pairs: Factors
+    unreached: list[str]
 
     @property
     def slope(self) -> float:
@@ -73,7 +72,7 @@ class Counts:
 
     def since(self, before: Counts) -> Counts:
         """What came after a copy was taken."""
-        return Counts(*(getattr(self, f.name) - getattr(before, f.name) for f in fields(self)))
+        return Counts(*(mine - other for mine, other in zip(astuple(self), astuple(before), strict=True)))
 
 
 class NetworkObjective:
@@ -96,6 +95,7 @@ class NetworkObjective:
 
     Raises:
         SettingError: a penalty that is not positive.
+        TargetError: a module whose weight is no plain matrix of numbers (quantised).
     """
 
     def __init__(
@@ -113,15 +113,23 @@ class NetworkObjective:
         skipped: Sequence[str] = (),
     ) -> None:
         self.model, self.batches, self.targets = model, batches, dict(targets)
-        self.penalty, self.kind, self.weighting = _checked(penalty, targets), kind, weighting
+        self.penalty, self.kind = _checked(penalty, targets), kind
+        self.weighting: Weighting = weighting
         self.whole = whole or (lambda: nullcontext(batches))
         self.memory_bytes, self.disorder, self.skipped = memory_bytes, disorder, list(skipped)
-        self.shapes = {name: block_shape(module) for name, module in targets.items()}
+        self.shapes = {name: _plain_shape(name, module) for name, module in targets.items()}
         self.counts = Counts()
-        parameter = next(model.parameters())
-        self.device = parameter.device
-        self.dtype = torch.promote_types(parameter.dtype, torch.float32)
+        self.device = device_of(model)
+
+    @property
+    def precision(self) -> torch.dtype:
+        """What the adapted modules compute in."""
+        return min((_weight(module).dtype for module in self.targets.values()), key=lambda dtype: dtype.itemsize)
+
+    @property
+    def dtype(self) -> torch.dtype:
         """Of factors while they are descended."""
+        return torch.promote_types(self.precision, torch.float32)
 
     def with_penalty(self, penalty: float | Mapping[str, float]) -> NetworkObjective:
         """The same network, rows and counts at another lambda.
@@ -135,13 +143,23 @@ class NetworkObjective:
 
     @cached_property
     def at_zero(self) -> float:
-        """The mean loss without an update."""
-        return self.loss({})
+        """The mean loss without an update.
+
+        Raises:
+            DataError: it is not finite.
+        """
+        self.counts.forwards += 1
+        value = mean_loss(self.model, self.batches, kind=self.kind, weighting=self.weighting)
+        if not math.isfinite(value):
+            raise DataError(
+                f"the network's loss on these rows is {value}, without any update: check the model and data"
+            )
+        return value
 
     @property
     def noise(self) -> float:
         """How much of a value is rounding."""
-        return self.disorder + 4 * torch.finfo(next(self.model.parameters()).dtype).eps * self.at_zero
+        return self.disorder + 4 * torch.finfo(self.precision).eps * self.at_zero
 
     def zero(self) -> Factors:
         """No update."""
@@ -151,26 +169,34 @@ class NetworkObjective:
         }  # pyright: ignore[reportReturnType]
 
     def loss(self, factors: Factors) -> float:
-        """Mean loss, by a forward pass."""
+        """Mean loss, by a forward pass; infinite where it is no number."""
         self.counts.forwards += 1
-        with applied(self.targets, factors):
-            return mean_loss(self.model, self.batches, kind=self.kind, weighting=self.weighting)
+        try:
+            with applied(self.targets, factors):
+                value = mean_loss(self.model, self.batches, kind=self.kind, weighting=self.weighting)
+        except NotFiniteError:
+            return math.inf
+        return value if math.isfinite(value) else math.inf
 
     def penalty_of(self, factors: Factors) -> float:
         """``sum_j lambda_j ||delta_j||_*``."""
         return sum(self.penalty[name] * norm for name, norm in nuclear_norms(factors).items())
 
     def value_and_gradient(self, factors: Factors) -> tuple[float, Factors]:
-        """``Phi`` and its gradient in the factors, in their dtype."""
+        """``Phi`` and its gradient in the factors, in their dtype; infinite, with slope zero, where it is no number."""
         self.counts.gradients += 1
         leaves = {
             name: (u.detach().clone().requires_grad_(), v.detach().clone().requires_grad_())
             for name, (u, v) in factors.items()
         }
         forward = Forward(self.model, self.kind, self.weighting)
-        with frozen(self.model), applied(self.targets, leaves):
-            for batch in self.batches:
-                forward.gradients(batch, lambda: None, lambda: None)
+        nothing: Factors = {name: (torch.zeros_like(u), torch.zeros_like(v)) for name, (u, v) in factors.items()}
+        try:
+            with frozen(self.model), applied(self.targets, leaves):
+                for batch in self.batches:
+                    forward.gradients(batch, lambda: None, lambda: None)
+        except NotFiniteError:
+            return math.inf, nothing
         value = forward.mean
         out: Factors = {}
         for name, pair in leaves.items():
@@ -178,7 +204,7 @@ class NetworkObjective:
             value += 0.5 * lam * sum(float(x.detach().double().square().sum()) for x in pair)
             u, v = (self._slope(x, lam, forward.weight) for x in pair)
             out[name] = (u, v)
-        return value, out
+        return (value, out) if math.isfinite(value) else (math.inf, nothing)
 
     @staticmethod
     def _slope(x: Tensor, lam: float, weight: float) -> Tensor:
@@ -203,15 +229,37 @@ class NetworkObjective:
         own = {name: replace(state, full=True) for name, state in states.items()}
         gaps = penalised_gaps(own, found.terms, self.penalty)
         loss = found.terms.mean
-        return NetworkPoint(factors, loss, loss + self.penalty_of(factors), states, gaps.total, gaps.tangent, pairs)
+        objective = loss + self.penalty_of(factors)
+        return NetworkPoint(factors, loss, objective, states, gaps.total, gaps.tangent, pairs, found.unreached)
+
+    def examine_start(self, factors: Factors) -> NetworkPoint:
+        """:meth:`examine`, for factors that a caller gives: of any modules, balanced or not.
+
+        Raises:
+            AdapterError: they do not fit the modules.
+            SettingError: the network's outputs are not finite there.
+        """
+        check_factors(self.targets, factors)
+        wide = {name: (u.to(self.device).double(), v.to(self.device).double()) for name, (u, v) in factors.items()}
+        try:
+            return self.examine({**self.zero(), **balanced(wide)})
+        except NotFiniteError as error:
+            if not factors:
+                raise
+            raise SettingError(f"at `start`, {error}; start from smaller factors, or from none") from None
 
     def _missing(self, name: str, gradient: Tensor, examiner: Examiner) -> tuple[Tensor, Tensor]:
-        """Top pairs of the gradient outside the factors, ``sigma > lambda``, each of weight ``sigma - lambda``."""
-        p, s, q = examiner.parts[name]
-        a, sigma, b = outside_pairs(gradient, p[:, s > 0], q[:, s > 0], MOST_PAIRS)
-        over = (sigma - self.penalty[name] * (1 + 1e-9)).clamp(min=0).sqrt()
-        count = int((over > 0).sum())
-        return -a[:, :count] * over[:count], b[:, :count] * over[:count]
+        """New directions of a module, outside the factors.
+
+        A column far smaller than the module's others is no direction that descent can follow: it would take as long
+        to grow as from nothing.
+        """
+        p, s, q = (part.to(gradient.device) for part in examiner.parts[name])
+        kept = s > USED * s[:1]
+        left, right = p[:, kept], q[:, kept]
+        g = gradient.double()
+        g = g - left @ (left.T @ g)
+        return descent_pairs(g - (g @ right) @ right.T, self.penalty[name], 1e-9)
 
     @property
     def by_row(self) -> bool:
@@ -247,3 +295,23 @@ def _checked(penalty: float | Mapping[str, float], targets: Mapping[str, nn.Modu
         if not 0 < every.get(name, 0.0) < math.inf:
             raise SettingError(f"the penalty lambda of {name} is {every.get(name)}; it must be positive and finite")
     return every
+
+
+def _weight(module: nn.Module) -> Tensor:
+    weight = base_layer(module).weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _plain_shape(name: str, module: nn.Module) -> tuple[int, int]:
+    """``(m, n)`` of a module whose weight is a matrix of numbers, not a code for one."""
+    layer = base_layer(module)
+    shape, weight = block_shape(layer), _weight(layer)
+    stated = (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else shape
+    if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2 or shape != stated:
+        dtype = str(weight.dtype).removeprefix("torch.")
+        raise TargetError(
+            f"{name} is a {type(layer).__name__} whose weight is stored as {dtype} {tuple(weight.shape)} (quantised?), "
+            "which was not tested; load the model without quantisation"
+        )
+    return shape
