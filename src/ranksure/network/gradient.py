@@ -64,6 +64,7 @@ def gradient_pass(
     consume: Callable[[str, Tensor], None] | None = None,
     progress: Progress = lambda done: None,
     around: Around = lambda model, modules, memory_bytes: nullcontext(),
+    check_rows: bool = True,
 ) -> GradientPass:
     """Gradient of the mean loss at the network's current weights.
 
@@ -77,6 +78,7 @@ def gradient_pass(
         consume: takes each module's gradient, which is dropped afterwards: needed for a budget to save anything.
         progress: called after every batch.
         around: a context for each pass, such as :func:`ranksure.adapters.merging.merged`, that changes no output.
+        check_rows: whether a few rows are run again alone (needs a network that takes other rows than these batches).
 
     Raises:
         DataError: no batch, no labels, labels that do not fit, or logits that are not finite.
@@ -88,8 +90,7 @@ def gradient_pass(
     groups = _groups(modules, memory_bytes)
     if len(groups) > 1 and iter(batches) is batches:
         raise SettingError("the gradients need several passes under this memory budget: pass a list or a DataLoader")
-    gradients: dict[str, Tensor] = {}
-    unreached: list[str] = []
+    gradients, unreached = dict[str, Tensor](), list[str]()
     first: Forward | None = None
     done = itertools.count(1)
     for group in groups:
@@ -97,7 +98,7 @@ def gradient_pass(
         hooks = Streamed(sums.modules, sums.add)
         forward = Forward(model, kind, weighting, sums.modules.values(), check=first is None)
         left = memory_bytes - sum(map(_bytes, sums.modules.values()))
-        check = LossCheck(batches) if first is None else None
+        check = LossCheck(batches) if first is None and check_rows else None
         inside = around(model, modules.values(), left)
         stream(forward, batches, hooks, lambda: progress(next(done)), inside, check)
         first = _agreeing(first, forward)

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -28,15 +28,39 @@ from ranksure.network.batch_losses import Forward, Weighting
 from ranksure.network.gradient import mean_loss
 from ranksure.network.logits import Batch, batch_rows, frozen
 from ranksure.network.prefix import cached_prefix
+from ranksure.network.row_losses import LossCheck
 from ranksure.relinearised import ModuleState
 from ranksure.solvers.lbfgs import minimize
-from ranksure.solvers.network_objective import NetworkObjective, NetworkPoint
+from ranksure.solvers.network_objective import Counts, NetworkObjective, NetworkPoint
 from ranksure.solvers.solution import Status
 
 Progress = Callable[[int, NetworkPoint], None]
 """Called with the gradients so far and the point, after every round."""
 
 _SHARES = (3e-2, 1e-2, 1e-3, 1e-4)  # of the largest singular value, below which directions may go
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a solve needs to go on after a round, to the same bits; plain values but for the tensors of ``factors``.
+
+    Attributes:
+        factors: balanced factors by module, float64.
+        inner: relative gradient norm to which the next descent goes.
+        stalled: rounds in a row without a fall beyond the noise.
+        slow: whether the last round hardly gained.
+        counts: gradients, forward passes and captures so far.
+        history: gradients, objective and gap of every round.
+        seconds: so far.
+    """
+
+    factors: Factors
+    inner: float
+    stalled: int
+    slow: bool
+    counts: tuple[int, int, int]
+    history: list[tuple[int, float, float]]
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -155,7 +179,8 @@ def network_objective(
     :func:`solve_network`.
     """
     kind = loss or _own_kind(model, batches[0])
-    turned = _turned_loss(model, batches, kind, weighting)  # by the whole network
+    _check_rows(model, batches, kind, weighting)  # by the whole network, as is the next
+    turned = _turned_loss(model, batches, kind, weighting)
     with cached_prefix(model, batches, targets, memory_bytes) as prefix:
         objective = NetworkObjective(
             model,
@@ -177,14 +202,20 @@ def solve_objective(
     *,
     start: Factors | None = None,
     tolerance: float = 0.01,
+    of_objective: float = math.inf,
     max_gradients: int = 700,
     progress: Progress = lambda gradients, point: None,
+    checkpoint: Callable[[Checkpoint], None] | None = None,
+    resume: Checkpoint | None = None,
 ) -> NetworkSolution:
-    """:func:`solve_network` of a network made ready; counts are those of this solve alone."""
-    began, before = time.perf_counter(), copy(objective.counts)
-    run = _Run(objective, tolerance, max_gradients, progress)
-    point, gap, status, remedy = run.rounds(objective.zero() if start is None else balanced(start))
-    counts = objective.counts.since(before)
+    """:func:`solve_network` of a network made ready; counts are those of this solve alone.
+
+    The gap is to be at most the share ``of_objective`` of the objective reached, too: what was gained may be far more.
+    ``checkpoint`` is called after every round with what is needed to go on: ``resume`` it, and the bits are the same.
+    """
+    run = _Run(objective, tolerance, max_gradients, progress, of_objective=of_objective, checkpoint=checkpoint)
+    point, gap, status, remedy = run.rounds(objective.zero() if start is None else balanced(start), resume)
+    counts = run.counts
     return NetworkSolution(
         factors=point.factors,
         objective=point.objective,
@@ -198,7 +229,7 @@ def solve_objective(
         gradients=counts.gradients,
         forwards=counts.forwards,
         captures=counts.captures,
-        seconds=time.perf_counter() - began,
+        seconds=time.perf_counter() - run.began,
         skipped=objective.skipped,
         history=run.history,
     )
@@ -222,24 +253,47 @@ class _Run:
     progress: Progress = lambda gradients, point: None
     history: list[tuple[int, float, float]] = field(default_factory=list)
     inner: float = 1e-2
+    of_objective: float = math.inf
+    checkpoint: Callable[[Checkpoint], None] | None = None
 
     def __post_init__(self) -> None:
+        self.began, self.before = time.perf_counter(), copy(self.objective.counts)
         self.at_zero, self.noise = self.objective.at_zero, self.objective.noise
-        self.before = self.objective.counts.gradients
+
+    @property
+    def counts(self) -> Counts:
+        """Work of this solve."""
+        return self.objective.counts.since(self.before)
 
     @property
     def gradients(self) -> int:
         """Of this solve."""
-        return self.objective.counts.gradients - self.before
+        return self.counts.gradients
 
-    def rounds(self, factors: Factors) -> tuple[NetworkPoint, float, Status, str]:
+    def begun(self, factors: Factors, resume: Checkpoint | None) -> tuple[NetworkPoint, int, bool]:
+        """The first point, or the last one of a solve to go on with, and where its rounds stood."""
+        if resume is None:
+            return self.objective.examine(factors), 0, False
+        point = self.objective.examine(resume.factors)
+        self.inner, self.history = resume.inner, list(resume.history[:-1])
+        self.began -= resume.seconds
+        self.before = self.objective.counts.since(Counts(*resume.counts))  # that pass was counted
+        return point, resume.stalled, resume.slow
+
+    def record(self, point: NetworkPoint, stalled: int, slow: bool) -> None:
+        """After a round."""
+        self.history.append((self.gradients, point.objective, point.gap))
+        self.progress(self.gradients, point)
+        if self.checkpoint is not None:
+            state = (astuple(self.counts), list(self.history), time.perf_counter() - self.began)
+            self.checkpoint(Checkpoint(point.factors, self.inner, stalled, slow, *state))
+
+    def rounds(self, factors: Factors, resume: Checkpoint | None = None) -> tuple[NetworkPoint, float, Status, str]:
         """From a start to a certified point, or the best one with what to do."""
-        objective = self.objective
-        point, stalled, slow = objective.examine(factors), 0, False
+        point, stalled, slow = self.begun(factors, resume)
         while True:
             gap = point.gap
-            self.history.append((self.gradients, point.objective, gap))
-            self.progress(self.gradients, point)
+            self.record(point, stalled, slow)
             if self.enough(point, gap):
                 return self.pruned(point)
             spent = self.gradients >= self.max_gradients
@@ -254,7 +308,7 @@ class _Run:
                 return point, gap, "not-converged", "no step lowers the objective beyond the noise of an evaluation"
             found = self.improved(point)
             fell = point.objective - found.objective
-            slow = fell < 0.5 * self.tolerance * (self.at_zero - found.objective)
+            slow = fell < 0.5 * self.allowed(found)
             stalled = 0 if fell > self.noise else stalled + 1
             self.inner = max(self.floor, 0.1 * self.inner) if stalled else self.inner
             if fell >= 0:
@@ -267,7 +321,11 @@ class _Run:
 
     def enough(self, point: NetworkPoint, gap: float) -> bool:
         """Whether what could still be gained is a small share of what was."""
-        return gap <= max(self.tolerance * (self.at_zero - point.objective), self.noise, 1e-9 * self.at_zero)
+        return gap <= max(self.allowed(point), self.noise, 1e-9 * self.at_zero)
+
+    def allowed(self, point: NetworkPoint) -> float:
+        """The gap that is asked for."""
+        return min(self.tolerance * (self.at_zero - point.objective), self.of_objective * point.objective)
 
     @staticmethod
     def unfinished(point: NetworkPoint) -> bool:
@@ -349,8 +407,10 @@ class _Run:
         """The gap by the dual of the re-linearised model's own solution, where a capture of it is possible."""
         if not self.objective.by_row:
             return point.gap
+        gained = self.at_zero - point.objective
         try:
-            dual = self.objective.relinearised_dual(point, 0.1 * self.tolerance)
+            share = self.allowed(point) / gained if gained > 0 else self.tolerance
+            dual = self.objective.relinearised_dual(point, 0.1 * share)
         except MemoryBudgetError:
             return point.gap
         return min(point.gap, max(point.objective - dual, 0.0) + self.noise)
@@ -397,6 +457,20 @@ def _own_kind(model: nn.Module, batch: Batch) -> Kind:
         forward.gradients(batch, lambda: None, lambda: None)
     assert forward.kind is not None
     return forward.kind
+
+
+def _check_rows(model: nn.Module, batches: Sequence[Batch], kind: Kind, weighting: Weighting) -> None:
+    """The mean loss is one of the rows, however they share batches.
+
+    Raises:
+        RowsInteract: it is not.
+    """
+    forward, check = Forward(model, kind, weighting), LossCheck(batches)
+    with frozen(model), torch.no_grad():
+        for batch in batches:
+            forward.losses_only(batch)
+            check.see(batch, forward)
+        check.finish(forward)
 
 
 def _turned_loss(model: nn.Module, batches: Sequence[Batch], kind: Kind, weighting: Weighting) -> float:

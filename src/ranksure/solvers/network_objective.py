@@ -198,6 +198,7 @@ class NetworkObjective:
 
         with applied(self.targets, factors):
             asked: dict[str, Any] = {"kind": self.kind, "weighting": self.weighting, "consume": consume}
+            asked["check_rows"] = False  # done, by the whole network
             found = gradient_pass(self.model, self.batches, self.targets, **asked)
         # Growth asks what the columns that there are can follow, so that none of them counts as unused.
         own = {name: replace(state, full=True) for name, state in states.items()}
