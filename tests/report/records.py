@@ -284,6 +284,35 @@ def fit(names: list[str] = NAMES[:8]) -> dict[str, Any]:
     }
 
 
+def solved() -> dict[str, Any]:
+    """A fit by the network's own solver."""
+    rounds = [(1, 0.63, 0.31), (14, 0.541, 0.08), (37, 0.5203, 0.011), (60, 0.52, 0.0006)]
+    found = {
+        "status": "converged",
+        "remedy": "",
+        "objective": 0.52,
+        "objective_at_zero": 0.63,
+        "gap": 0.0006,
+        "relative_gap": 0.0055,
+        "tolerance": 0.01,
+        "spectral_ratio": 1.004,
+        "noise": 3e-8,
+        "gradients": 60,
+        "forwards": 9,
+        "captures": 0,
+        "start": "nothing",
+        "without": [NAMES[8]],
+    }
+    return fit() | {
+        "method": "certified",
+        "optimizer": "L-BFGS",
+        "solved": found,
+        "stages": [],
+        "verdict": "first-order-optimal",
+        "history": [{"step": step, "objective": value, "gap": gap} for step, value, gap in rounds],
+    }
+
+
 def grow() -> dict[str, Any]:
     """A grown adapter."""
     return {

@@ -26,7 +26,7 @@ from ranksure.report.lora_source import pattern, source, written
 from ranksure.report.module_places import clean, places
 from ranksure.report.page import write_report
 from ranksure.report.records import find
-from ranksure.report.sections import claims, plan
+from ranksure.report.sections import claims, fit, plan
 from ranksure.report.spectrum import singular_values
 from ranksure.report.svg import INKS, render
 from ranksure.report.wording import after, listed, number, percent, power, share
@@ -290,6 +290,31 @@ def test_the_networks_headline(tmp_path: Path, network: dict[str, Any], answer: 
     section = network_section(tmp_path, zero, **network)
     assert answer in section.answer and section.tone == tone
     assert any(block.kind == "code" and block.id == "s1-config" for block in section.blocks) == (zero is None)
+
+
+def test_the_rounds_of_the_certified_method(tmp_path: Path) -> None:
+    """What is measured and what is a bound are two figures, of the record's own numbers."""
+    records.write(tmp_path, "fit.json", records.solved())
+    records.write(tmp_path, "certificate.json", records.certificate())
+    (record,) = find(tmp_path).records
+    section = fit.build(record, "s")
+    measured, bound = (block for block in section.blocks if getattr(block, "id", "") in ("s-rounds", "s-gap"))
+    assert [list(row) for row in measured.table.rows] == [
+        ["1", "0.63", "0.31"],
+        ["14", "0.541", "0.08"],
+        ["37", "0.5203", "0.011"],
+        ["60", "0.52", "0.0006"],
+    ]
+    assert (measured.status, bound.status) == (Status.MEASURED, Status.CERTIFIED)
+    assert "0.63 to 0.52 in 60 gradients" in measured.summary and "0.55% of what was gained" in bound.summary
+    text = " ".join(section.sentences)
+    assert "60 gradients over all rows" in text and "Certified: " in text and records.NAMES[8] in text
+    assert not any(getattr(block, "id", "") == "s-curve" for block in section.blocks)
+    unfinished = records.solved()
+    unfinished["solved"] |= {"status": "not-converged", "remedy": "it took long", "gap": 0.2, "relative_gap": None}
+    records.write(tmp_path, "fit.json", unfinished)
+    (record,) = find(tmp_path).records
+    assert "Not certified" in " ".join(fit.build(record, "s").sentences)
 
 
 def test_distances_to_the_optimum(tmp_path: Path) -> None:

@@ -75,6 +75,7 @@ def rewrite_adapter(
     source: PathLike | None = None,
     prefix: str = "",
     dtype: torch.dtype | None = None,
+    dropout: float | None = None,
     title: str = "Ranks changed",
     text: str = "",
     write_more: Callable[[Path], None] = lambda stage: None,
@@ -94,14 +95,14 @@ def rewrite_adapter(
         source: the folder that the adapter was loaded from: its stored dtype and its other files.
         prefix: of the names in ``factors``, where they are of a network around ``model``.
         dtype: of the stored factors; by default the source's, or else the loaded adapter's.
+        dropout: of the new adapter, where it is another than the source's.
         title: heading of the README's new section.
         text: Markdown below it.
         write_more: writes further files into the folder before it takes its place.
 
     Raises:
-        AdapterError: an adapter that is no plain LoRA (DoRA, a base changed at initialisation); factors that do
-            not fit, or are not those of all its modules; no rank left; a folder that cannot be written; an
-            adapter that does not load back as written.
+        AdapterError: no plain LoRA (DoRA, a base changed at initialisation); factors that do not fit, or are not those
+            of all its modules; no rank left; a folder that cannot be written, or does not load back as written.
     """
     config, layers = _layers(model, adapter)
     kept = _kept({name.removeprefix(prefix): pair for name, pair in factors.items()}, layers, config)
@@ -109,20 +110,19 @@ def rewrite_adapter(
     stored = dtype or stored_dtype(model, adapter, source)
     ranks = ranks_of(kept)
     new, scales = _with_ranks(config, ranks, layers, adapter, base_of(model, adapter))
-    tensors: dict[str, Tensor] = {}
-    rounding = {}
+    new.lora_dropout = new.lora_dropout if dropout is None else dropout
+    tensors, rounding = dict[str, Tensor](), dict[str, float]()
     for name, (u, v) in kept.items():
         own = matrices.stored(layers[name], name, u, v, scales[name], stored)
         rounding[name] = _rounding(u, v, scales[name], *own.values())
         tensors |= own
     out = Path(out_dir)
     written = Rewritten(out, new, ranks, scales, stored, rounding)
-    readme = _readme(model, written, source, title, text)
     with staged_folder(out, "adapter_config.json") as stage:
         _copy_others(source, stage)
         new.save_pretrained(str(stage))
         save_file(tensors | others, stage / SAFE, metadata=HEADER)
-        (stage / "README.md").write_text(readme, encoding="utf-8")
+        (stage / "README.md").write_text(_readme(model, written, source, title, text), encoding="utf-8")
         write_more(stage)
         _verify(model, adapter, stage, tensors | others, scales)
     return written

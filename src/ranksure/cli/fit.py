@@ -35,10 +35,14 @@ class FitCommand(FitSettings):
     "ranksure fit --plan plan --data train.csv --num-train-epochs 20 --certify-every 50 --grow --out fit",
     "ranksure fit --plan plan --data train.csv --mode linear --out linear",
     "ranksure fit --model ./my-bert --data train.csv --rank 4 --target-modules query,value --lambda 0.01 --out fit",
+    "ranksure fit --method certified --model ./my-bert --data train.csv --lambda 0.01 --out fit",
+    "ranksure fit --method certified --adapter out/my-lora --data train.csv --lambda 0.01 --out fit",
     "ranksure fit --task CAUSAL_LM --model ./my-llm --data chat.jsonl --rank 8 --lambda 1e-3 --out fit",
 )
 def fit(asked: FitCommand) -> None:
     """Train at the planned rank with the decay of the theory, certify the run, and compare it with the plan.
+
+    With --method certified no rank and no learning rate is chosen: lambda alone says what is solved.
 
     The adapter appears whole in OUT/adapter, with certificate.json and fit.json. A fit that was killed is gone on
     with by the same command, and ends with the same weights.

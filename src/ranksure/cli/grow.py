@@ -57,7 +57,7 @@ def grow(asked: GrowCommand) -> None:
             force=asked.force,
             progress=lambda done: advance((done - 1) % count + 1, count),
         )
-    then = ": train on, with a new optimizer"
+    then = f": train on, with a new optimizer, or by `ranksure fit --method certified --adapter {asked.out}`"
     write_changed(asked, asked.out, found, run, rows, reporter, _show, notes=found.uneven, then=then)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from msgspec import Struct
 
@@ -68,6 +68,57 @@ class Stage(Struct, kw_only=True, frozen=True):
     history: list[dict[str, Any]] = []
 
 
+class Solved(Struct, kw_only=True, frozen=True):
+    """How the network's own solver ended; its rounds are the fit's history.
+
+    Attributes:
+        status: ``converged`` where the gap is at most ``tolerance`` of what was gained, else ``not-converged``.
+        remedy: what to do where it is not.
+        objective: of the network at the point, measured by the solver.
+        gap: the network re-linearised at the point could gain no more at any rank of any target: a bound.
+        relative_gap: the same as a share of what was gained; null where nothing was.
+        spectral_ratio: the largest one, over all targets.
+        noise: how much the loss changes with the order of the rows.
+        gradients: passes forward and back over the rows, ``forwards`` passes forward alone; ``captures`` of the network
+            re-linearised at a point.
+        start: ``nothing``, ``plan`` or ``adapter``.
+        skipped: frozen layers that ran once.
+        without: targets that need no update, and are not in the adapter.
+    """
+
+    status: Literal["converged", "not-converged"]
+    remedy: str
+    objective: float
+    objective_at_zero: float
+    gap: float
+    tolerance: float
+    spectral_ratio: float
+    noise: float
+    gradients: Count
+    forwards: Count
+    captures: Count
+    start: Literal["nothing", "plan", "adapter"]
+    relative_gap: float | None = None
+    skipped: list[str] = []
+    without: list[str] = []
+
+    def said(self) -> list[str]:
+        """In sentences: what is certified, and what is only measured."""
+        share = "" if self.relative_gap is None else f", {self.relative_gap:.2g} of what was gained"
+        bound = (
+            "on the network re-linearised at this point, no update of any rank in any target gains more than "
+            f"{self.gap:.3g}{share}"
+        )
+        out = [f"Certified: {bound} ({self.tolerance:g} was asked for)."]
+        if self.status != "converged":
+            out = [f"Not certified to the {self.tolerance:g} that was asked for: {bound}. Because {self.remedy}."]
+        out.append("Measured: the objective on these rows. That no update far from here does better is not claimed.")
+        if self.without:
+            names = ", ".join(self.without[:4]) + (f" and {len(self.without) - 4} more" * (len(self.without) > 4))
+            out.append(f"Targets that need no update, and have none in the adapter: {names}.")
+        return out
+
+
 class Fit(Record, kw_only=True, rename={"lam": "lambda"}):
     """The content of ``fit.json``.
 
@@ -79,7 +130,9 @@ class Fit(Record, kw_only=True, rename={"lam": "lambda"}):
         parameters: numbers in the factors.
         objective_at_zero: mean loss without the adapter.
         stages: those before the last, of a grown fit.
-        history: what the Trainer logged.
+        history: what the Trainer logged; of method ``certified`` the rounds: gradients (``step``), ``objective`` and
+            ``gap``.
+        method: ``trainer`` or ``certified``; ``solved`` is how the latter ended.
     """
 
     SCHEMA: ClassVar[int] = SCHEMA
@@ -108,6 +161,8 @@ class Fit(Record, kw_only=True, rename={"lam": "lambda"}):
     scale_in_training: float = 1.0
     gradient_clipping: float = 0.0
     head_trained: bool = False
+    method: str = "trainer"
+    solved: Solved | None = None
     prediction: Prediction | None = None
     heldout: FitHeldOut | None = None
     resumed: bool = False

@@ -251,7 +251,14 @@ class Curve:
     marker: str = ""
 
 
-def curves(canvas: Canvas, lines: Sequence[Curve], x_name: str, y_name: str, levels_at: Sequence[Curve] = ()) -> None:
+def curves(
+    canvas: Canvas,
+    lines: Sequence[Curve],
+    x_name: str,
+    y_name: str,
+    levels_at: Sequence[Curve] = (),
+    log: bool = False,
+) -> None:
     """Lines over steps, and horizontal ones at the first ``y`` of each of ``levels_at``."""
     (axes,) = canvas.axes(height=300 if not canvas.narrow else 280, left=66)
     for line in lines:
@@ -265,6 +272,10 @@ def curves(canvas: Canvas, lines: Sequence[Curve], x_name: str, y_name: str, lev
         )
     for line in levels_at:
         axes.axhline(line.y[0], color=INKS[line.colour], linestyle=line.dash, linewidth=1.6)
-    roomy(axes, [y for line in [*lines, *levels_at] for y in line.y])
+    if log:
+        axes.set_yscale("log")
+        log_ticks(axes.yaxis)
+    else:
+        roomy(axes, [y for line in [*lines, *levels_at] for y in line.y])
     label(axes, x_name, y_name)
     ticks(axes.xaxis, 5 if canvas.narrow else 8, whole=True)

@@ -17,8 +17,9 @@ LOSS_ON = Option("completion (as without it), or all tokens: prompts too.", DATA
 WEIGHTING = Option("Mean over every token alike (as without it), or every sample alike (causal models).", SOLVER)
 
 
-def _share(value: float) -> str | None:
-    return None if 0 < value < 1 else "is a share of the objective: use a number in (0, 1)"
+def share(value: float) -> str | None:
+    """In (0, 1)."""
+    return None if 0 < value < 1 else "is a share: use a number in (0, 1)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,7 @@ class CertificateOptions(Settings):
     """How a run is certified."""
 
     tolerance: Annotated[
-        float, Option("Share of the objective below which a possible gain counts as none.", SOLVER, check=_share)
+        float, Option("Share of the objective below which a possible gain counts as none.", SOLVER, check=share)
     ] = 0.05
     memory: Annotated[
         float | str,

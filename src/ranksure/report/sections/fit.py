@@ -25,10 +25,12 @@ def build(record: Record, section_id: str, command: str | None = None) -> Sectio
     answer, tone = ANSWERS.get(data.verdict, (f"Verdict: {data.verdict}.", "warn"))
     section = Section(i, "Fit", f"{short(data.model)} on {data.data.source}", answer, tone)
     advice = [after(answer, text) for text in certificate.advice()]
-    section.sentences = [*advice[:1], _what(data), *_prediction(data), *advice[1:]]
+    solved = data.solved.said() if data.solved else []
+    section.sentences = [*advice[:1], _what(data), *solved, *_prediction(data), *advice[1:]]
     section.warnings = list(data.notes)
     section.tiles = [*_tiles(data), *tiles(certificate)]
-    blocks: list[Any] = [figure for figure in (_curve(data, i), _objective(data, i), _held_out(data, i)) if figure]
+    drawings = (_curve(data, i), *_rounds(data, i), _objective(data, i), _held_out(data, i))
+    blocks: list[Any] = [figure for figure in drawings if figure]
     blocks += figures(certificate, i, record.folder)
     if data.stages:
         blocks.append(_stages(data))
@@ -53,6 +55,8 @@ def _what(data: Fit) -> str:
     where = f"{counted(len(data.ranks), 'module')} at {shown}, on {data.n_samples:,} rows"
     if data.mode != "train":
         return f"The linear optimum was taken without any training: {where}."
+    if data.solved:
+        return f"Solved {where}: {counted(data.steps, 'gradient')} over all rows, λ = {data.lam:.4g}."
     return f"Trained {where}: {counted(data.steps, 'step')} of {data.optimizer}, λ = {data.lam:.4g}."
 
 
@@ -74,6 +78,9 @@ def _prediction(data: Fit) -> list[str]:
 def _tiles(data: Fit) -> list[Tile]:
     held = data.heldout
     out = [Tile("Parameters", f"{data.parameters:,}", None, "in the adapter")]
+    if data.solved and data.solved.relative_gap is not None:
+        note = f"of what was gained at most, at any rank: {data.solved.gap:.3g}"
+        out.append(Tile("Left to gain", percent(data.solved.relative_gap, 2), Status.CERTIFIED, note))
     if held:
         change = held.loss - held.loss_without_adapter
         note = f"{held.loss:.4f} against {held.loss_without_adapter:.4f}"
@@ -121,6 +128,51 @@ def _curve(data: Fit, i: str) -> Figure | None:
         legend,
         note="The optimum is certified for the linearised network only: the real one may end above it or below.",
     )
+
+
+def _rounds(data: Fit, i: str) -> list[Figure]:
+    """Of the network's own solver: the objective, which is measured, and the gap, which is a bound."""
+    solved, points, gaps = data.solved, _logged(data, "objective"), _logged(data, "gap")
+    if solved is None or len(points) < 2 or len(points) != len(gaps):
+        return []
+    rows = [[f"{x:g}", number(y, ".6g"), number(gap, ".3g")] for (x, y), (_, gap) in zip(points, gaps, strict=True)]
+    table = Table("Rounds", ["gradients", "objective", "gap, at most"], rows)
+    zero = Curve("zero", [], [solved.objective_at_zero], "muted", DASHES[2])
+    measured = drawn(
+        f"{i}-rounds",
+        lambda canvas: charts.curves(
+            canvas, [Curve("objective", *_split(points), "c1", marker="D")], "gradients", "objective", [zero]
+        ),
+        "How did the objective fall?",
+        Status.ESTIMATED,
+        f"The objective went from {points[0][1]:.5g} to {points[-1][1]:.5g} in {counted(data.steps, 'gradient')}.",
+        "A line over gradients, a mark for each round.",
+        table,
+        [
+            Key("objective (loss and penalty), on all rows", "c1", "D", "solid"),
+            Key("without an adapter", "muted", line="dotted"),
+        ],
+    )
+    gained = solved.objective_at_zero - solved.objective
+    asked = solved.tolerance * gained
+    levels = [Curve("asked", [], [asked], "good", DASHES[1])] if asked > 0 else []
+    drawable = [(x, y) for x, y in gaps if y > 0]
+    line = Curve("gap", *_split(drawable), "c0", marker="o")
+    bound = drawn(
+        f"{i}-gap",
+        lambda canvas: charts.curves(canvas, [line], "gradients", "gap (log scale)", levels, log=True),
+        "How much could any rank still gain?",
+        Status.CERTIFIED,
+        f"At the end at most {solved.gap:.3g}, {percent(solved.relative_gap, 2)} of what was gained.",
+        "A line over gradients on a logarithmic scale, a mark for each round.",
+        table,
+        [
+            Key("bound on what any rank gains, re-linearised there", "c0", "o", "solid"),
+            Key(f"asked for: {percent(solved.tolerance)} of what was gained", "good", line="dashed"),
+        ],
+        note="Of the network re-linearised at each round's end: it bounds no optimum of the network far from there.",
+    )
+    return [measured, bound] if drawable else [measured]
 
 
 def _steps(logs: list[tuple[float, float]], points: list[tuple[float, float]]) -> Table:

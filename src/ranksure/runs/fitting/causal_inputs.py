@@ -67,7 +67,6 @@ def causal_setup(model: Any, data: Any, settings: FitSettings, tokenizer: Any, c
     targets = select_targets(loaded, wanted, settings.layers_to_transform)
     return Setup(
         base=loaded,
-        adapted=loaded,
         prefix="",
         heads=[],
         task_type="CAUSAL_LM",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from ranksure.adapters.aliasing import alias_model
 from ranksure.adapters.export import export_adapter, export_mean_pooled
 from ranksure.adapters.loaded import Adapter
+from ranksure.adapters.rewrite import rewrite_adapter, stored_dtype
 from ranksure.factors import Factors
 from ranksure.files import staged_folder
 from ranksure.losses import accuracy, get_loss
@@ -20,8 +22,8 @@ from ranksure.network.logits import Batch, predict, unlabelled
 from ranksure.network.side_path import applied
 from ranksure.records.fit import FitHeldOut
 from ranksure.records.record import encoded
-from ranksure.records.task import write_task
-from ranksure.runs.fitting.inputs import Setup
+from ranksure.records.task import carry_loss, write_task
+from ranksure.runs.fitting.inputs import SavedStart, Setup
 from ranksure.runs.fitting.result import FitResult
 from ranksure.tasks.text import MeanPooled
 
@@ -51,6 +53,14 @@ def write_adapter(model: PeftModel, factors: Factors, setup: Setup, result: FitR
         AdapterError: as :func:`~ranksure.adapters.export.export_adapter`.
     """
     factors = setup.named_as_planned(factors)
+
+    def write(stage: Path) -> None:
+        (stage / "certificate.json").write_bytes(encoded(result.certificate.to_json()))
+        (stage / "fit.json").write_bytes(encoded(result.record))
+
+    if setup.saved is not None:
+        _rewrite(setup.saved, factors, setup, result, write)
+        return
     with staged_folder(result.folder, "adapter_config.json") as stage:
         base = alias_model(model).unload()  # pyright: ignore[reportCallIssue]
         common: dict[str, Any] = {
@@ -76,8 +86,33 @@ def write_adapter(model: PeftModel, factors: Factors, setup: Setup, result: FitR
                 **common,
             )
         write_task(stage, setup.record)
-        (stage / "certificate.json").write_bytes(encoded(result.certificate.to_json()))
-        (stage / "fit.json").write_bytes(encoded(result.record))
+        write(stage)
+
+
+def _rewrite(
+    saved: SavedStart, factors: Factors, setup: Setup, result: FitResult, write: Callable[[Path], None]
+) -> None:
+    """The adapter that the fit began with, at the factors found: its head, its scales and its other files stay."""
+    run, name = saved.run, saved.read.name
+    model = run.adapted or run.model
+    none: Factors = {each: (torch.zeros(m, 0), torch.zeros(n, 0)) for each, (m, n) in setup.shapes.items()}
+
+    def write_all(stage: Path) -> None:
+        write(stage)
+        carry_loss(stage, setup.kind)
+
+    rewrite_adapter(
+        model,
+        none | factors,
+        result.folder,
+        adapter=name,
+        source=run.folder,
+        dtype=torch.promote_types(stored_dtype(model, name, run.folder), torch.float32),
+        dropout=0.0,
+        title="Training",
+        text="\n\n".join(result.sentences()),
+        write_more=write_all,
+    )
 
 
 def _accuracy(model: nn.Module, batches: Sequence[Batch], kind: str) -> float | None:

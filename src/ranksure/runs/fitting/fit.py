@@ -29,16 +29,18 @@ from ranksure.planner.solved import SOLVED
 from ranksure.progress import Clock, Reporter, Silent
 from ranksure.quantities import parse_memory
 from ranksure.records.certificate import RunCertificate
-from ranksure.records.fit import Stage
+from ranksure.records.fit import Solved, Stage
 from ranksure.runs.certificate.callback import preserved_randomness
 from ranksure.runs.certificate.certify import certify_adapter
-from ranksure.runs.certificate.settings import CertifySettings
+from ranksure.runs.certificate.settings import TOLERANCE, CertifySettings
 from ranksure.runs.fitting.causal_inputs import causal_setup
+from ranksure.runs.fitting.certified import at_ranks, kept, other_objective, rounds, solve, solved_record, with_zeros
 from ranksure.runs.fitting.export import evaluate, write_adapter
 from ranksure.runs.fitting.folder import Workspace, left_as_found
 from ranksure.runs.fitting.inputs import Setup, place_factors
 from ranksure.runs.fitting.plan_folder import PlanFolder, read_plan
 from ranksure.runs.fitting.result import FitResult, fit_record
+from ranksure.runs.fitting.saved_inputs import saved_setup
 from ranksure.runs.fitting.settings import FitSettings
 from ranksure.runs.fitting.stage import train_stage
 from ranksure.runs.fitting.task_inputs import SHARED, task_setup
@@ -83,17 +85,15 @@ def fit(
         RanksureError: whatever in the input cannot be used, in one line.
     """
     options = settings_of(FitSettings, "fit", settings)
+    if options.certified and callbacks:
+        raise SettingError("`callbacks` are the Trainer's, which `method` certified does not use: leave them out")
     clock = Clock(reporter or Silent())
     began = time.perf_counter()
     with writing(out), left_as_found(out) as work, preserved_randomness(), _quiet():
         folder, prepared = _plan_folder(work, model, data, plan, tokenizer, options, clock)
-        if options.task == "CAUSAL_LM":
-            if folder is not None:
-                raise SettingError("a plan is for classification, not for CAUSAL_LM: leave `plan` or `task` out")
-            setup = causal_setup(model, data, options, tokenizer, clock)
-        else:
-            setup = task_setup(model, data, options, folder, tokenizer, clock, prepared)
-        options = dataclasses.replace(options, loss=setup.kind)
+        setup = _setup(model, data, folder, prepared, tokenizer, options, clock)
+        weighting = options.weighting if setup.saved is None else setup.saved.weighting
+        options = dataclasses.replace(options, loss=setup.kind, weighting=weighting)
         run = _Run(setup, options, folder, work, clock, list(callbacks), command)
         resumed = work.open(run.asked(), restart)
         if work.finished:
@@ -123,14 +123,20 @@ class _Run:
             if options.rank is None:
                 raise SettingError("`lora_alpha` needs `rank`: a plan's ranks have scale 1")
             self.scale = options.lora_alpha / options.rank
-        self.start: Factors | None = plan.factors() if options.linear and plan is not None else None
-        self.ranks = self._ranks()
+        self.start: Factors | None = None
+        if plan is not None and (options.linear or options.certified):
+            self.start = plan.factors()
+        elif setup.saved is not None:
+            self.start = setup.named_as_planned(setup.saved.read.factors)
+        self.ranks = {} if options.certified else self._ranks()
         self.lam = self._lambda()
+        if options.certified and not self.lam:
+            raise SettingError("`method` certified needs a penalty: give `lam` above 0, or `plan` with a plan's folder")
         self.asks = CertifySettings(
             lam=self.lam or None,
             loss=setup.kind,
             weighting=options.weighting,
-            tolerance=options.tolerance,
+            tolerance=TOLERANCE if options.certified else options.gain,
             memory_bytes=parse_memory(options.memory),
         )
         self.batches: Sequence[dict[str, Any]] = []
@@ -138,20 +144,25 @@ class _Run:
 
     def asked(self) -> dict[str, Any]:
         """All that the result depends on."""
-        setup = self.setup
+        setup, deciding = self.setup, self.options.deciding()
+        if not self.options.certified:  # as runs of before there were methods have it
+            deciding = {name: value for name, value in deciding.items() if name not in ("method", "adapter")}
         return {
             "model": setup.name,
             "data": setup.sha256,
             "rows": len(setup.features),
             "ranks": self.ranks,
             "lambda": self.lam,
-            **self.options.deciding(),
+            **deciding,
+            **({} if setup.saved is None else {"adapter": setup.saved.run.adapter_sha256}),
         }
 
     def go(self, resumed: bool, began: float) -> FitResult:
         """Train stage after stage, certify, write."""
         options, work = self.options, self.work
         self.batches = self.setup.batches(self.setup.features)
+        if options.certified:
+            return self._solved(resumed, began)
         while True:
             stage = len(work.stages)
             factors = work.factors() or self.start
@@ -179,6 +190,29 @@ class _Run:
             self._grow(model, verdict, last)
         return self._finish(model, read, verdict, last, resumed, began)
 
+    def _solved(self, resumed: bool, began: float) -> FitResult:
+        """Solve, certify all targets, and write those that have an update."""
+        setup, options = self.setup, self.options
+        solved, started = solve(setup, options, self.lam, self.start, self.batches, self.work, self.clock)
+        factors = setup.named_as_planned(solved.factors)
+        whole = with_zeros(factors)
+        model = self._wrapped(ranks_of(whole), whole)
+        verdict = at_ranks(self._certify(model, read_adapter(model)), solved.ranks)
+        setup.notes += other_objective(solved, verdict)
+        ranks = ranks_of(kept(factors))
+        model = self._wrapped(ranks, kept(factors))
+        last = Stage(
+            ranks=ranks,
+            steps=solved.gradients,
+            verdict=verdict.verdict,
+            objective=verdict.objective,
+            loss=verdict.loss,
+            history=rounds(solved),
+        )
+        start = ("plan" if setup.saved is None else "adapter") if started else "nothing"
+        record = solved_record(solved, setup, options, self.lam, start)
+        return self._finish(model, read_adapter(model), verdict, last, resumed, began, record)
+
     def _ranks(self) -> dict[str, int]:
         if self.start is not None:
             ranks = ranks_of(self.start)
@@ -201,7 +235,11 @@ class _Run:
         if self.options.lam is not None:
             return self.options.lam
         if self.options.weight_decay is not None:
-            return self.options.weight_decay / self.scale
+            saved = self.setup.saved
+            scale = self.scale if saved is None else saved.scale
+            if scale is None:
+                raise SettingError("the adapter's modules have several scales, so lambda is several: give `lam`")
+            return self.options.weight_decay / scale
         return 0.0 if self.plan is None else self.plan.weight_decay
 
     def _as_planned(self) -> bool:
@@ -231,6 +269,8 @@ class _Run:
             found = certify_adapter(model, read, self.batches, self.asks, progress=lambda done: advance(done, count))
         # Of what is saved beside the factors, only what was trained is outside the certificate.
         trained = (found.outside or ["the head"]) if self.options.train_head else []
+        if self.setup.saved is not None:
+            trained = self.setup.saved.read.outside
         return dataclasses.replace(found, outside=trained)
 
     def _grow(self, model: PeftModel, verdict: RunCertificate, last: Stage) -> None:
@@ -247,14 +287,21 @@ class _Run:
                 raise SettingError("training diverged: the factors are not finite; lower the learning rate")
 
     def _finish(
-        self, model: PeftModel, read: Adapter, verdict: RunCertificate, last: Stage, resumed: bool, began: float
+        self,
+        model: PeftModel,
+        read: Adapter,
+        verdict: RunCertificate,
+        last: Stage,
+        resumed: bool,
+        began: float,
+        solved: Solved | None = None,
     ) -> FitResult:
         setup, options = self.setup, self.options
         with self.clock.stage("evaluate", "Evaluating"):
             zero, held = evaluate(model, read, setup, self.batches, options.weighting)
         predicted = None
         if self.plan is not None and self._as_planned():
-            predicted = self.plan.prediction(options.rank, options.linear)
+            predicted = self.plan.prediction(options.rank, options.linear or options.certified)
         record = fit_record(
             setup,
             options,
@@ -266,6 +313,7 @@ class _Run:
             objective_at_zero=zero,
             heldout=held,
             prediction=predicted,
+            solved=solved,
             command=self.command,
             resumed=resumed,
             seconds={**self.clock.seconds, "total": time.perf_counter() - began},
@@ -297,6 +345,27 @@ def _plan_folder(
         prepared = prepare(model, data, PlanSettings(**shared), tokenizer, clock)
         run_plan(prepared, clock).save(own)
     return read_plan(own), prepared
+
+
+def _setup(
+    model: Any,
+    data: Any,
+    folder: PlanFolder | None,
+    prepared: Prepared | None,
+    tokenizer: Any,
+    options: FitSettings,
+    clock: Clock,
+) -> Setup:
+    """Model and rows: of an adapter to start from, for language modelling, or of a task."""
+    if options.adapter is not None:
+        if folder is not None:
+            raise SettingError("give `plan` or `adapter` to start from, not both")
+        return saved_setup(model, data, options, tokenizer, clock)
+    if options.task == "CAUSAL_LM":
+        if folder is not None:
+            raise SettingError("a plan is for classification, not for CAUSAL_LM: leave `plan` or `task` out")
+        return causal_setup(model, data, options, tokenizer, clock)
+    return task_setup(model, data, options, folder, tokenizer, clock, prepared)
 
 
 @contextmanager

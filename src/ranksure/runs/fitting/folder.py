@@ -1,7 +1,8 @@
 """The folder of a fit while it runs: what was asked, checkpoints by stage, and the finished adapter.
 
 ``run.json`` says what was asked and which stages are done; ``stage-K.safetensors`` holds the factors that stage
-K starts from, where they are not the plain initialisation; ``checkpoints/stage-K`` is the Trainer's;
+K starts from, where they are not the plain initialisation; ``checkpoints/stage-K`` is the Trainer's, or holds the last
+round of the network's own solver;
 ``runs/stage-K`` is TensorBoard's, where that is asked for, and stays; ``adapter`` appears in one rename when all is
 done. So a kill at any point leaves a folder to go on from.
 """
@@ -13,18 +14,21 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import msgspec
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
+from torch import Tensor
 
-from ranksure.errors import RanksureError, SettingError
+from ranksure.errors import RanksureError, SettingError, one_line
 from ranksure.factors import Factors
 from ranksure.files import is_left, write_file
 from ranksure.records.fit import Stage
 from ranksure.records.record import plain
+from ranksure.solvers.network import Checkpoint
 
 ADAPTER, RUN = "adapter", "run.json"
 _OWN = {RUN, ADAPTER, "checkpoints", "plan", "runs", "report.html"}
@@ -115,10 +119,7 @@ class Workspace:
 
     def close_stage(self, stage: Stage, factors: Factors) -> None:
         """Record a finished stage, and the factors that the next one starts from."""
-        tensors = {}
-        for name, (u, v) in factors.items():
-            tensors |= {f"{name}.u": u.contiguous(), f"{name}.v": v.contiguous()}
-        write_file(self.out / f"stage-{len(self.stages) + 1}.safetensors", save(tensors))
+        write_file(self.out / f"stage-{len(self.stages) + 1}.safetensors", save(_named(factors)))
         self.stages.append(stage)
         self._write()  # last: only now does the next stage count as begun
 
@@ -135,8 +136,33 @@ class Workspace:
             tensors = load_file(path)
         except (OSError, SafetensorError) as error:
             raise SettingError(f"{path} cannot be read: {error}; start again in a new folder") from None
-        names = list(dict.fromkeys(key.removesuffix(".u") for key in tensors if key.endswith(".u")))
-        return {name: (tensors[f"{name}.u"], tensors[f"{name}.v"]) for name in names}
+        return _paired(tensors)
+
+    def save_round(self, reached: Checkpoint) -> None:
+        """Keep a round of the network's own solver in place of the one before it."""
+        state = {each.name: getattr(reached, each.name) for each in fields(reached) if each.name != "factors"}
+        write_file(self._round, save(_named(reached.factors), {"state": json.dumps(state)}))
+
+    def last_round(self) -> Checkpoint | None:
+        """The last round of the network's own solver; None where there is none.
+
+        Raises:
+            SettingError: its file cannot be read.
+        """
+        if not self._round.is_file():
+            return None
+        try:
+            with safe_open(self._round, "pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no mapping)
+                state = json.loads(file.metadata()["state"])
+            state["history"] = [tuple(entry) for entry in state["history"]]
+            return Checkpoint(_paired(tensors), **{**state, "counts": tuple(state["counts"])})
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise SettingError(f"{self._round} cannot be read ({one_line(error)}): use `restart`") from None
+
+    @property
+    def _round(self) -> Path:
+        return self.checkpoints(0) / "checkpoint-round.safetensors"
 
     def tidy(self, keep_checkpoints: bool) -> None:
         """Delete what a finished run needs no more."""
@@ -167,6 +193,17 @@ def left_as_found(out: str | os.PathLike[str]) -> Iterator[Workspace]:
         if new and not any(work.out.iterdir()):
             work.out.rmdir()
         raise
+
+
+def _named(factors: Factors) -> dict[str, Tensor]:
+    """Factors as a file holds them."""
+    pairs = ((f"{name}.{side}", x) for name, pair in factors.items() for side, x in zip("uv", pair, strict=True))
+    return {key: x.cpu().contiguous() for key, x in pairs}
+
+
+def _paired(tensors: Mapping[str, Tensor]) -> Factors:
+    names = [key.removesuffix(".u") for key in tensors if key.endswith(".u")]
+    return {name: (tensors[f"{name}.u"], tensors[f"{name}.v"]) for name in names}
 
 
 def _own(name: str) -> bool:

@@ -9,16 +9,39 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel
 
 from ranksure.adapters.config import exact_pattern, lora_config
+from ranksure.adapters.loaded import Adapter
 from ranksure.adapters.matrices import adapted_layers, matrices, to_matrices
+from ranksure.choices import Weighting
 from ranksure.errors import AdapterError
 from ranksure.factors import Factors
 from ranksure.losses import Kind
 from ranksure.network.batches import Batches
 from ranksure.records.task import TaskRecord
+from ranksure.runs.saved.base import LoadedRun
 from ranksure.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class SavedStart:
+    """An adapter that a fit starts from.
+
+    Attributes:
+        run: as it was loaded; nothing in it changes.
+        read: its factors, by name in the network.
+        weighting: of a causal language model's tokens.
+    """
+
+    run: LoadedRun
+    read: Adapter
+    weighting: Weighting
+
+    @property
+    def scale(self) -> float | None:
+        """Of all its modules; None where they differ."""
+        scales = {block.scale for block in self.read.blocks.values()}
+        return scales.pop() if len(scales) == 1 else None
 
 
 @dataclass
@@ -27,21 +50,20 @@ class Setup:
 
     Attributes:
         base: the network that PEFT wraps, its head in place.
-        adapted: the model whose module names a plan and an adapter on disk use (the encoder under mean pooling).
-        prefix: what those names need in front to be names in ``base``.
+        prefix: what the names of modules in a plan and in an adapter on disk need in front to be names in ``base``.
         heads: qualified names in ``base`` of what is saved beside the factors.
         task_type: PEFT's, or None.
         features: tokenised training rows with ``labels``, in order; ``held``: held-out ones, or None.
-        shapes: of every target, by its name in ``adapted``.
+        shapes: of every target, by its name on disk.
         pooling: ``model`` or ``mean``; None for a causal language model, as are ``task`` and ``n_outputs``.
         same_data: whether the rows are those of the plan.
         record: what is written beside the adapter.
+        saved: the adapter that it starts from, in whose place the result is written.
         own_length: padding is felt, so rows of several lengths share no batch.
         notes: what the user should be told, in sentences.
     """
 
     base: nn.Module
-    adapted: PreTrainedModel
     prefix: str
     heads: list[str]
     task_type: str | None
@@ -61,6 +83,7 @@ class Setup:
     same_data: bool
     task: Task[Any] | None = None
     record: TaskRecord = field(default_factory=TaskRecord)
+    saved: SavedStart | None = None
     own_length: bool = False
     notes: list[str] = field(default_factory=list)
 
@@ -69,7 +92,7 @@ class Setup:
         return Batches(features, self.batch_size, self.collator, own_length=self.own_length, by_length=True)
 
     def named_as_planned(self, factors: Factors) -> Factors:
-        """Factors of ``base`` by their names in ``adapted``."""
+        """Factors of ``base`` by their names on disk."""
         return {name.removeprefix(self.prefix): pair for name, pair in factors.items()}
 
     def ranks(self, rank: int) -> dict[str, int]:

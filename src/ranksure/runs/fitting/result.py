@@ -53,7 +53,14 @@ class FitResult:
 
     def sentences(self) -> list[str]:
         """What was trained, what came of it against the prediction, and the certificate's advice."""
-        return [self._what(), *self._prediction(), *self._held_out(), *self._grown(), *self.certificate.advice()]
+        return [
+            self._what(),
+            *(self.record.solved.said() if self.record.solved else []),
+            *self._prediction(),
+            *self._held_out(),
+            *self._grown(),
+            *self.certificate.advice(),
+        ]
 
     def readme(self) -> str:
         """Markdown for the adapter's README."""
@@ -67,11 +74,13 @@ class FitResult:
         what = f"{count} module{'s' * (count != 1)} at {shown}"
         rows, lam = f"{record.n_samples} rows", f"lambda {record.lam:.4g}"
         if record.mode == "train":
-            how = [f"{record.steps} steps of {record.optimizer}", f"true L2 decay of the factors at {lam}"]
+            solved = record.solved is not None
+            steps = f"{record.steps} {'gradients' if solved else 'steps'} of {record.optimizer}"
+            how = [steps + " over all rows" * solved, f"true L2 decay of the factors at {lam}"]
             how.append(f"loss averaged per {record.mean_per}")
             how.append(f"gradients clipped to norm {clipping:g}" if clipping else "no gradient clipping")
             how.append("head trained too" if record.head_trained else "head frozen")
-            first = f"Trained {what} on {rows} ({', '.join(how)})"
+            first = f"{'Solved' if solved else 'Trained'} {what} on {rows} ({', '.join(how)})"
         else:
             first = f"Took the linear optimum, {what}, without any training ({rows}, {lam})"
         if final.objective is None:  # a configuration that no certificate covers
@@ -145,7 +154,8 @@ def fit_record(
         scale_in_training=scale,
         lam=lam,
         parameters=sum(rank * sum(setup.shapes[name]) for name, rank in last.ranks.items()),
-        optimizer={"adam": "Adam", "sgd": "SGD"}[options.optim],
+        optimizer="L-BFGS" if options.certified else {"adam": "Adam", "sgd": "SGD"}[options.optim],
+        method=options.method,
         gradient_clipping=options.max_grad_norm,
         head_trained=options.train_head,
         ranks=last.ranks,

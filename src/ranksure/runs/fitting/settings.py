@@ -1,7 +1,8 @@
 """What a fit is asked: every option, its default, and the checks that need no data or model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from ranksure.choices import LossOn, OptimizerKind, Verdict, Weighting
@@ -21,7 +22,7 @@ from ranksure.options import (
     positive,
     whole,
 )
-from ranksure.runs.options import LOSS_ON, WEIGHTING, CertificateOptions, ConversationOptions
+from ranksure.runs.options import LOSS_ON, WEIGHTING, CertificateOptions, ConversationOptions, share
 from ranksure.tasks.options import TASKS, TaskOptions, values_of
 
 
@@ -36,6 +37,39 @@ def _task(value: str) -> None:
 
 def _optimizer(value: Any) -> str | None:
     return "is unknown (decoupled decay is no L2 penalty): use adam or sgd" if str(value).startswith("adamw") else None
+
+
+GAP = 0.01
+"""Of what was gained: the gap that the certified method reaches."""
+
+# What the certified method does, and the options that it leaves without a meaning.
+_NOT_CERTIFIED = {
+    "finds the ranks": ("rank", "grow", "grow_stages"),
+    "takes steps of its own, over all rows": (
+        "learning_rate",
+        "lr_scheduler_type",
+        "warmup_steps",
+        "optim",
+        "num_train_epochs",
+        "gradient_accumulation_steps",
+        "max_grad_norm",
+    ),
+    "runs the network without dropout": ("lora_dropout", "model_dropout"),
+    "has factors of scale 1": ("lora_alpha",),
+    "leaves the head as it is": ("train_head",),
+    "certifies every round": ("certify_every", "stop"),
+    "starts from the plan's solution, an adapter or nothing": ("mode", "init"),
+    "keeps its last round only, until it is done": ("save_steps", "keep_checkpoints"),
+    "tells its rounds in fit.json": ("logging_steps", "report_to"),
+}
+_OF_ADAPTER = {  # the same with an adapter to start from
+    "is that of the adapter to start from": ("pooling", "target_modules", "layers_to_transform", "calibrate"),
+    "has no meaning with `adapter`, with which the training rows alone are read": (
+        "eval_data",
+        "eval_split",
+        "heldout",
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +103,10 @@ class FitSettings(CertificateOptions, ConversationOptions, TaskOptions):
         bool,
         Option("Shift the classes' logits so that the training rows have the classes' shares (task prompt).", MODEL),
     ] = True
+    adapter: Annotated[
+        Path | None,
+        Option("Folder of an adapter to start from, with its model, head and targets (method certified).", MODEL),
+    ] = None
     train_head: Annotated[bool, Option("Train the head too (frozen otherwise).", MODEL)] = False
     lora_alpha: Annotated[
         float | None, Option("Scale times rank (default: the rank, for scale 1).", TARGETS, check=positive)
@@ -82,6 +120,22 @@ class FitSettings(CertificateOptions, ConversationOptions, TaskOptions):
         float | None,
         Option("In place of `lam`, the L2 decay of PEFT's matrices A and B.", SOLVER, check=not_negative),
     ] = None
+    tolerance: Annotated[
+        float | None,
+        Option(
+            "Gain that counts as none: a share of the objective (default: 0.05); with method certified the gap to "
+            "reach, a share of what was gained (default: 0.01).",
+            SOLVER,
+            check=share,
+        ),
+    ] = None
+    method: Annotated[
+        Literal["trainer", "certified"],
+        Option(
+            "trainer (SGD or Adam, at a given rank), or certified: the network's own solver, which finds the ranks.",
+            SOLVER,
+        ),
+    ] = "trainer"
     mode: Annotated[
         Literal["train", "linear"], Option("train, or linear: the plan's optimum, certified and exported.", SOLVER)
     ] = "train"
@@ -100,7 +154,12 @@ class FitSettings(CertificateOptions, ConversationOptions, TaskOptions):
     lr_scheduler_type: Annotated[str, Option("As the Trainer's.", TRAINING)] = "linear"
     warmup_steps: Annotated[int, Option("As the Trainer's.", TRAINING, check=whole(0))] = 0
     max_steps: Annotated[
-        int | None, Option("Optimizer steps (default: those of `num_train_epochs`).", TRAINING, check=whole(1))
+        int | None,
+        Option(
+            "Optimizer steps (default: those of `num_train_epochs`); with method certified gradients (default: 700).",
+            TRAINING,
+            check=whole(1),
+        ),
     ] = None
     batch_size: Annotated[
         int | None, Option("Rows per batch (default: 32; 4 for causal models).", TRAINING, check=whole(1))
@@ -129,6 +188,31 @@ class FitSettings(CertificateOptions, ConversationOptions, TaskOptions):
             )
         if self.stop and not self.certify_every:
             raise SettingError("`stop` needs verdicts during the run: give `certify_every`")
+        if self.method == "certified":
+            self._refuse_meaningless()
+        elif self.adapter is not None:
+            raise SettingError("`adapter` is a start for `method` certified: give that, or leave it out")
+
+    def _refuse_meaningless(self) -> None:
+        """Refuse what the certified method does not have, for what it does instead."""
+        reasons = {f"has no meaning with `method` certified, which {why}": of for why, of in _NOT_CERTIFIED.items()}
+        if self.adapter is not None:
+            reasons |= _OF_ADAPTER
+        defaults = {each.name: each.default for each in fields(FitSettings)}
+        for why, names in reasons.items():
+            for name in names:
+                if plain(getattr(self, name)) != plain(defaults[name]):
+                    raise SettingError(f"`{name}` {why}: leave it out")
+
+    @property
+    def certified(self) -> bool:
+        """Whether the network's own solver trains."""
+        return self.method == "certified"
+
+    @property
+    def gain(self) -> float:
+        """The tolerance, its default filled in."""
+        return self.tolerance or (GAP if self.certified else CertificateOptions.tolerance)
 
     @property
     def linear(self) -> bool:
@@ -136,10 +220,11 @@ class FitSettings(CertificateOptions, ConversationOptions, TaskOptions):
         return self.mode == "linear" or self.init == "linear"
 
     def to_json(self) -> dict[str, Any]:
-        """Every option, plain."""
-        return {name: plain(value) for name, value in values_of(self, FitSettings).items()}
+        """Every option that has a meaning, plain."""
+        none = [name for names in _NOT_CERTIFIED.values() for name in names] if self.certified else []
+        return {name: plain(value) for name, value in values_of(self, FitSettings, *none).items()}
 
     def deciding(self) -> dict[str, Any]:
         """The options that the result depends on: what a run that is taken up again must share."""
         decides = {stated.name: stated.option.decides for stated in options_of(FitSettings)}
-        return {name: value for name, value in self.to_json().items() if decides[name]}
+        return {name: value for name, value in self.to_json().items() if decides[name]} | {"tolerance": self.gain}

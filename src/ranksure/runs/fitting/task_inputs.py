@@ -63,7 +63,6 @@ def task_setup(
     held, padding = prepared.split.report, task.settle_padding(prepared.split.train)
     return Setup(
         base=task.model,
-        adapted=task.adapted,
         prefix=task.prefix,
         heads=heads,
         task_type=None if task.prefix else task.peft_task_type,
