@@ -5,7 +5,7 @@ import pytest
 
 from ranksure.errors import RanksureError
 from ranksure.planner.settings import PlanSettings, parse_ranks
-from ranksure.quantities import parse_memory
+from ranksure.quantities import parse_effort, parse_memory
 from ranksure.tasks.options import parse_target_modules
 from tests.refusals import refusal
 
@@ -31,6 +31,26 @@ def test_memory(text, expected):
 def test_memory_that_is_not(text):
     with pytest.raises(RanksureError, match="memory"):
         parse_memory(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (300, (300, math.inf)),
+        ("300", (300, math.inf)),
+        ("10min", (math.inf, 600)),
+        (" 1.5 h", (math.inf, 5400)),
+        ("90s", (math.inf, 90)),
+    ],
+)
+def test_budget(text, expected):
+    assert parse_effort(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "soon", "0", "0min", "-3", "1.5", "5 parsecs", "3 min 2", "inf", "1e3"])
+def test_a_budget_that_is_not(text):
+    with pytest.raises(RanksureError, match="budget"):
+        parse_effort(text)
 
 
 def test_ranks():
@@ -66,7 +86,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"captured": 0}, "between 0 and 1"),
     ({"captured": 1}, "between 0 and 1"),
     ({"captured": math.nan}, "between 0 and 1"),
-    ({"tolerance": 0.1}, "tolerance"),
+    ({"linear_tolerance": 0.1}, "tolerance"),
+    ({"tolerance": 0.9}, "tolerance"),
     ({"tolerance": math.nan}, "tolerance"),
     ({"uniform": True, "merged": True}, "exclude"),
     ({"merged": True, "pooling": "mean"}, "`pooling` model"),
