@@ -20,7 +20,7 @@ from ranksure.bundled.rotten_tomatoes import rotten_tomatoes
 torch.set_num_threads(1)
 pooling, heldout = sys.argv[1:]
 rows, began = rotten_tomatoes(), time.process_time()
-ranksure.plan(str(minilm_path()), rows, samples=64, pooling=pooling, heldout=int(heldout))
+ranksure.plan(str(minilm_path()), rows, samples=64, pooling=pooling, heldout=int(heldout), linearised=True)
 print(time.process_time() - began)
 """
 

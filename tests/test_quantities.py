@@ -5,7 +5,7 @@ import math
 import pytest
 
 from ranksure.errors import RanksureError
-from ranksure.quantities import parse_memory, parse_share
+from ranksure.quantities import parse_effort, parse_memory, parse_share
 
 
 @pytest.mark.parametrize(
@@ -59,3 +59,23 @@ def test_memory_that_is_not(text):
 def test_shares():
     assert [parse_share(text) for text in ("10%", " 2.5 % ", ".5%", "100%")] == [0.1, 0.025, 0.005, 1.0]
     assert all(parse_share(text) is None for text in ("0%", "10", "-5%", "ten%", "%", ""))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (300, (300, math.inf)),
+        ("300", (300, math.inf)),
+        ("10min", (math.inf, 600)),
+        (" 1.5 h", (math.inf, 5400)),
+        ("90s", (math.inf, 90)),
+    ],
+)
+def test_budget(text, expected):
+    assert parse_effort(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "soon", "0", "0min", "-3", "1.5", "5 parsecs", "3 min 2", "inf", "1e3"])
+def test_a_budget_that_is_not(text):
+    with pytest.raises(RanksureError, match="budget"):
+        parse_effort(text)

@@ -43,6 +43,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"captured": 1}, "between 0 and 1"),
     ({"captured": math.nan}, "between 0 and 1"),
     ({"linear_tolerance": 0.1}, "linear_tolerance"),
+    ({"tolerance": 0.9}, "tolerance"),
     ({"tolerance": math.nan}, "tolerance"),
     ({"uniform": True, "merged": True}, "exclude"),
     ({"merged": True, "pooling": "mean"}, "`pooling` model"),

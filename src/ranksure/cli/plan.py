@@ -41,7 +41,17 @@ class DemoCommand(_Planned):
     """What ``ranksure demo`` is asked."""
 
     LEFT_OUT: ClassVar = {each.name for each in fields(PlanSettings)} - {
-        *("samples", "layers_to_transform", "seed", "weight_decay", "ranks", "pooling", "memory")
+        *(
+            "samples",
+            "layers_to_transform",
+            "seed",
+            "weight_decay",
+            "ranks",
+            "pooling",
+            "memory",
+            "linearised",
+            "budget",
+        )
     }
 
     layers_to_transform: Annotated[str, Option("last, all, 0-5, or 0,2,4.", COMMON, parse=str)] = "last"
@@ -95,6 +105,7 @@ def _plan(model: str, data: Any, asked: _Planned, *, brief: bool = False) -> Non
         _check_writable(out)
     from ranksure.cli.report import report_beside
     from ranksure.cli.terminal import RichReporter, command_line, show_notes, window
+    from ranksure.planner.network.pieces import check_unfinished
     from ranksure.planner.prepare import estimate, prepare
     from ranksure.planner.render import show, show_estimate
     from ranksure.planner.result import PlanResult
@@ -115,6 +126,8 @@ def _plan(model: str, data: Any, asked: _Planned, *, brief: bool = False) -> Non
         result = PlanResult(record, factors, prepared, linear)
         show_notes([f"{out} holds the solution of this very question: only writing it is repeated."], console)
     else:
+        if kept is not None:
+            check_unfinished(kept)
         result = run_plan(prepared, clock, kept)
         result.record.command = command_line()
     if out is not None:

@@ -84,14 +84,14 @@ class PlanSettings(TaskOptions):
         float, Option("Relative gap of the linearised network's solution.", SOLVER, check=_gap)
     ] = 1e-6
     linearised: Annotated[
-        bool, Option("Stop after the answer for the linearised network (seconds, and a guide only).", COMMON)
+        bool, Option("Stop after the answer for the linearised network (seconds, and a guide only).", SOLVER)
     ] = False
     budget: Annotated[
         int | str | None,
         Option(
             "Most work on the network itself, in passes over the rows (300) or time (10min); the best point so far is "
             "the answer then.",
-            COMMON,
+            SOLVER,
             parse=str,
         ),
     ] = None

@@ -7,11 +7,11 @@ from ranksure.planner.network.rows import HeldOutRows
 from ranksure.planner.network.stage import Stage
 from ranksure.records.plan import NetworkStep
 
-FIRST, RATIO, MOST_STEPS = 0.6, 0.5, 8
-"""Of lambda_max: the first lambda, each as a share of the one before, and how many at most (down to 0.5%)."""
+FIRST, RATIO, MOST_STEPS = 0.7, 0.6, 9
+"""Of lambda_max: the first lambda, each as a share of the one before, and how many at most (down to 1.2%)."""
 
 _TOLERANCE = 0.1
-_MOST_GRADIENTS = 100  # of one step
+_MOST_GRADIENTS = 25  # of one step: only the chosen lambda is solved to the end
 _PATIENCE = 2  # steps without a lower held-out loss, after which the path ends
 EXPECTED = 80
 """Gradients of a path, as a rule."""
@@ -31,6 +31,7 @@ def follow_path(stage: Stage, lambda_max: float, select: HeldOutRows) -> tuple[l
             break
         at = stage.at(lambda_max * FIRST * RATIO**index)
         (lam,) = set(at.objective.penalty.values())
+        at.objective.memory_bytes = 0  # no capture for a sharper certificate of a step
         point = at.solved(f"path/{lam!r}", points[-1].factors, _TOLERANCE, _MOST_GRADIENTS, "following lambda")
         points.append(point)
         steps.append(_step(lam, point, select))

@@ -13,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ranksure.choices import Verdict
+from ranksure.errors import SettingError
 from ranksure.factors import Factors, ranks_of
 from ranksure.files import write_file
 from ranksure.records.plan import NetworkModule
@@ -78,6 +79,28 @@ def reached_at(point: NetworkPoint, penalty: dict[str, float], **more: Any) -> R
     return Reached(point.factors, point.objective, point.loss, point.gap, point.tangent, modules, **more)
 
 
+def check_unfinished(path: Path) -> None:
+    """Refuse to write over a file that no plan left.
+
+    Raises:
+        SettingError: it is something else, or damaged.
+    """
+    if path.exists() and _metadata(path) is None:
+        raise SettingError(
+            f"{path} is where an unfinished plan is kept, and is none: move it away, or name another `out`"
+        )
+
+
+def _metadata(path: Path) -> dict[str, str] | None:
+    """What an unfinished plan's file says; None for any other file."""
+    try:
+        with safe_open(path, "pt") as file:
+            found = file.metadata() or {}
+    except (OSError, SafetensorError):
+        return None
+    return found if found.keys() >= {"request", "points"} else None
+
+
 class Pieces:
     """Points by key, written to a file each time that one is added.
 
@@ -116,11 +139,11 @@ class Pieces:
 
     def _read(self, path: Path) -> dict[str, Reached]:
         """The points of a file; none where it is damaged, or of another request."""
+        metadata = _metadata(path)
+        if metadata is None or metadata["request"] != self.request:
+            return {}
         try:
             with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("request") != self.request:
-                    return {}
                 told = json.loads(metadata["points"])
                 out: dict[str, Reached] = {}
                 for number, (key, content) in enumerate(told.items(), 1):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,11 +122,14 @@ class _Work:
         with self.clock.stage("network-heldout", "Measuring held-out rows on the network"):
             return self._record(table, lam, chosen_by, path, uniform, pattern, point, report)
 
-    def _said(self, key: str, title: str, expected: int) -> Any:
-        """A stage that says what it is expected to take."""
-        seconds = expected * self.stage.budget.per_pass
+    @contextmanager
+    def _said(self, key: str, title: str, expected: int) -> Iterator[Callable[[], None]]:
+        """A stage that says what it is expected to take, and how far it is in gradients."""
+        stage, before = self.stage, self.stage.gradients
+        seconds = expected * stage.budget.per_pass
         told = f"{title} (about {expected} passes, {seconds:.0f} s)" if seconds >= 1 else title
-        return self.clock.stage(f"network-{key}", told)
+        with self.clock.stage(f"network-{key}", told) as advance:
+            yield lambda: advance(done := stage.gradients - before, max(expected, done + 1))
 
     def _record(
         self,
@@ -141,9 +144,8 @@ class _Work:
     ) -> NetworkAnswer:
         stage, solution = self.stage, table.solution
         asked = set(self.options.ranks)
-        examined = sorted(
-            {*(rank for rank in asked if table.known(rank)), *table.rows, *([uniform] if uniform else [])}
-        )
+        known = [rank for rank in asked if table.known(rank)]
+        examined: list[int] = sorted(set(known) | set(table.rows) | ({uniform} if uniform else set()))
         figures, heldout, heldout_r = _held_out(report, {rank: table.row(rank) for rank in examined}, solution)
         record = NetworkPlan(
             n_samples=len(self.lin.prepared.split.train),

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 
 from ranksure.factors import Factors
 from ranksure.planner.network.pieces import Pieces, Reached, modules_of
-from ranksure.progress import Advance
 from ranksure.solvers.network import solve_objective
 from ranksure.solvers.network_objective import NetworkObjective
 
@@ -43,14 +42,14 @@ class Stage:
     Attributes:
         objective: at this lambda; its counts are of the whole plan.
         tolerance: a gain below this share of what was gained counts as none.
-        advance: told of the gradients so far, and how many are expected.
+        advance: called as the gradients go on.
     """
 
     objective: NetworkObjective
     budget: Budget
     pieces: Pieces
     tolerance: float
-    advance: Advance = lambda done, total: None
+    advance: Callable[[], None] = lambda: None
 
     @property
     def gradients(self) -> int:
@@ -85,6 +84,7 @@ class Stage:
             self.budget.stopped = self.budget.stopped or f"the budget was used up while {doing}"
         else:
             self.pieces.put(key, found)
+        self.advance()
         return found
 
     def spent(self, doing: str) -> bool:
@@ -98,13 +98,12 @@ class Stage:
         objective = self.objective
 
         def make(allowed: int) -> Reached:
-            before = self.gradients
             found = solve_objective(
                 objective,
                 start=start,
                 tolerance=tolerance,
                 max_gradients=allowed,
-                progress=lambda gradients, _: self.advance(before + gradients, max(before + most, 1)),
+                progress=lambda *_: self.advance(),
             )
             return Reached(
                 found.factors,

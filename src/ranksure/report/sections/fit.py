@@ -144,7 +144,7 @@ def _rounds(data: Fit, i: str) -> list[Figure]:
             canvas, [Curve("objective", *_split(points), "c1", marker="D")], "gradients", "objective", [zero]
         ),
         "How did the objective fall?",
-        Status.ESTIMATED,
+        Status.MEASURED,
         f"The objective went from {points[0][1]:.5g} to {points[-1][1]:.5g} in {counted(data.steps, 'gradient')}.",
         "A line over gradients, a mark for each round.",
         table,
