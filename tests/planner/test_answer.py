@@ -26,9 +26,12 @@ def plan(optimum: dict[str, Any] | None = None, whole: dict[str, Any] | None = N
     return msgspec.convert(made, Plan)
 
 
-def zero(**network: Any) -> Plan:
+def zero(lam: float = 0.04, **network: Any) -> Plan:
     modules = {name: {"rank": 0, "spectral_ratio": 0.9, "stationarity": 0.0, "outside_norm": 0.009} for name in NAMES}
-    return plan({"modules": modules, "gap": 0.002}, r=0, pattern={}, subsets=[], **network)
+    path = records.network(NAMES)["path"]
+    path[0]["selection_loss"] = 0.6  # lower than where there is an update
+    network = {"weight_decay": lam, "r": 0, "pattern": {}, "subsets": [], "path": path, **network}
+    return plan({"modules": modules, "gap": 0.002}, **network)
 
 
 def printed(record: Plan, width: int) -> str:
@@ -96,7 +99,10 @@ def test_no_adapter():
     record = zero()
     first, second, third, held = sentences(record)
     assert "No adapter is needed" in first and "the rank is 0" in first and "Lower the weight decay" not in first
+    assert first.endswith("their loss is 0.6000 here, and 0.6100 at 0.01.")  # the lowest of the weaker ones
     assert "Lower the weight decay" in sentences(zero(path=[]))[0]
+    assert "Lower the weight decay" in sentences(zero(0.07))[0]  # not on the path: nothing is known of weaker ones
+    assert "What each rank reaches" not in printed(record, 140)  # all are the same
     assert "could gain at most 0.002 of 0.63" in second and "nothing is proved about the network itself" in second
     assert "rank 4 suffices (certified" in third and "rank 0 (measured)" in third
     assert held == "On 256 held-out rows that chose nothing, the loss is 0.6800 without an adapter."

@@ -62,15 +62,26 @@ def certified(net: NetworkPlan) -> str:
 def _network(record: Plan, net: NetworkPlan) -> list[str]:
     held, bad = _network_held_out(net, record.recommended.heldout_r)
     if net.optimum.is_zero:
-        none = f"No adapter is needed: at weight decay {net.weight_decay:.3g} (lambda_max is {net.lambda_max:.3g}) "
-        none += "the solver of the network itself ends at no update at all, so the rank is 0."
-        if len(net.path) < 2:
-            none += " Lower the weight decay to let the data move the weights."
-        out = [none, certified(net), *([_compared(record, net)] if record.recommended.linear_r else [])]
+        out = [_none(net), certified(net), *([_compared(record, net)] if record.recommended.linear_r else [])]
     else:
         out = [_enough(record, net), certified(net), _compared(record, net)]
     moved = [_moved(net.subsets, net.settled)] if len(net.subsets) > 1 else []
     return [held, *out, *moved] if bad else [*out, *moved, held]
+
+
+def _none(net: NetworkPlan) -> str:
+    none = f"No adapter is needed: at weight decay {net.weight_decay:.3g} (lambda_max is {net.lambda_max:.3g}) "
+    none += "the solver of the network itself ends at no update at all, so the rank is 0."
+    losses = [(step.selection_loss, step.weight_decay) for step in net.path if step.selection_loss is not None]
+    here = next((loss for loss, lam in losses if lam == net.weight_decay), None)
+    weaker = [pair for pair in losses if pair[1] < net.weight_decay]
+    if here is None or not weaker or min(weaker)[0] <= here:
+        return f"{none} Lower the weight decay to let the data move the weights."
+    loss, lam = min(weaker)
+    return (
+        f"{none} Every weaker one that was tried does worse on the rows that choose it: their loss is {here:.4f} here, "
+        f"and {loss:.4f} at {lam:.3g}."
+    )
 
 
 def _enough(record: Plan, net: NetworkPlan) -> str:

@@ -18,8 +18,9 @@ def show_network(record: Plan, net: NetworkPlan, console: Console, brief: bool) 
     wide = console.width >= WIDE
     if net.path and not brief:
         console.print(_path_table(net, wide))
-    console.print(_rank_table(net, wide))
-    console.print(_module_table(record, net, wide))
+    if not net.optimum.is_zero:  # else all ranks are the same, and capture all of nothing
+        console.print(_rank_table(net, wide))
+        console.print(_module_table(record, net, wide))
     if net.subsets and not brief:
         console.print(_subset_table(net, wide))
     console.print(_status(net), highlight=False)
@@ -138,7 +139,9 @@ def _subset_table(net: NetworkPlan, wide: bool) -> Table:
 
 def _status(net: NetworkPlan) -> str:
     optimum = net.optimum
-    share = "" if optimum.relative_gap is None else f" ({optimum.relative_gap:.2%} of what was gained)"
+    share = (
+        "" if optimum.is_zero or optimum.relative_gap is None else f" ({optimum.relative_gap:.2%} of what was gained)"
+    )
     stationarity, outside = net.first_order
     return (
         f"[bold]point found[/bold]: {optimum.status}, gap of the model re-linearised there {optimum.gap:.1e}{share}; "

@@ -57,8 +57,12 @@ def tiles(data: Plan, net: NetworkPlan) -> list[Tile]:
     if not optimum.is_zero:
         note = "of what the best point found gains"
         out.append(Tile("Captured", percent(net.captured_uniform), Status.MEASURED, note))
-    gap = number(optimum.gap, ".1e") if optimum.relative_gap is None else percent(optimum.relative_gap)
-    out.append(Tile("Gap", gap, worth(net), "of the gain, at most, in the model re-linearised at the point found"))
+    gap = (
+        number(optimum.gap, ".1e") if optimum.is_zero or optimum.relative_gap is None else percent(optimum.relative_gap)
+    )
+    note = "of the gain, at most, in the model re-linearised at the point found"
+    note = "of the network linearised at its pretrained weights, at most" if optimum.is_zero else note
+    out.append(Tile("Gap", gap, worth(net), note))
     if not optimum.is_zero:
         shapes = data.shapes.values()
         size = sum(min(net.r, m, n) * (m + n) for m, n in shapes)
@@ -82,8 +86,9 @@ def facts(net: NetworkPlan) -> list[tuple[str, Any]]:
 
 def blocks(data: Plan, net: NetworkPlan, i: str) -> list[Figure]:
     """All of them; ranks and their places first."""
-    found = [_shares(data, net, i), _places(data, net, i), _descent(net, i), path(net, f"{i}-own")]
-    found += [_held_out(data, net, i), _growth(net, i)]
+    found = [_places(data, net, i), _descent(net, i), path(net, f"{i}-own"), _growth(net, i)]
+    if not net.optimum.is_zero:  # else all ranks are the same, and capture all of nothing
+        found = [_shares(data, net, i), *found[:-1], _held_out(data, net, i), found[-1]]
     return [figure for figure in found if figure is not None]
 
 
