@@ -100,8 +100,9 @@ def _input(name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
 def _own_forward(layer: nn.Module) -> bool:
     """Whether a layer computes by other code than torch's (quantised weights aside, which are no matrices)."""
     weight = getattr(layer, "weight", None)
-    plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and weight.element_size() > 1
-    if not plain or weight.is_meta:
+    if not isinstance(weight, Tensor) or type(weight) not in (Tensor, nn.Parameter) or weight.is_meta:
+        return False
+    if not weight.is_floating_point() or weight.element_size() == 1:
         return False
     convolves = isinstance(layer, nn.Conv2d) and type(layer)._conv_forward is not nn.Conv2d._conv_forward
     return type(layer).forward not in _PLAIN or convolves or "forward" in vars(layer)

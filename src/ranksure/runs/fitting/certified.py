@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -116,7 +116,13 @@ def rounds(solved: NetworkSolution) -> list[dict[str, Any]]:
     return [{"step": step, "objective": objective, "gap": gap} for step, objective, gap in every]
 
 
-def solved_record(solved: NetworkSolution, setup: Setup, options: FitSettings, lam: float, start: str) -> Solved:
+def solved_record(
+    solved: NetworkSolution,
+    setup: Setup,
+    options: FitSettings,
+    lam: float,
+    start: Literal["nothing", "plan", "adapter"],
+) -> Solved:
     """How the solver ended, as a fit records it."""
     ranks = ranks_of(setup.named_as_planned(solved.factors))
     return Solved(

@@ -120,7 +120,7 @@ class FitSettings(CertificateOptions, ConversationOptions, TaskOptions):
         float | None,
         Option("In place of `lam`, the L2 decay of PEFT's matrices A and B.", SOLVER, check=not_negative),
     ] = None
-    tolerance: Annotated[
+    tolerance: Annotated[  # pyright: ignore[reportIncompatibleVariableOverride]  # None: the method's own default
         float | None,
         Option(
             "Gain that counts as none: a share of the objective (default: 0.05); with method certified the gap to "
