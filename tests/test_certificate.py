@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -105,6 +106,68 @@ def test_the_dual_point_is_feasible_and_its_value_is_the_bound(seed, loss, expon
     value = float((dual * problem.base_logits).sum()) - float((problem.weights.numpy() * conjugate).sum())
     assert certificate.dual == pytest.approx(value, rel=1e-9, abs=1e-10)
     assert certificate.spectral_ratio == max(certificate.spectral_ratios.values())
+
+
+@pytest.mark.parametrize("exponent", [-480, -250, -80, 80, 250, 480])
+def test_squared_errors_of_any_size(exponent):
+    """Labels, logits and lambda times t: objective and bounds times t^2, shares as they were."""
+    problem, t = random_problem(3, "squared-error"), 2.0**exponent
+    factors = random_factors(problem.operator.shapes, 1, 3, scale=0.5)
+    known = certify_point(problem, factors).certificate
+    larger = replace(
+        problem,
+        base_logits=t * problem.base_logits,
+        labels=t * problem.labels,
+        penalty={name: t * lam for name, lam in problem.penalty.items()},
+    )
+    found = certify_point(larger, {name: (t * u, v) for name, (u, v) in factors.items()}).certificate
+    assert known.relative_gap > 1
+    for key in ("relative_gap", "spectral_ratio", "dual_step"):
+        assert getattr(found, key) == pytest.approx(getattr(known, key), rel=1e-6)
+    for key in ("objective", "dual", "gap", "objective_at_zero"):
+        assert getattr(found, key) / t / t == pytest.approx(getattr(known, key), rel=1e-6)
+
+
+@pytest.mark.parametrize("exponent", [-500, -140, 140, 500])
+@pytest.mark.parametrize("split", [0, 1, 2])
+@pytest.mark.parametrize("loss", LOSS_NAMES)
+def test_the_same_problem_in_other_units(loss, exponent, split):
+    """Jacobians and lambda times t, the update over t, however the factors share that: nothing else changes."""
+    problem, t = random_problem(3, loss), 2.0**exponent
+    factors = random_factors(problem.operator.shapes, 1, 3, scale=0.5)
+    known = certify_point(problem, factors).certificate
+    operator = DenseOperator({name: t * jacobian for name, jacobian in problem.operator.jacobians().items()})
+    other = replace(problem, operator=operator, penalty={name: t * lam for name, lam in problem.penalty.items()})
+    a = 2.0 ** (exponent * split // 2)
+    found = certify_point(other, {name: (u / a, v * a / t) for name, (u, v) in factors.items()}).certificate
+    for key in ("objective", "dual", "gap", "relative_gap", "spectral_ratio", "dual_step"):
+        assert getattr(found, key) == pytest.approx(getattr(known, key), rel=1e-6)
+
+
+@pytest.mark.parametrize("loss", LOSS_NAMES)
+@pytest.mark.parametrize("size", [1e16, 1e30, 1e160, 1e308])
+@pytest.mark.parametrize("shift", [False, True])
+def test_what_rounding_hides_is_not_certified(loss, size, shift):
+    """At a random point, far above the optimum (cvxpy says so of the problem without the offset)."""
+    problem = random_problem(3, loss)
+    factors = random_factors(problem.operator.shapes, 1, 3, scale=0.5)
+    assert certify_point(problem, factors).certificate.objective > 1.2 * convex_optimum(problem)[0]
+    logits = problem.base_logits + size if shift else problem.base_logits * size
+    labels = problem.labels + size if shift and loss == "squared-error" else problem.labels
+    hidden = certify_point(replace(problem, base_logits=logits, labels=labels), factors).certificate
+    assert hidden.relative_gap >= 0.5 and hidden.gap >= hidden.objective - hidden.dual
+
+
+def test_no_update_is_optimal_where_no_direction_leads_down_however_small_the_loss():
+    problem = random_problem(3, "cross-entropy")
+    sure = torch.nn.functional.one_hot(problem.labels, 2) * 60.0
+    problem = replace(problem, base_logits=sure)
+    zero = zero_factors(problem.operator)
+    assert certify_point(problem, zero).certificate.relative_gap == 0
+    # The loss and its slopes are below rounding here, so with a smaller lambda nothing can be said.
+    largest = lambda_max(problem)
+    below = problem.with_penalty(0.01 * largest)
+    assert largest > 0 and certify_point(below, zero).certificate.relative_gap == math.inf
 
 
 def test_line_formula_for_cross_entropy():

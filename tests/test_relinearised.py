@@ -281,3 +281,46 @@ def test_the_best_step_is_that_of_a_fine_grid(seed, kind, inner, ratio, power):
     value, rounding = terms.dual_line(c)
     assert best <= value - c * inner + 1e-15 * abs(c * inner)
     assert best >= value - c * inner - rounding - 1e-12 * abs(c * inner)
+
+
+@pytest.mark.parametrize("exponent", [-900, -500, -250, 250, 500, 900])
+@pytest.mark.parametrize(("m", "n"), [(6, 9), (120, 100)])
+def test_a_module_in_other_units(m, n, exponent):
+    """Gradient and lambda times t, the update over t: every figure is in its units."""
+    t, lam = 2.0**exponent, 0.7
+    (u, v), g = random_update(1, 3, 1.0, m, n), torch.randn(m, n, dtype=torch.float64)
+    known = Examiner({"x": (u, v)}, {"x": lam})("x", g)
+    found = Examiner({"x": (u, v / t)}, {"x": t * lam})("x", t * g)
+    units = {"nuclear_norm": 1 / t} | dict.fromkeys(("gradient_norm", "tangent_norm", "outside_norm"), t)
+    same = ("rank_used", "inner", "inner_error", "stationarity", "followed")
+    for key, unit in (units | dict.fromkeys(same, 1.0)).items():
+        assert getattr(found, key) == pytest.approx(unit * getattr(known, key), rel=1e-6)
+
+
+@pytest.mark.parametrize("exponent", [-480, -250, 250, 480])
+@pytest.mark.parametrize("decay", [False, True])
+def test_bounds_of_squared_errors_of_any_size(exponent, decay):
+    """Weights, update, labels and lambda times t: every bound times t^2, and the same verdict."""
+    t, found = 2.0**exponent, {}
+    for size in (1.0, t):
+        model, batches, _ = linear_run(4, rank=2)
+        batches = [{**b, "labels": size * b["labels"]} for b in labelled(batches, "squared-error", 4, 4)]
+        with torch.no_grad():
+            model.base_model.model.layer.base_layer.weight.mul_(size)
+        u, v = random_update(4, 2, 0.3)
+        place(model, "layer", size * u, v)
+        found[size] = certify(model, batches, loss="squared-error", **({"lam": 0.1 * size} if decay else {}))
+    for key in ("objective", "rank_gain_bound", "training_gain_bound"):
+        assert getattr(found[t], key) / t / t == pytest.approx(getattr(found[1.0], key), rel=1e-6)
+    assert found[t].verdict == found[1.0].verdict == "not-converged"
+
+
+def test_what_overflows_is_not_checked():
+    """In float64: a loss, a penalty. Infinity is no more than a share of infinity."""
+    model, batches, _ = linear_run(4, rank=2)
+    batches = labelled(batches, "squared-error", 4, 4)
+    place(model, "layer", *random_update(4, 2, 0.3))
+    huge = [{**batch, "labels": 1e200 * batch["labels"]} for batch in batches]
+    for more, rows in (({}, huge), ({"lam": 0.1}, huge), ({"lam": 1.7e308}, batches)):
+        found = certify(model, rows, loss="squared-error", **more)
+        assert found.verdict == "not-checked" and "overflows" in found.reasons[0]

@@ -60,7 +60,7 @@ def word(name: str, report: Report) -> str:
         return "wrong, see below"
     if found.refusals:
         return "right, or refused" if found.errors else "refused"
-    return "right"
+    return "right" if found.errors else "not asked"
 
 
 def reasons(report: Report) -> Iterator[str]:

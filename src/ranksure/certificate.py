@@ -20,6 +20,9 @@ from ranksure.factors import Delta, Factors, nuclear_norms
 from ranksure.operators.base import cast_factors
 from ranksure.problem import Problem
 
+_HIDDEN = 0.01
+"""Share of F(0) up to which a gain that rounding hides counts as none."""
+
 
 @dataclass(frozen=True)
 class Certificate:
@@ -30,7 +33,8 @@ class Certificate:
         dual: best feasible dual value known; ``F* >= dual``.
         gap: ``objective - dual`` plus an allowance for rounding; at least ``objective - F*``.
         objective_at_zero: ``F(0)``.
-        relative_gap: ``gap / (F(0) - dual)``: the gap as a share of what any update can gain.
+        relative_gap: ``gap / (F(0) - dual)``: the gap as a share of what any update can gain; infinite where rounding
+            hides what can be gained.
         spectral_ratios: ``rho_j``, upper bound on ``||A_j^*(R)||_op / lambda_j``, by block.
         dual_step: the scale ``c`` of the point's own dual variable.
         rounding: the part of ``gap`` that allows for rounding.
@@ -86,11 +90,15 @@ class PointState:
 
 
 def spectral_upper_bounds(gradients: Delta, errors: dict[str, float]) -> dict[str, float]:
-    """Upper bounds on spectral norms: full singular values, their backward error, the adjoint's error."""
+    """Upper bounds on spectral norms: full singular values, their backward error, the adjoint's error.
+
+    Infinite where a gradient has overflowed.
+    """
     out: dict[str, float] = {}
     for name, g in gradients.items():
         inflation = 1 + 16 * max(g.shape) * torch.finfo(torch.float64).eps
-        out[name] = float(torch.linalg.svdvals(g.double())[0]) * inflation + errors[name]
+        known = bool(torch.isfinite(g).all()) and math.isfinite(errors[name])
+        out[name] = float(torch.linalg.svdvals(g.double())[0]) * inflation + errors[name] if known else math.inf
     return out
 
 
@@ -125,15 +133,23 @@ def certify_point(problem: Problem, factors: Factors, best_dual: float = -math.i
     at_zero = problem.objective_at_zero
     eps = torch.finfo(problem.operator.dtype).eps
     rounding = (problem.operator.n_samples + 64) * eps * (abs(objective) + abs(best) + abs(at_zero))
-    rounding += 64 * eps * _cancellation(problem, logits, dual, step)
+    rounding += 64 * eps * _cancellation(problem, logits, dual, step, 64 * eps)
+    rounding += (problem.operator.n_samples + 64) * torch.finfo(torch.float64).tiny  # below it, digits are lost
     gap = max(objective - best, 0.0) + rounding
-    gain = at_zero - best
-    if not math.isfinite(objective):  # an overflow proves nothing
-        relative = math.inf
-    else:
-        relative = gap / gain if gain > rounding else (0.0 if gap <= 2 * rounding else math.inf)
+    still = penalty == 0.0 and max(ratios.values()) <= 1  # no update, and no direction that leads down
+    relative = 0.0 if still else _relative(gap, at_zero, best, rounding)
     certificate = Certificate(objective, best, gap, at_zero, relative, ratios, step, rounding)
     return PointState(certificate, logits, gradients)
+
+
+def _relative(gap: float, at_zero: float, dual: float, rounding: float) -> float:
+    """``gap / (F(0) - dual)``; 0 where nothing can be gained, infinite where rounding or an overflow hides that."""
+    gain = at_zero - dual
+    if not math.isfinite(gap + gain):
+        return math.inf
+    if gain > rounding:
+        return gap / gain
+    return 0.0 if gap <= 2 * rounding and rounding <= _HIDDEN * at_zero else math.inf
 
 
 def _feasible_range(problem: Problem, gradients: Delta, bounds: dict[str, float]) -> tuple[float, dict[str, float]]:
@@ -157,11 +173,14 @@ def _feasible_range(problem: Problem, gradients: Delta, bounds: dict[str, float]
     return limit, at_one
 
 
-def _cancellation(problem: Problem, logits: Tensor, dual: Tensor, step: float) -> float:
-    """Size of the terms that cancel in the losses and in the dual value when logits share a large offset."""
+def _cancellation(problem: Problem, logits: Tensor, dual: Tensor, step: float, eps: float) -> float:
+    """Size of the terms that cancel in the losses and in the dual value when logits share a large offset.
+
+    A loss that is steep only far from its labels (squared error) feels the logits' rounding by its slope and curvature.
+    """
     sizes = logits.abs().sum(1) + problem.base_logits.abs().sum(1)
-    slopes = problem.weights + max(1.0, step) * dual.abs().sum(1)
-    return float((sizes * slopes).sum())
+    steep = 1.0 if math.isfinite(problem.loss.lipschitz(problem.n_logits)) else eps * sizes
+    return float((sizes * (problem.weights * steep + max(1.0, step) * dual.abs().sum(1))).sum())
 
 
 def lambda_max(problem: Problem) -> float:

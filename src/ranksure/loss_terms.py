@@ -47,6 +47,11 @@ class Terms:
         return float((self.losses * self.weights).sum())
 
     @property
+    def steepness(self) -> float:
+        """Mean of the terms' largest slopes."""
+        return float((self.loss.steepness(self.losses) * self.weights).sum())
+
+    @property
     def largest_step(self) -> float:
         """Largest ``c`` that keeps every conjugate's argument in its domain."""
         return self.loss.largest_step(self.losses)

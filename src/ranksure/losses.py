@@ -120,6 +120,10 @@ class Loss(ABC):
         """Largest ``c`` that keeps every term's dual variable ``c a`` in the conjugate's domain."""
 
     @abstractmethod
+    def steepness(self, losses: Tensor) -> Tensor:
+        """The largest entry of each term's gradient in the logits, from its loss."""
+
+    @abstractmethod
     def dual_line(self, losses: Tensor, weights: Tensor, c: float) -> tuple[float, float]:
         """``sum_t w_t psi_t(c)`` of float64 losses ``(T,)``, and a bound on its rounding error."""
 
@@ -218,13 +222,16 @@ class _LogLoss(Loss):
 
     of_classes = True
 
+    def steepness(self, losses: Tensor) -> Tensor:
+        return -torch.expm1(-losses)  # 1 - p
+
     def largest_step(self, losses: Tensor) -> float:
-        return _inverse(-torch.expm1(-losses))  # 1 - p
+        return _inverse(self.steepness(losses))
 
     def dual_line(self, losses: Tensor, weights: Tensor, c: float) -> tuple[float, float]:
         if c == 0:
             return 0.0, 0.0
-        off = c * -torch.expm1(-losses)
+        off = c * self.steepness(losses)
         if bool((off > 1).any()):
             return -math.inf, 0.0
         keep = off < 1  # q log q -> 0 at q = 0
@@ -236,7 +243,7 @@ class _LogLoss(Loss):
 
     def dual_slope(self, losses: Tensor, weights: Tensor, c: float) -> float:
         """``sum_t w_t (1 - p_t)(log q_t - log p_t - log c)``."""
-        wrong = -torch.expm1(-losses)
+        wrong = self.steepness(losses)
         inner = losses - math.log(c) + torch.log1p(-(c * wrong).clamp(max=1))
         return float((weights * wrong * inner).where(wrong > 0, 0.0).sum())
 
@@ -394,6 +401,9 @@ class SquaredError(OutputLoss):
 
     def max_dual_step(self, a: Tensor, y: Tensor) -> float:
         return math.inf
+
+    def steepness(self, losses: Tensor) -> Tensor:
+        return 2 * losses.sqrt()
 
     def largest_step(self, losses: Tensor) -> float:
         return math.inf

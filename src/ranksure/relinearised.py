@@ -20,12 +20,12 @@ from torch import Tensor
 
 from ranksure.factors import Factors, thin_svd
 from ranksure.loss_terms import Terms
-from ranksure.spectral import norms
+from ranksure.spectral import norms, power_of_two
 
 USED = 1e-3
 """Singular values of an update below this share of the adapter's largest do not count as used rank."""
 
-_EPS = torch.finfo(torch.float64).eps
+_EPS, _TINY = torch.finfo(torch.float64).eps, torch.finfo(torch.float64).tiny  # below _TINY, digits are lost
 _LARGEST_STEP = 1e6  # of the dual, where neither the gradients nor the loss limit it
 
 
@@ -117,6 +117,8 @@ class Examiner:
         if gradient.device.type == "mps":  # has no float64
             gradient = gradient.cpu()
         g = gradient.double()
+        unit = power_of_two(g)  # the work is done in units of it, so that squares neither overflow nor vanish
+        g = g / unit
         m, n = g.shape
         p, s, q = (part.to(g) for part in self.parts[name])
         rank = self.factors[name][0].shape[1]
@@ -131,7 +133,10 @@ class Examiner:
         stationarity = None
         if self.penalty is not None:
             lam = self.penalty[name]
-            stationarity = _largest(torch.cat([left, beyond], 1), torch.cat([reached.T + lam * right, right], 1)) / lam
+            most = max(lam, unit)
+            moved = reached.T * (unit / most) + (lam / most) * right
+            stationarity = _largest(torch.cat([left, beyond * (unit / most)], 1), torch.cat([moved, right], 1))
+            stationarity *= most / lam
         nuclear = float(s.sum())
         inner = float(((p * s).T @ g * q.T).sum())
         followed = self._followed(name, g) / frobenius**2 if frobenius > 0 else 1.0
@@ -141,11 +146,11 @@ class Examiner:
             rank_used=used,
             full=used == min(rank, m, n),
             nuclear_norm=nuclear,
-            inner=inner,
-            inner_error=rounding * nuclear,
-            gradient_norm=gradient_norm,
-            tangent_norm=tangent + rounding if used else 0.0,
-            outside_norm=float(sigma),
+            inner=unit * inner,
+            inner_error=unit * (rounding * nuclear),
+            gradient_norm=unit * gradient_norm,
+            tangent_norm=unit * (tangent + rounding) if used else 0.0,
+            outside_norm=unit * float(sigma),
             stationarity=stationarity,
             followed=min(followed, 1.0),
             direction=(a.cpu(), b.cpu()),
@@ -181,7 +186,7 @@ def penalised_gaps(states: Mapping[str, ModuleState], terms: Terms, penalty: Map
     error = sum(state.inner_error for state in states.values())
     ratio = max(state.gradient_norm / penalty[name] for name, state in states.items())
     reach = max(state.reach / penalty[name] for name, state in states.items())
-    rounding = (len(terms.losses) + 64) * _EPS * terms.mean + 1e-12 * cost
+    rounding = (len(terms.losses) + 64) * (_EPS * terms.mean + _TINY) + 1e-12 * cost
     step, best = _best_step(terms, inner, error, ratio)
     _, along = _best_step(terms, inner, error, reach)
     total, tangent = (_gain(objective, value, rounding) for value in (best, max(best, along)))
@@ -204,7 +209,7 @@ def ball_gaps(states: Mapping[str, ModuleState], terms: Terms, first_length: flo
     radius = max(sum(state.nuclear_norm for state in states.values()), first_length)
     inner = sum(state.inner + state.inner_error for state in states.values())
     steepest = inner + radius * max(state.gradient_norm for state in states.values())
-    rounding = (len(terms.losses) + 64) * _EPS * terms.mean
+    rounding = (len(terms.losses) + 64) * (_EPS * terms.mean + _TINY)
     step, best = _best_step(terms, steepest, 0.0, 0.0)
     _, along = _best_step(terms, radius * max(state.reach for state in states.values()), 0.0, 0.0)
     return Gaps(_gain(terms.mean, best, rounding), _gain(terms.mean, along, rounding), step, radius, inner)

@@ -9,6 +9,8 @@ For an ``m x n`` matrix, ``n <= m``, this takes ``m n^2 + n^3 / 3`` multiplicati
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -120,6 +122,16 @@ def outside_pairs(w: Tensor, left: Tensor, right: Tensor, k: int) -> tuple[Tenso
     """
     w = w.cpu().double() if w.device.type == "mps" else w.double()  # which has no float64
     return top_pairs(_without(w, left.to(w), right.to(w)), k)
+
+
+def power_of_two(w: Tensor) -> float:
+    """The power of two just below the largest entry, by which a matrix is divided without rounding; 1 where it is zero.
+
+    Args:
+        w: finite, any shape and dtype.
+    """
+    largest = float(w.abs().max()) if w.numel() else 0.0
+    return 2.0 ** max(math.frexp(largest)[1] - 1, -1022) if largest > 0 else 1.0
 
 
 def _scaled(w: Tensor) -> tuple[Tensor, float]:

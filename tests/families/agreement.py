@@ -142,13 +142,15 @@ def examine(family: Family, sides: tuple[str, ...] = ("right", "left")) -> Repor
             raise Untried("its logits are not finite at toy size, row by row")
         report = Report(family, seen.single)
         kind.sides = sides if kind.padded else ("",)
-        try:
-            Plan(kind, model, report).ask()
-            Certificate(kind, model, report).ask()
-        except Untried:
-            raise
-        except Exception as error:
-            report.plan.failures["any"] = f"{type(error).__name__}: {error}"
+        for question, outcome in ((Plan, report.plan), (Certificate, report.certify)):
+            try:
+                question(kind, model, report).ask()
+            except Untried:
+                raise
+            except RanksureError as error:
+                outcome.refusals["any"] = str(error)
+            except Exception as error:
+                outcome.failures["any"] = f"{type(error).__name__}: {error}"
         return report
 
 
@@ -339,12 +341,8 @@ class Plan(Question):
     """Captured products, base logits, objective and lambda_max."""
 
     def ask(self) -> None:
-        try:
-            task = self.task(1)
-            names = _default_targets(task, self.report)
-        except RanksureError as error:
-            self.report.plan.refusals["any"] = str(error)
-            return
+        task = self.task(1)
+        names = _default_targets(task, self.report)
         self.logits, self.gradients = self._by_row(task, names)
         used = [name for name in names if bool(self.gradients[name].any())]
         if not used:
@@ -365,7 +363,7 @@ class Plan(Question):
         wanted = {"inputs": list(weights.values()), "retain_graph": True, "allow_unused": True}
         logits, gradients = [], {name: [] for name in names}
         for row in self.kind.rows:
-            z = self.kind.logits(base, row)
+            z = self.kind.logits(base, row).double()
             each = [torch.autograd.grad(z[k], **wanted) for k in range(CLASSES)]
             logits.append(z.detach())
             for place, name in enumerate(names):
@@ -452,7 +450,8 @@ def _default_targets(task: Any, report: Report) -> list[str]:
         return list(task.targets(None))
     except TargetError as error:
         report.default = str(error)
-        convolutions = [n for n, m in task.adapted.named_modules() if type(m) is nn.Conv2d and m.groups == 1]
+        every = task.adapted.named_modules()
+        convolutions = [n for n, m in every if isinstance(m, nn.Conv2d) and m.groups == 1]
         if not convolutions:
             raise
         return list(task.targets(convolutions))

@@ -128,7 +128,15 @@ OWN: dict[str, dict[str, Any]] = {
         "embedding_size": 8,
     },
     "hiera": {"embed_dim": 8, "image_size": [64, 64], "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1]},
-    "levit": {"patch_size": 16, "image_size": 224},
+    "levit": {
+        "patch_size": 16,
+        "image_size": 64,
+        "hidden_sizes": [16, 16, 16],
+        "num_attention_heads": [2, 2, 2],
+        "depths": [1, 1, 1],
+        "key_dim": [8, 8, 8],
+        "initializer_range": 0.1,  # its batch norms do not normalise: larger weights make logits of 1e34
+    },
     "mobilenet_v1": {"depth_multiplier": 0.25},
     "mobilevit": {"hidden_sizes": [8, 12, 16], "neck_hidden_sizes": [4, 4, 8, 8, 8, 12, 16], "patch_size": 2},
     "mobilevitv2": {"patch_size": 2, "image_size": 64},

@@ -10,8 +10,8 @@ from tests.families.agreement import SIZES, Outcome, Report, examine
 from tests.families.networks import MAPPINGS, Family, families
 
 RIGHT = {
-    "text": "albert bert deberta-v2 distilbert gpt_neox gptj llama mistral modernbert-decoder nemotron olmo2 opt "
-    "phi phi3 qwen2 qwen3_5 roberta smollm3 stablelm starcoder2 xlm",
+    "text": "albert bert deberta-v2 distilbert falcon gpt_neox gptj llama mistral modernbert-decoder nemotron olmo2 "
+    "opt phi phi3 qwen2 qwen3_5 roberta smollm3 stablelm starcoder2 xlm",
     "causal": "bert cpmant ctrl gemma3 git gpt_bigcode gpt_neo jamba lfm2 opt recurrent_gemma rwkv starcoder2 "
     "xlm-roberta",
     "image": "beit clip convnext deit dinov2 hiera ijepa pvt_v2 resnet segformer siglip swiftformer swin swinv2 vit",
@@ -24,9 +24,11 @@ RIGHT_PADDED = "bloom gemma2 mpt"
 
 REFUSED = {
     ("text", "perceiver"): ("plan", "has no linear layer with 3 outputs outside its base model"),
+    ("text", "phimoe"): ("plan", "is a PhimoeTopKRouter, which does not map one tensor to one tensor"),
     ("text", "t5"): ("certify", "the network is an encoder-decoder, which was not tested"),
     ("causal", "axk2"): ("certify", "the network itself takes none there"),
     ("causal", "mamba"): ("certify", "PEFT: "),
+    ("image", "bit"): ("certify", "is a WeightStandardizedConv2d, whose output is not its weight times its input"),
     ("image", "imagegpt"): ("plan", "You have to specify either input_ids or inputs_embeds"),
     ("speech", "wavlm"): ("plan", "no target module reaches the logits with a gradient"),
 }
@@ -70,6 +72,14 @@ def test_refused_for_the_true_reason(family: Family) -> None:
     assert getattr(report, question).refusals and not getattr(report, question).errors
 
 
+def test_batches_whose_padding_a_network_reads_are_refused() -> None:
+    """A group norm over all of a recording's time: given batches, one or several, have another loss than their rows."""
+    report = examine(next(iter(present("speech", "sew"))))
+    assert not report.wrong and complete(report.plan, 1)
+    assert report.certify.errors.keys() == {"batches of 1"}
+    assert all("how far its batch is padded" in why for why in report.certify.refusals.values())
+
+
 def test_a_wrong_answer_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison sees a captured product that is off, and one row's logits in another's place."""
     family = next(iter(present("image", "vit")))
@@ -98,7 +108,10 @@ def test_the_page() -> None:
         Outcome({"a": 1e-7}, {"b": "no | good"}),
         Outcome({}, {"any": "bad"}),
     )
-    made = page({family: right, half.family: half, Family("image", "w", "W"): "cannot be built"})
+    stuck = Report(Family("text", "y", "YForZ"), False, plan=Outcome(failures={"any": "no"}))
+    tried = {each.family: each for each in (right, half, stuck)}
+    made = page({**tried, Family("image", "w", "W"): "cannot be built"})
+    assert "| y | `YForZ` | wrong, see below | not asked |  |" in made
     assert "| x | `XForY` | right | right | 1e-09 |" in made
     assert "| z | `ZForY` | right, or refused | refused | 1e-07 |" in made
     assert "`ZForY`, default targets: default reason" in made and "plan (b): no | good" in made

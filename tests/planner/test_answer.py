@@ -109,6 +109,8 @@ def test_held_out_rows_that_speak_against_it_come_first():
         "On 64 held-out rows that chose nothing, the network does worse with the adapter than without it: loss 0.6100 "
         "against 0.6000."
     )
+    none = {"recommended": records.network_plan(NAMES)["recommended"] | {"heldout_r": 0}}
+    assert sentences(plan(whole=none))[0].endswith("within one standard error, so they show no gain.")
     assert "no held-out rows" in sentences(plan(heldout=None))[-1]
 
 

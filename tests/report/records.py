@@ -191,7 +191,8 @@ def network(names: list[str] = NAMES) -> dict[str, Any]:
 def network_plan(names: list[str] = NAMES) -> dict[str, Any]:
     """:func:`plan` with :func:`network`, whose advice it gives."""
     whole, own = plan(names), network(names)
-    whole["recommended"] |= {"r": 2, "rank_pattern": dict.fromkeys(names, 2), "weight_decay": own["weight_decay"]}
+    whole["recommended"] |= {"r": 2, "linear_r": 4, "rank_pattern": dict.fromkeys(names, 2), "weight_decay": 0.01}
+    whole["recommended"]["peft"] = {"r": 2, "lora_alpha": 2, "target_modules": "(?:a|b)"}
     whole["sentences"] = sentences(msgspec.convert({**whole, "network": own}, Plan))
     return {**whole, "network": own, "warnings": []}
 

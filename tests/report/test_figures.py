@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from ranksure.errors import DataError, SettingError
+from ranksure.planner.answer import sentences
+from ranksure.records.plan import Plan
+from ranksure.report.blocks import Section, Status
 from ranksure.report.heat_map import Grid, heat_map, level
 from ranksure.report.lora_source import pattern, source, written
 from ranksure.report.module_places import clean, places
@@ -229,6 +233,63 @@ def test_the_rank_table_is_the_records(tmp_path: Path) -> None:
 def test_the_answer_says_what_it_rests_on(tmp_path: Path, change: dict[str, Any], answer: str) -> None:
     (record,) = find(records.write(tmp_path, "plan.json", records.plan() | change)).records
     assert plan.build(record, "s1").answer.startswith(answer)
+
+
+def network_section(tmp_path: Path, optimum: dict[str, Any] | None = None, **network: Any) -> Section:
+    data = records.network_plan(["layer.0.query", "layer.0.value"])
+    data["network"] |= network
+    data["network"]["optimum"] |= optimum or {}
+    data["sentences"] = sentences(msgspec.convert(data, Plan))
+    (record,) = find(records.write(tmp_path, "plan.json", data)).records
+    return plan.build(record, "s1")
+
+
+def test_the_network_answers_first_and_its_linearisation_is_folded(tmp_path: Path) -> None:
+    section = network_section(tmp_path)
+    assert section.answer == "Rank 2 is enough in both targets."
+    assert section.sentences[0].startswith("On the network itself it reaches 99.4%")
+    worth = {tile.label: (tile.value, tile.status) for tile in section.tiles}
+    assert worth["Rank"] == ("2", Status.MEASURED) and worth["Captured"] == ("99.4%", Status.MEASURED)
+    assert worth["Gap"] == ("0.8%", Status.CERTIFIED) and worth["Parameters"][0] == "512"
+    titles = [block.title for block in section.blocks]
+    assert titles[:2] == ["How much does each rank capture on the network itself?", "Where does the rank go?"]
+    (fold,) = [block for block in section.blocks if block.kind == "fold"]
+    assert fold.blocks[0].status is Status.CERTIFIED and fold.summary.startswith(
+        "A convex problem, whose answer is proved"
+    )
+    shares = section.blocks[0]
+    assert [row[:3] for row in shares.table.rows][1:3] == [["1", "0.506700", "94.8%"], ["2", "0.500800", "99.4%"]]
+    assert "rank 2 is the smallest examined" in shares.summary and "pretrained weights rank 4 does" in shares.summary
+    descent = next(block for block in section.blocks if block.title.startswith("How did the solver"))
+    assert descent.table.rows[1] == ["12", "0.560000", "1.60e-01", "228.57%"]  # .16 of .63 - .56
+    assert descent.status is Status.CERTIFIED
+
+
+def test_what_is_not_certified_is_not_labelled_so(tmp_path: Path) -> None:
+    section = network_section(tmp_path, {"status": "not-converged", "relative_gap": 0.3, "remedy": "x"})
+    assert {tile.label: tile.status for tile in section.tiles}["Gap"] is Status.NOT_CHECKED
+    descent = next(block for block in section.blocks if block.title.startswith("How did the solver"))
+    assert descent.status is Status.NOT_CHECKED
+
+
+@pytest.mark.parametrize(
+    ("network", "answer", "tone"),
+    [
+        (
+            {"heldout": {"rows": 9, "loss_without_adapter": 0.6, "loss": 0.7}},
+            "in both targets for the training",
+            "warn",
+        ),
+        ({"captured_uniform": 0.97}, "Rank 2 captures 97%, less than was asked for.", "good"),
+        ({"optimum": "zero"}, "No adapter is needed: the network's own solution is no update at all.", "good"),
+    ],
+)
+def test_the_networks_headline(tmp_path: Path, network: dict[str, Any], answer: str, tone: str) -> None:
+    none = {"layer.0.query": {"rank": 0, "spectral_ratio": 0.9, "stationarity": 0.0, "outside_norm": 0.0}}
+    zero = {"modules": none, "history": [[1, 0.63, 0.1]]} if network.pop("optimum", None) else None
+    section = network_section(tmp_path, zero, **network)
+    assert answer in section.answer and section.tone == tone
+    assert any(block.kind == "code" and block.id == "s1-config" for block in section.blocks) == (zero is None)
 
 
 def test_distances_to_the_optimum(tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def test_the_answer_comes_first_and_worth_is_labelled(browser: Browser, tmp_path
         if card.query_selector("figure")
     }
     assert badges["How much of the possible gain does each rank capture?"] == ["Certified"]
-    assert badges["How far is the real network from the linearised one?"] == ["Estimated"]
+    assert badges["How far is the real network from the linearised one?"] == ["Measured"]
     assert all(len(found) == 1 for found in badges.values())
     seen.context.close()
 

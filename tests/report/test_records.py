@@ -25,6 +25,7 @@ def test_every_kind_is_found_once(tmp_path: Path) -> None:
         ("fit", "fit/adapter"),
         ("grow", "grown"),
         ("lab", "lab"),
+        ("plan", "linearised"),
         ("plan", "plan"),
         ("reproduce", "reproduce"),
     ]
@@ -141,6 +142,7 @@ def test_every_optional_part_may_be_missing_or_null(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(Figure, "savefig", lambda self, file, **settings: None)  # drawn, but not written: for speed
     whole = {
         "plan.json": records.plan(["a.0.q", "a.1.q"]),
+        "network/plan.json": records.network_plan(["a.0.q", "a.1.q"]),
         "certificate.json": records.certificate(["a.0.q", "a.1.q"]),
         "compress.json": records.compress(),
         "claim.json": records.lab(),
@@ -152,7 +154,7 @@ def test_every_optional_part_may_be_missing_or_null(tmp_path: Path, monkeypatch:
             for change in ("missing", "null"):
                 changed = {k: v for k, v in record.items() if k != key} | ({key: None} if change == "null" else {})
                 folder = tmp_path / name.removesuffix(".json")
-                records.write(folder, name, changed)
+                records.write(folder, Path(name).name, changed)
                 try:
                     find(folder)
                 except RanksureError:
@@ -161,6 +163,38 @@ def test_every_optional_part_may_be_missing_or_null(tmp_path: Path, monkeypatch:
                     _builder(one.kind)(one, "s1", None, True)
                 tried[change] += 1
     assert tried["missing"] > 40 and tried["null"] > 15, tried
+
+
+@pytest.mark.parametrize("where", ["network", "network.optimum", "network.heldout"])
+def test_every_optional_part_of_the_networks_answer_may_be_missing_or_null(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    monkeypatch.setattr("ranksure.report.svg._cleaned", lambda source, name: "")
+    monkeypatch.setattr(Figure, "savefig", lambda self, file, **settings: None)
+    tried = 0
+    for change in ("missing", "null", "empty"):
+        whole = records.network_plan(["a.0.q", "a.1.q"])
+        for key, value in dict(_inner(whole, where)).items():
+            record = records.network_plan(["a.0.q", "a.1.q"])
+            inner = _inner(record, where)
+            del inner[key]
+            if change != "missing":
+                inner[key] = [] if change == "empty" and isinstance(value, list) else None
+            records.write(tmp_path, "plan.json", record)
+            try:
+                (found,) = find(tmp_path).records
+            except RanksureError:
+                continue
+            section = _builder("plan")(found, "s1", None, True)
+            assert section.answer.startswith("Rank 2 is enough in both targets")
+            tried += 1
+    assert tried >= 4
+
+
+def _inner(record: dict[str, Any], where: str) -> dict[str, Any]:
+    for key in where.split("."):
+        record = record[key]
+    return record
 
 
 def test_json_is_read_as_it_was_written(tmp_path: Path) -> None:

@@ -2,15 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ranksure.errors import DataError
 from ranksure.network.logits import Batch, batch_rows
 
 _LENGTHS = ("input_ids", "input_values", "input_features")
+
+
+STREAM_ROWS = 20_000
+"""Rows that are read of data without a length."""
+
+
+def has_length(data: Any) -> bool:
+    """Whether it says how much it holds, so that it comes to an end."""
+    try:
+        len(data)
+    except (TypeError, NotImplementedError):
+        return False
+    return True
+
+
+def labelled_rows(batch: Batch) -> int:
+    """Rows by its labels; 1 where it has none."""
+    return len(batch["labels"]) if isinstance(batch.get("labels"), Tensor) else 1
+
+
+def first_rows(batches: Iterable[Batch], rows: int) -> list[Batch]:
+    """The first batches, until they hold so many rows."""
+    out: list[Batch] = []
+    for batch in batches:
+        out.append(batch)
+        rows -= labelled_rows(batch)
+        if rows <= 0:
+            break
+    return out
+
+
+def held(batches: Iterable[Batch], stream_rows: int) -> Iterable[Batch]:
+    """Batches that can be gone through again and come to an end: an iterator, or data without a length, as a list.
+
+    Raises:
+        DataError: it has more than ``stream_rows`` rows.
+    """
+    if has_length(batches) and iter(batches) is not batches:
+        return batches
+    found = first_rows(batches, stream_rows + 1)
+    if sum(map(labelled_rows, found)) > stream_rows:
+        raise DataError(
+            f"the batches have no length, and more rows than the {stream_rows:,} that are read of such: pass a list or "
+            "a DataLoader of all the training data, or raise `stream_rows`"
+        )
+    return found
 
 
 def taken(batch: Batch, rows: Sequence[int], size: int) -> dict[str, Any]:

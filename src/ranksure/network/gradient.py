@@ -33,6 +33,15 @@ Around = Callable[[nn.Module, Iterable[nn.Module], float], AbstractContextManage
 """Makes the context of a pass from the network, its adapted modules, and the bytes that it may take."""
 
 
+_LEAST = 16
+"""Times the smallest normal number: slopes of the loss below it, and more so the gradients in the network that they
+become, lose their digits. (A float16 network is 5% off at slopes of a quarter of that.)"""
+
+
+class Underflow(CaptureError):
+    """The loss is so small that the network's dtype cannot hold its gradients."""
+
+
 @dataclass(frozen=True)
 class GradientPass:
     """What a pass over the data gives.
@@ -85,6 +94,7 @@ def gradient_pass(
         SettingError: several passes over an iterator, or a loss that is not the model's own.
         CaptureError: no module that the loss reaches, or a network that is not deterministic.
         RowsInteract: the mean loss depends on how rows are put into batches.
+        Underflow: the gradients are too small for the network's dtype.
         MemoryBudgetError: one gradient alone is larger than the budget.
     """
     if len(groups := _groups(modules, memory_bytes)) > 1 and iter(batches) is batches:
@@ -102,6 +112,7 @@ def gradient_pass(
         inside = around(model, modules.values(), left)
         stream(forward, batches, hooks, lambda: progress(next(done)), inside, check)
         first = _agreeing(first, forward)
+        _refuse_underflow(model, first.terms())
         for name in group:
             g = sums.pop(name).div_(forward.weight)
             if not bool(torch.isfinite(g).all()):
@@ -140,6 +151,16 @@ def stream(
                 done()
         if check is not None:
             check.finish(forward)
+
+
+def _refuse_underflow(model: nn.Module, terms: Terms) -> None:
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    dtype = max(dtypes, key=lambda dtype: torch.finfo(dtype).tiny, default=torch.float32)
+    if not terms.steepness >= _LEAST * torch.finfo(dtype).tiny:
+        raise Underflow(
+            f"the loss is {terms.mean:.2g}, whose gradients are too small for {str(dtype).removeprefix('torch.')}: "
+            "nothing can be said of what is left of it" + "; load the network in a wider `dtype`" * (dtype.itemsize < 8)
+        )
 
 
 def _agreeing(first: Forward | None, forward: Forward) -> Forward:

@@ -60,17 +60,17 @@ def certified(net: NetworkPlan) -> str:
 
 
 def _network(record: Plan, net: NetworkPlan) -> list[str]:
-    held, worse = _network_held_out(net)
+    held, bad = _network_held_out(net, record.recommended.heldout_r)
     if net.optimum.is_zero:
         none = f"No adapter is needed: at weight decay {net.weight_decay:.3g} (lambda_max is {net.lambda_max:.3g}) "
         none += "the solver of the network itself ends at no update at all, so the rank is 0."
         if len(net.path) < 2:
             none += " Lower the weight decay to let the data move the weights."
-        out = [none, certified(net), *([_compared(record, net)] if record.linear_r else [])]
+        out = [none, certified(net), *([_compared(record, net)] if record.recommended.linear_r else [])]
     else:
         out = [_enough(record, net), certified(net), _compared(record, net)]
     moved = [_moved(net.subsets, net.settled)] if len(net.subsets) > 1 else []
-    return [held, *out, *moved] if worse else [*out, *moved, held]
+    return [held, *out, *moved] if bad else [*out, *moved, held]
 
 
 def _enough(record: Plan, net: NetworkPlan) -> str:
@@ -106,7 +106,7 @@ def _uniform(record: Plan) -> Ranks:
 
 def _compared(record: Plan, net: NetworkPlan) -> str:
     """The linearised rank beside the network's."""
-    linear, at = record.linear_r, ""
+    linear, at = record.recommended.linear_r or 0, ""
     if net.n_samples != record.n_samples:
         at = f", on {record.n_samples:,} rows"
     if abs(net.weight_decay - record.weight_decay) > 1e-6 * record.weight_decay:
@@ -133,8 +133,10 @@ def _moved(subsets: list[NetworkSubset], settled: bool | None) -> str:
     return f"{text}{ends[settled]}."
 
 
-def _network_held_out(net: NetworkPlan) -> tuple[str, bool]:
-    """What held-out rows say, and whether it is bad news, which comes first."""
+def _network_held_out(net: NetworkPlan, within: int | None) -> tuple[str, bool]:
+    """What held-out rows say, and whether it is bad news, which comes first; ``within`` one standard error of the best
+    is this rank.
+    """
     held = net.heldout
     if held is None:
         return "There were no held-out rows, so nothing is said about generalisation.", False
@@ -146,7 +148,10 @@ def _network_held_out(net: NetworkPlan) -> tuple[str, bool]:
         pairs += f", accuracy {held.accuracy:.1%} against {held.accuracy_without_adapter:.1%}"
     worse = held.loss > held.loss_without_adapter
     verb = "the network does worse with the adapter than" if worse else "the adapter has"
-    return (f"{rows}, {verb} without it: {pairs}." if worse else f"{rows}, {verb} {pairs} without it."), worse
+    if worse:
+        return f"{rows}, {verb} without it: {pairs}.", True
+    doubt = " That is within one standard error, so they show no gain." if within == 0 else ""
+    return f"{rows}, {verb} {pairs} without it.{doubt}", within == 0
 
 
 def _network_warnings(net: NetworkPlan) -> list[str]:

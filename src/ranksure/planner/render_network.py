@@ -160,7 +160,7 @@ def _work(net: NetworkPlan) -> str:
 def _linearised(record: Plan) -> str:
     """The answer for the linearised network in a few lines."""
     optimum, linearity = record.optimum, record.linearity
-    row = next((row for row in record.ranks if row.rank == record.linear_r), None)
+    row = next((row for row in record.ranks if row.rank == record.recommended.linear_r), None)
     kind = "certified" if optimum.status == "converged" else "not certified"
     if optimum.is_zero:
         text = f"no update is the {kind} optimum"

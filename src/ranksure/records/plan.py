@@ -453,9 +453,3 @@ class Plan(Record, kw_only=True):
     settings: dict[str, Any] = {}
     sentences: list[str] = []
     warnings: list[str] = []
-
-    @property
-    def linear_r(self) -> int:
-        """Smallest rank examined that surely captures the share asked for of the linearised network; 0 for none."""
-        enough = (row.rank for row in self.ranks if row.captured[0] >= self.captured_target)
-        return 0 if self.optimum.is_zero else min(enough, default=0)

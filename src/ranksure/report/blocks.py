@@ -15,8 +15,12 @@ from ranksure.report.svg import Canvas, render
 class Status(Enum):
     """How much a number is worth; the three are never mixed in one figure."""
 
-    CERTIFIED = ("certified", "Certified", "Proved for the linearised network, by bounds computed in float64.")
-    ESTIMATED = ("estimated", "Estimated", "Measured or fitted on the rows at hand. No proof.")
+    CERTIFIED = (
+        "certified",
+        "Certified",
+        "Proved in float64, of a linearised network: at its pretrained weights, or at the point found.",
+    )
+    MEASURED = ("measured", "Measured", "Computed or fitted on the rows at hand. It proves nothing beyond them.")
     NOT_CHECKED = ("not-checked", "Not checked", "Nothing was established either way.")
 
     def __init__(self, key: str, text: str, meaning: str) -> None:
@@ -49,7 +53,8 @@ class Key:
     colour: str  # a token of the style sheet
     marker: str = ""  # a shape (`o s D ^ v P X h`), or empty
     line: str = ""  # `solid`, `dashed`, `dotted`, `dashdot` or empty
-    box: bool = False  # a filled box, of a bar or a heat map
+    box: bool = False  # a pale area, of a band
+    hollow: bool = False  # an outlined marker
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,17 @@ class Prose:
     details: Sequence[Table] = ()
 
     kind = "prose"
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Blocks that are folded away until a reader opens them."""
+
+    title: str
+    summary: str  # what is inside, in a sentence
+    blocks: Sequence[Any]
+
+    kind = "fold"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,12 @@ from ranksure.report.module_places import clean
 from ranksure.report.svg import DASHES, INKS, MARKERS, SERIES, Canvas, label, layer_ticks, log_ticks, plain_ticks, ticks
 from ranksure.report.wording import percent
 
-VERDICT_MARK = {"optimal": ("o", "good"), "rank-bound": ("^", "warn"), "not-converged": ("s", "bad")}
+VERDICT_MARK = {
+    "optimal": ("o", "good"),
+    "first-order-optimal": ("o", "good"),
+    "rank-bound": ("^", "warn"),
+    "not-converged": ("s", "bad"),
+}
 
 
 def captured(
@@ -31,7 +36,7 @@ def captured(
     _shares(left, intervals, verdicts, target)
     _missing(right, missing, verdicts, target)
     for axes in (left, right):
-        _categories(axes, ranks)
+        categories(axes, ranks)
 
 
 def _shares(axes: Any, intervals: Sequence[tuple[float, float]], verdicts: Sequence[str], target: float) -> None:
@@ -41,7 +46,7 @@ def _shares(axes: Any, intervals: Sequence[tuple[float, float]], verdicts: Seque
     for x, ((low, high), verdict) in enumerate(zip(intervals, verdicts, strict=True)):
         marker, colour = VERDICT_MARK.get(verdict, ("o", "muted"))
         axes.plot([x, x], [100 * low, 100 * high], color=INKS[colour], linewidth=5, alpha=0.35, solid_capstyle="butt")
-        axes.plot(x, 50 * (low + high), marker, color=INKS[colour], markersize=9, zorder=4, **_EDGE)
+        axes.plot(x, 50 * (low + high), marker, color=INKS[colour], markersize=9, zorder=4, **EDGE)
         shown = percent(0.5 * (low + high), 1)
         if shown != before:
             above = high < 0.9
@@ -68,7 +73,7 @@ def _missing(axes: Any, missing: Sequence[float | None], verdicts: Sequence[str]
     kept = [(x, value, verdict) for x, (value, verdict) in enumerate(zip(missing, verdicts, strict=True)) if value]
     for x, value, verdict in kept:
         marker, colour = VERDICT_MARK.get(verdict, ("o", "muted"))
-        axes.plot(x, value, marker, color=INKS[colour], markersize=9, zorder=4, **_EDGE)
+        axes.plot(x, value, marker, color=INKS[colour], markersize=9, zorder=4, **EDGE)
     axes.set_yscale("log")
     values = [value for _, value, _ in kept] or [1.0]
     axes.set_ylim(min(*values, 1e-4) / 6, max(*values, 1 - target, 1e-4) * 6)
@@ -79,10 +84,11 @@ def _missing(axes: Any, missing: Sequence[float | None], verdicts: Sequence[str]
     label(axes, "rank", "certified: at most so much is missing")
 
 
-_EDGE: dict[str, Any] = {"markeredgecolor": INKS["card"], "markeredgewidth": 1.2}
+EDGE: dict[str, Any] = {"markeredgecolor": INKS["card"], "markeredgewidth": 1.2}
 
 
-def _categories(axes: Any, ranks: Sequence[Any]) -> None:
+def categories(axes: Any, ranks: Sequence[Any]) -> None:
+    """Ranks at even distances."""
     axes.set_xlim(-0.5, len(ranks) - 0.5)
     axes.set_xticks(range(len(ranks)), [str(rank) for rank in ranks])
 
@@ -94,17 +100,18 @@ def decay_path(
     largest: Sequence[int],
     sums: Sequence[int],
     chosen: float,
+    found: str,
 ) -> None:
-    """Loss on the rows that choose lambda, and the ranks of the optimum, over lambda; ``sums`` may be empty."""
+    """Loss on the rows that choose lambda, and the ranks ``found`` there, over lambda; ``sums`` may be empty."""
     left, right = canvas.axes(2, height=280)
-    left.plot(lams, losses, "-o", color=SERIES[0], **_EDGE)
+    left.plot(lams, losses, "-o", color=SERIES[0], **EDGE)
     best = min(range(len(lams)), key=lambda index: abs(lams[index] - chosen))
-    left.plot(lams[best], losses[best], "o", color=SERIES[1], markersize=12, zorder=5, **_EDGE)
+    left.plot(lams[best], losses[best], "o", color=SERIES[1], markersize=12, zorder=5, **EDGE)
     label(left, "weight decay λ (log scale)", "loss on held-out rows that choose λ")
     if sums:
-        right.plot(lams, sums, "-s", color=SERIES[2], **_EDGE)
-    right.plot(lams, largest, "-o", color=SERIES[0], **_EDGE)
-    label(right, "weight decay λ (log scale)", "rank of the certified optimum")
+        right.plot(lams, sums, "-s", color=SERIES[2], **EDGE)
+    right.plot(lams, largest, "-o", color=SERIES[0], **EDGE)
+    label(right, "weight decay λ (log scale)", f"rank of {found}")
     top = max([*sums, *largest, 1])
     right.set_ylim(-0.05 * top, 1.15 * top)
     ticks(right.yaxis, 5, whole=True)
@@ -112,10 +119,11 @@ def decay_path(
         axes.set_xscale("log")
         axes.axvline(chosen, color=SERIES[1], linewidth=1.3, linestyle=DASHES[1], zorder=1)
         log_ticks(axes.xaxis, 4)
-    _roomy(left, losses)
+    roomy(left, losses)
 
 
-def _roomy(axes: Any, values: Sequence[float], share: float = 0.16) -> None:
+def roomy(axes: Any, values: Sequence[float], share: float = 0.16) -> None:
+    """Limits of the vertical axis around the values, with so much room, and numbers that tell them apart."""
     low, high = min(values), max(values)
     spread = (high - low) or max(abs(high), 1e-9) * 0.02
     axes.set_ylim(low - share * spread, high + share * spread)
@@ -131,21 +139,21 @@ def by_rank(
     with_accuracy = all(value is not None for value in accuracies)
     axes = canvas.axes(2 if with_accuracy else 1, height=270)
     positions = list(range(len(ranks)))
-    axes[0].plot(positions, losses, "-o", color=SERIES[0], **_EDGE)
+    axes[0].plot(positions, losses, "-o", color=SERIES[0], **EDGE)
     axes[0].axhline(losses[0], color=INKS["muted"], linewidth=1.2, linestyle=DASHES[1])
     if best is not None and best in ranks:
-        axes[0].plot(ranks.index(best), losses[ranks.index(best)], "o", color=SERIES[1], markersize=12, **_EDGE)
+        axes[0].plot(ranks.index(best), losses[ranks.index(best)], "o", color=SERIES[1], markersize=12, **EDGE)
     label(axes[0], "rank", "held-out loss")
-    _roomy(axes[0], losses)
+    roomy(axes[0], losses)
     if with_accuracy:
         shares = [100 * float(value or 0) for value in accuracies]
-        axes[1].plot(positions, shares, "-s", color=SERIES[2], **_EDGE)
+        axes[1].plot(positions, shares, "-s", color=SERIES[2], **EDGE)
         axes[1].axhline(shares[0], color=INKS["muted"], linewidth=1.2, linestyle=DASHES[1])
         label(axes[1], "rank", "held-out accuracy")
-        _roomy(axes[1], shares)
+        roomy(axes[1], shares)
         plain_ticks(axes[1].yaxis, lambda value: f"{value:g}%")
     for each in axes:
-        _categories(each, ranks)
+        categories(each, ranks)
 
 
 @dataclass(frozen=True)
@@ -182,7 +190,7 @@ def levels(canvas: Canvas, rows: Sequence[Level], title: str, mark: float | None
         start = row.low if row.low is not None else (low if zero else None)
         if start is not None:
             axes.plot([start, row.value], [index, index], color=INKS[row.colour], linewidth=7, alpha=0.3, zorder=2)
-        axes.plot(row.value, index, row.marker, color=INKS[row.colour], markersize=10, zorder=4, **_EDGE)
+        axes.plot(row.value, index, row.marker, color=INKS[row.colour], markersize=10, zorder=4, **EDGE)
         text = clean(f"{row.text}: {row.shown}" if row.shown else row.text)
         box = {"facecolor": INKS["card"], "edgecolor": "none", "pad": 1.5}  # over the line of the mark
         where = axes.get_yaxis_transform()
@@ -198,9 +206,9 @@ def ratios(
     (axes,) = canvas.axes(height=260)
     for index, points in enumerate(series.values()):
         x, y = zip(*points, strict=True)
-        axes.plot(x, y, MARKERS[index % 8], color=SERIES[index % 8], **_EDGE)
+        axes.plot(x, y, MARKERS[index % 8], color=SERIES[index % 8], **EDGE)
     axes.axhline(verdict_line, color=INKS["muted"], linewidth=1.4, linestyle=DASHES[1])
-    _roomy(axes, [verdict_line, *(y for points in series.values() for _, y in points)])
+    roomy(axes, [verdict_line, *(y for points in series.values() for _, y in points)])
     layer_ticks(canvas, axes, stops)
 
 
@@ -214,7 +222,7 @@ def growth(
     """Ranks over the number of rows, and the power law through them: where it leads, and its exponent."""
     (axes,) = canvas.axes(height=270)
     axes.plot(sizes, largest, "-s", color=SERIES[2], linewidth=5, markersize=12, alpha=0.55)
-    axes.plot(sizes, needed, "-o", color=SERIES[0], **_EDGE)
+    axes.plot(sizes, needed, "-o", color=SERIES[0], **EDGE)
     top = max(*needed, *largest, 1)
     if ahead is not None:
         steps = [sizes[0] * (ahead[0] / sizes[0]) ** (k / 40) for k in range(41)]
@@ -253,10 +261,10 @@ def curves(canvas: Canvas, lines: Sequence[Curve], x_name: str, y_name: str, lev
             linestyle=line.dash,
             marker=line.marker or None,
             color=INKS[line.colour],
-            **(_EDGE if line.marker else {}),
+            **(EDGE if line.marker else {}),
         )
     for line in levels_at:
         axes.axhline(line.y[0], color=INKS[line.colour], linestyle=line.dash, linewidth=1.6)
-    _roomy(axes, [y for line in [*lines, *levels_at] for y in line.y])
+    roomy(axes, [y for line in [*lines, *levels_at] for y in line.y])
     label(axes, x_name, y_name)
     ticks(axes.xaxis, 5 if canvas.narrow else 8, whole=True)

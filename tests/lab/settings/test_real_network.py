@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import nn
@@ -11,7 +13,6 @@ from ranksure.lab.settings.parts import Parts
 from ranksure.lab.settings.prepared import Prepared
 from ranksure.lab.settings.real_network import RealNetwork, full_fine_tuning
 from ranksure.lab.settings.training import Rule
-from ranksure.network.logits import predict
 from ranksure.progress import Silent
 from tests.lab.tiny import tiny_setting
 
@@ -23,8 +24,9 @@ def prepared(tmp_path_factory) -> Prepared:
 
 
 @pytest.fixture(scope="module")
-def network(prepared) -> RealNetwork:
-    return RealNetwork(prepared.task, prepared.targets, prepared.splits.train)
+def network(prepared) -> Iterator[RealNetwork]:
+    with RealNetwork(prepared.task, prepared.targets, prepared.splits.train) as network:
+        yield network
 
 
 def some_factors(prepared, rank: int = 2):
@@ -41,18 +43,18 @@ def by_weights(prepared, factors) -> torch.Tensor:
     return functional_call(prepared.task.model, {**weights, **changed}, kwargs=dict(batch)).logits
 
 
-def test_the_layers_before_are_skipped_and_put_back(prepared, network):
-    assert network.prefix.layers is not None and network.prefix.first == 1
-    layers = list(network.prefix.layers)
-    calls = []
-    handle = layers[0].register_forward_hook(lambda *_: calls.append(1))
-    network.logits({})
-    assert not calls and list(network.prefix.layers) == layers
-    batches, back = prepared.task.batches_by_length(prepared.splits.train)
-    whole = predict(prepared.task.model, batches)[back]
+def test_the_layers_before_are_skipped_and_put_back(prepared):
+    calls: list[int] = []
+    first = prepared.task.model.get_submodule(next(iter(prepared.targets)).partition(".layer.")[0]).layer[0]
+    inner = next(module for module in first.modules() if isinstance(module, nn.Linear))
+    handle = inner.register_forward_hook(lambda *_: calls.append(1))
+    whole = RealNetwork(prepared.task, prepared.targets, prepared.splits.train)
+    expected = whole.logits({})
+    with whole as network:
+        calls.clear()
+        assert torch.equal(network.logits({}), expected) and not calls
+    assert torch.equal(whole.logits({}), expected) and calls
     handle.remove()
-    assert calls
-    assert torch.allclose(network.logits({}), whole.double(), atol=1e-5)
 
 
 def test_logits_at_an_update(prepared, network):
@@ -74,10 +76,8 @@ def test_loss_and_gradient(prepared, network):
             assert torch.allclose(found, tensor.grad + lam * tensor.detach(), atol=1e-5)
 
 
-def test_a_network_that_cannot_be_cut_runs_whole(prepared, monkeypatch):
-    monkeypatch.setattr("ranksure.lab.settings.real_network._SAME", -1.0)  # nothing is the same
+def test_outside_its_context_the_whole_network_runs(prepared):
     whole = RealNetwork(prepared.task, prepared.targets, prepared.splits.train)
-    assert whole.prefix.layers is None
     factors = some_factors(prepared)
     assert torch.allclose(whole.logits(factors), by_weights(prepared, factors).double(), atol=1e-5)
 

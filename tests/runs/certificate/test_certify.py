@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 
@@ -438,3 +439,49 @@ def test_the_model_is_left_as_it_was(stuck):
     after = model.state_dict()
     assert all(torch.equal(value, after[key]) for key, value in before.items())
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(("dtype", "margins"), [(torch.float16, (3, 20)), (torch.float32, (60, 120))])
+def test_a_loss_whose_gradients_the_dtype_cannot_hold_is_not_checked(dtype, margins):
+    """They come out as zero, which would look like an optimum; float64 holds them, and the loss can still fall."""
+    for margin, held in zip(margins, (True, False), strict=True):
+        for wide in (True, False):
+            model, batches, _ = small_run(dtype=torch.float64 if wide else dtype)
+            rows = [{**batch, "labels": torch.zeros_like(batch["labels"])} for batch in batches]
+            with torch.no_grad():
+                model.base_model.model.head.bias[0] += margin
+            if not wide:
+                rows = [{**batch, "x": batch["x"].to(dtype)} for batch in rows]
+            found = certify(model, rows)
+            assert found.verdict == ("not-converged" if held or wide else "not-checked")
+            if not held and not wide:
+                assert str(dtype)[6:] in found.reasons[0] and "`dtype`" in found.reasons[0]
+
+
+class Unending:
+    """Batches without a length, read anew each time; ``most`` of them, or for ever."""
+
+    def __init__(self, batches, most=None):
+        self.batches, self.most, self.read = batches, most, 0
+
+    def __iter__(self):
+        for batch in itertools.islice(itertools.cycle(self.batches), self.most):
+            self.read += 1
+            yield batch
+
+
+@pytest.mark.parametrize("once", [True, False])
+def test_batches_without_end(once):
+    model, batches, _ = small_run()
+    rows = sum(len(batch["labels"]) for batch in batches)
+    for made, more in ((certify, {}), (grow, {"force": True})):
+        data = Unending(batches)
+        with pytest.raises(DataError, match=rf"more rows than the {rows + 1} .* `stream_rows`"):
+            made(model, iter(data) if once else data, stream_rows=rows + 1, **more)
+        assert data.read <= len(batches) + 1
+    data = Unending(batches, len(batches))
+    found = certify(model, iter(data) if once else data, stream_rows=rows, lam=0.01)
+    assert found.objective == certify(model, batches, lam=0.01).objective and found.n_samples == rows
+    assert grow(model, iter(Unending(batches, len(batches))), force=True, lam=0.01).added
+    with pytest.raises(SettingError, match="stream_rows"):
+        certify(model, batches, stream_rows=0)

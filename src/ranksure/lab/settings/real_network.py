@@ -1,17 +1,14 @@
 """The real network as an objective: full-batch loss of LoRA factors or dense updates, its frozen layers run once.
 
-Where all targets lie in the last layers of one stack (``encoder.layer.5`` ...), what enters the first of them is the
-same in every step. It is recorded once per batch; then the layers before are skipped. That the logits stay the same is
-checked on every batch; where they do not, the whole network runs.
+What lies below the targets is the same in every step (:mod:`ranksure.network.prefix`).
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +17,18 @@ from ranksure.data.samples import Samples
 from ranksure.factors import Delta, Factors
 from ranksure.lab.settings.training import Course, Rule, Training
 from ranksure.losses import CrossEntropy
-from ranksure.network.logits import frozen, logits_of
+from ranksure.network.logits import Batch, frozen, logits_of
+from ranksure.network.prefix import cached_prefix
 from ranksure.network.side_path import applied
 from ranksure.solvers.proximal import threshold_singular_values
 from ranksure.tasks.task import Task
 
-_SAME = 1e-4  # largest difference of a logit with and without the skipped layers, over the largest logit
-
 
 class RealNetwork:
-    """A task's network on fixed rows, with its targets by name; frozen, its head fitted."""
+    """A task's network on fixed rows, with its targets by name; frozen, its head fitted.
+
+    As a context, it runs what lies below the targets once.
+    """
 
     def __init__(self, task: Task[Any], targets: Mapping[str, nn.Module], rows: Samples) -> None:
         self.task, self.targets = task, dict(targets)
@@ -38,12 +37,20 @@ class RealNetwork:
         order = torch.argsort(back)
         sizes = [next(iter(batch.values())).shape[0] for batch in batches]
         self.batches = list(zip(batches, self.labels[order].split(sizes), strict=True))
-        self.prefix = _Prefix(task.model, list(targets.values()), [batch for batch, _ in self.batches])
+        self._opened = ExitStack()
+
+    def __enter__(self) -> Self:
+        batches = [batch for batch, _ in self.batches]
+        self._opened.enter_context(cached_prefix(self.task.model, batches, self.targets))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._opened.close()
 
     def logits(self, factors: Factors) -> Tensor:
         """Logits ``(N, K)`` at ``W0 + u v^T``, float64, in the order of the rows."""
-        with frozen(self.task.model), torch.no_grad(), applied(self.targets, _single(factors)), self.prefix.skipped():
-            parts = [self._forward(index) for index in range(len(self.batches))]
+        with frozen(self.task.model), torch.no_grad(), applied(self.targets, _single(factors)):
+            parts = [self._forward(batch) for batch, _ in self.batches]
         return torch.cat(parts).double()[self.back]
 
     def loss_and_gradient(self, factors: Factors, moved: str = "uv") -> tuple[float, Factors]:
@@ -52,9 +59,9 @@ class RealNetwork:
         for name, (u, v) in _single(factors).items():
             x[name] = (u.requires_grad_("u" in moved), v.requires_grad_("v" in moved))
         total = 0.0
-        with frozen(self.task.model), torch.enable_grad(), applied(self.targets, x), self.prefix.skipped():
-            for index, (_, labels) in enumerate(self.batches):
-                loss = nn.functional.cross_entropy(self._forward(index), labels, reduction="sum") / self.n
+        with frozen(self.task.model), torch.enable_grad(), applied(self.targets, x):
+            for batch, labels in self.batches:
+                loss = nn.functional.cross_entropy(self._forward(batch), labels, reduction="sum") / self.n
                 loss.backward()
                 total += float(loss.detach())
 
@@ -77,9 +84,8 @@ class RealNetwork:
 
         return objective
 
-    def _forward(self, index: int) -> Tensor:
-        self.prefix.current = index
-        return logits_of(self.task.model, self.batches[index][0]).float()
+    def _forward(self, batch: Batch) -> Tensor:
+        return logits_of(self.task.model, batch).float()
 
 
 def full_fine_tuning(
@@ -157,87 +163,3 @@ class _Dense:
 
 def _single(factors: Factors) -> Factors:
     return {name: (u.detach().float().clone(), v.detach().float().clone()) for name, (u, v) in factors.items()}
-
-
-class _Skipped(nn.Module):
-    """In place of a frozen layer: hands its input on."""
-
-    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-        return hidden
-
-
-class _Prefix:
-    """The input of the first adapted layer, recorded per batch, and the layers before it left out."""
-
-    def __init__(self, model: nn.Module, targets: list[nn.Module], batches: list[Any]) -> None:
-        self.current = 0  # the batch that runs next
-        self.inputs: list[Tensor] = []
-        self.layers, self.first = _stack(model, targets)
-        if self.layers is None or self.first == 0:
-            self.layers = None
-            return
-        seen: list[Tensor] = []
-
-        def look(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-            found = arguments[0] if arguments else named.get("hidden_states")
-            seen.append(found if isinstance(found, Tensor) else torch.zeros(0))
-
-        whole = []
-        with frozen(model), torch.no_grad():
-            handle = self.layers[self.first].register_forward_pre_hook(look, with_kwargs=True)
-            try:
-                whole = [logits_of(model, batch) for batch in batches]
-            finally:
-                handle.remove()
-        if len(seen) != len(batches) or any(x.numel() == 0 for x in seen):
-            self.layers = None
-            return
-        self.inputs = [x.detach() for x in seen]
-        try:
-            with frozen(model), torch.no_grad(), self.skipped():
-                for index, batch in enumerate(batches):
-                    self.current = index
-                    error = (logits_of(model, batch) - whole[index]).abs().max()
-                    if not float(error) <= _SAME * float(whole[index].abs().max()):
-                        raise ValueError("the layers before the adapted ones cannot be skipped")
-        except (ValueError, TypeError, AttributeError, IndexError, RuntimeError):
-            self.layers = None  # a network of another make: all of it runs in every step
-
-    @contextmanager
-    def skipped(self) -> Iterator[None]:
-        """Without the layers before, for as long as the context lasts."""
-        if self.layers is None:
-            yield
-            return
-        before = [self.layers[index] for index in range(self.first)]
-
-        def replay(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            hidden = self.inputs[self.current]
-            return ((hidden, *arguments[1:]), named) if arguments else ((), {**named, "hidden_states": hidden})
-
-        handle = self.layers[self.first].register_forward_pre_hook(replay, with_kwargs=True)
-        try:
-            for index in range(self.first):
-                self.layers[index] = _Skipped()
-            yield
-        finally:
-            handle.remove()
-            for index, layer in enumerate(before):
-                self.layers[index] = layer
-
-
-def _stack(model: nn.Module, targets: list[nn.Module]) -> tuple[nn.ModuleList | None, int]:
-    """The stack of layers that holds all targets, and the first layer that holds one."""
-    places = {module: name for name, module in model.named_modules()}
-    found: set[str] = set()
-    numbers: list[int] = []
-    for target in targets:
-        match = re.match(r"(.*?)\.(\d+)\.", places.get(target, ""))
-        if match is None:
-            return None, 0
-        found.add(match[1])
-        numbers.append(int(match[2]))
-    if len(found) != 1:
-        return None, 0
-    layers = model.get_submodule(found.pop())
-    return (layers, min(numbers)) if isinstance(layers, nn.ModuleList) else (None, 0)

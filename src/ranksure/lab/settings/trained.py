@@ -126,10 +126,10 @@ def real_lora(run: SettingRun, prepared: Prepared, lam: float, rank: int) -> Tra
     rule = real_rule(run)
 
     def make(_: Solution) -> tuple[Training, dict[str, Any]]:
-        network = RealNetwork(prepared.task, prepared.targets, prepared.splits.train)
         problem = prepared.problem.with_penalty(lam)
         start = cast_factors(initial_factors(problem, rank, seed=prepared.seed), problem.operator)
-        with run.reporter.stage(f"Real network, rank {rank}: {prepared.place}") as advance:
+        stage = run.reporter.stage(f"Real network, rank {rank}: {prepared.place}")
+        with RealNetwork(prepared.task, prepared.targets, prepared.splits.train) as network, stage as advance:
             done, rate = _with_smaller_rates(network.lora_objective(lam), start, rule, progress=advance)
         return done, {"learning_rate": rate}
 
@@ -141,10 +141,10 @@ def real_full(run: SettingRun, prepared: Prepared, lam: float) -> Trained:
     rule = real_rule(run)
 
     def make(_: Solution) -> tuple[Training, dict[str, Any]]:
-        network = RealNetwork(prepared.task, prepared.targets, prepared.splits.train)
         problem = prepared.problem
         step = 10 / max(smoothness_bound(problem.reduced[0])[0], 1e-300)  # of the linearised loss; halved where needed
-        with run.reporter.stage(f"Real network, full fine-tuning: {prepared.place}") as advance:
+        stage = run.reporter.stage(f"Real network, full fine-tuning: {prepared.place}")
+        with RealNetwork(prepared.task, prepared.targets, prepared.splits.train) as network, stage as advance:
             return full_fine_tuning(network, problem.operator.shapes, lam, rule, step=step, progress=advance), {}
 
     key = {"rule": asdict(rule)}

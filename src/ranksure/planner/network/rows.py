@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,8 @@ from ranksure.data.samples import Samples
 from ranksure.factors import Factors
 from ranksure.losses import Loss, accuracy
 from ranksure.network.batches import by_row
-from ranksure.network.logits import predict
-from ranksure.network.prefix import Prefix, cached_prefix
+from ranksure.network.logits import Batch, predict
+from ranksure.network.prefix import cached_prefix
 from ranksure.network.side_path import applied
 from ranksure.tasks.task import Task
 
@@ -29,26 +29,22 @@ def labelled(task: Task[Any], samples: Samples) -> tuple[list[dict[str, Any]], T
 
 @dataclass
 class HeldOutRows:
-    """Rows that the solver never sees, on the network itself.
-
-    ``beside`` is a context in which nothing else runs on the network.
-    """
+    """Rows that the solver never sees, on the network itself."""
 
     model: nn.Module
     targets: dict[str, nn.Module]
     loss: Loss
-    prefix: Prefix
+    batches: Sequence[Batch]
     back: Tensor
     labels: Tensor
-    beside: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def measured(self, factors: Factors) -> tuple[Tensor, float | None]:
         """Loss of each row, and the share classified correctly (None for regression)."""
-        with self.beside(), self.prefix.paused(False) as batches, applied(self.targets, factors):
-            logits = predict(self.model, batches).double()[self.back]
+        with applied(self.targets, factors):
+            logits = predict(self.model, self.batches).double()[self.back]
         return self.loss.value(logits, self.labels), accuracy(logits, self.labels, self.loss)
 
     def mean(self, factors: Factors) -> tuple[float, float | None]:
@@ -61,13 +57,10 @@ class HeldOutRows:
 def held_out_rows(
     task: Task[Any], targets: Mapping[str, nn.Module], samples: Samples | None, loss: Loss, memory_bytes: float
 ) -> Iterator[HeldOutRows | None]:
-    """Held-out rows, for which the frozen layers run once; None where there are none.
-
-    Within the context other prefixes of the network may run as well.
-    """
+    """Held-out rows, for which the frozen layers run once; None where there are none."""
     if samples is None or not len(samples):
         yield None
         return
     batches, back = task.batches_by_length(samples)
-    with cached_prefix(task.model, batches, targets, memory_bytes) as prefix, prefix.paused():
-        yield HeldOutRows(task.model, dict(targets), loss, prefix, back, task.labels(samples))
+    with cached_prefix(task.model, batches, targets, memory_bytes):
+        yield HeldOutRows(task.model, dict(targets), loss, batches, back, task.labels(samples))

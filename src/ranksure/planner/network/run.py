@@ -67,9 +67,6 @@ def plan_network(lin: Linearised, lam: float | None, clock: Clock, kept: Path | 
             objective = stack.enter_context(
                 network_objective(task.model, batches, prepared.targets, loss=loss.name, memory_bytes=memory / 2)
             )
-            for held in (select, report):
-                if held is not None:
-                    held.beside = objective.whole
             per_pass = _timed(objective)
         passes, seconds = parse_effort(options.budget) if options.budget is not None else (math.inf, math.inf)
         request = {**request_of(prepared, ["budget"]), "at_zero": objective.at_zero, "lambda_max": lin.lambda_max}

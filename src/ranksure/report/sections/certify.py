@@ -63,9 +63,9 @@ def tiles(data: RunCertificate) -> list[Tile]:
     status, objective = worth(data), data.objective
     used = sum(module.rank_used for module in data.modules.values())
     given = sum(module.rank for module in data.modules.values())
-    out = [Tile("Ranks used", f"{used} of {given}", Status.ESTIMATED, "numerical rank of the updates")]
+    out = [Tile("Ranks used", f"{used} of {given}", Status.MEASURED, "numerical rank of the updates")]
     if objective is not None:
-        out.append(Tile("Objective", number(objective, ".5g"), Status.ESTIMATED, "loss and penalty, measured"))
+        out.append(Tile("Objective", number(objective, ".5g"), Status.MEASURED, "loss and penalty, measured"))
     for value, text in ((data.training_gain_bound, "More training"), (data.rank_gain_bound, "More rank")):
         if value is not None and objective:
             note = f"of the objective at most: {value:.3g}"
@@ -78,7 +78,7 @@ def tiles(data: RunCertificate) -> list[Tile]:
 def figures(data: RunCertificate, i: str, folder: Path) -> list[Any]:
     """Gains, ranks, ratios and spectrum of a certificate."""
     found = [_gains(data, i), _heat(data, i), _ratios(data, i)]
-    found.append(spectrum_figure(f"{i}-spectrum", folder, Status.ESTIMATED, "the trained update"))
+    found.append(spectrum_figure(f"{i}-spectrum", folder, Status.MEASURED, "the trained update"))
     return [figure for figure in found if figure is not None]
 
 
@@ -138,7 +138,7 @@ def _heat(data: RunCertificate, i: str) -> Figure | None:
     return heat_map(
         f"{i}-heat",
         "Which ranks does the run use?",
-        Status.ESTIMATED,
+        Status.MEASURED,
         summary,
         [Grid("Rank used / given", used, texts)],
         note="A rank is used where its singular value is not rounding. A slope is the decrease of the objective per "

@@ -64,23 +64,23 @@ def build_compress(record: Record, section_id: str, command: str | None = None) 
     section.warnings = list(data.notes)
     section.tiles = [Tile("Parameters", f"{data.parameters_after:,}", None, f"of {data.parameters_before:,}")]
     if data.captured is not None:
-        section.tiles.append(Tile("Gain kept", percent(data.captured, 2), Status.ESTIMATED, "on the rows given"))
+        section.tiles.append(Tile("Gain kept", percent(data.captured, 2), Status.MEASURED, "on the rows given"))
     if data.update_change is not None:
         section.tiles.append(
-            Tile("Update changed", percent(data.update_change, 2), Status.ESTIMATED, "of its Frobenius norm")
+            Tile("Update changed", percent(data.update_change, 2), Status.MEASURED, "of its Frobenius norm")
         )
     summary = f"The sum of ranks went from {sum(before.values())} to {sum(after.values())}."
     heat = heat_map(
         f"{i}-ranks",
         "Which ranks were kept?",
-        Status.ESTIMATED,
+        Status.MEASURED,
         summary,
         [Grid("Rank before", before), Grid("Rank now", {name: after.get(name, 0) for name in before})],
     )
     section.blocks = [heat]
     if points := _points(record, i):
         section.blocks.append(points)
-    spectrum = spectrum_figure(f"{i}-spectrum", record.folder, Status.ESTIMATED, "the compressed update")
+    spectrum = spectrum_figure(f"{i}-spectrum", record.folder, Status.MEASURED, "the compressed update")
     section.blocks += [spectrum] if spectrum else []
     section.blocks += reproduce(i, record, command, _facts(record))
     return section
@@ -105,7 +105,7 @@ def _points(record: Record, i: str) -> Figure | None:
         f"{i}-points",
         lambda canvas: charts.levels(canvas, rows, "objective (lower is better)"),
         "What did it cost?",
-        Status.ESTIMATED,
+        Status.MEASURED,
         summary,
         "A dot for each on one scale.",
         table,

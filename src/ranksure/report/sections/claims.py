@@ -35,7 +35,7 @@ def build_lab(record: Record, section_id: str, command: str | None = None, detai
     section.sentences = [f"The claim: {data.claim}", f"Source: {data.source}."]
     section.blocks += _picture(record, section_id) if detail else []
     if tables := _tables(data.measured, record.path.name):
-        section.blocks.append(Prose("All numbers", Status.ESTIMATED, details=tables))
+        section.blocks.append(Prose("All numbers", Status.MEASURED, details=tables))
     command = command or f"ranksure lab {data.name}" + (" --full" if data.size == "full" else "") + (
         f" --seed {data.seed}" if data.seed else ""
     )
@@ -57,7 +57,7 @@ def build_reproduction(record: Record, section_id: str, command: str | None = No
         rows = [[_cell(value, ".6g") for value in [*row, *[None] * width][:width]] for row in table.rows]
         words = frozenset(n for n in range(width) if any(isinstance(row[n], str) for row in table.rows if n < len(row)))
         measured = Table("Measured", table.columns, rows, words)
-        section.blocks.append(Prose("The numbers", Status.ESTIMATED, table=measured))
+        section.blocks.append(Prose("The numbers", Status.MEASURED, table=measured))
     # Of lists of objects only their names.
     settings = {
         key: ", ".join(str(entry.get("name", "?")) if isinstance(entry, dict) else str(entry) for entry in value)
@@ -74,7 +74,7 @@ def _section(record: Record, section_id: str, what: str, tone: str) -> Section:
     data = record.data
     answer, tone = _ANSWERS.get(data.verdict, (f"Verdict: {data.verdict}.", tone))
     checks = [(check.holds, check.claim, check.measured) for check in data.checks]
-    blocks: list[Any] = [Prose("What was checked", Status.ESTIMATED, checks=checks)] if checks else []
+    blocks: list[Any] = [Prose("What was checked", Status.MEASURED, checks=checks)] if checks else []
     return Section(section_id, what, data.title, answer, tone, blocks=blocks)
 
 

@@ -77,7 +77,7 @@ def _tiles(data: Fit) -> list[Tile]:
     if held:
         change = held.loss - held.loss_without_adapter
         note = f"{held.loss:.4f} against {held.loss_without_adapter:.4f}"
-        out.append(Tile("Change of held-out loss", number(change, "+.2g"), Status.ESTIMATED, note))
+        out.append(Tile("Change of held-out loss", number(change, "+.2g"), Status.MEASURED, note))
     return out
 
 
@@ -114,7 +114,7 @@ def _curve(data: Fit, i: str) -> Figure | None:
         f"{i}-curve",
         lambda canvas: charts.curves(canvas, lines, "optimizer step", "loss and objective", across),
         "How did training go, against the certified optimum?",
-        Status.ESTIMATED,
+        Status.MEASURED,
         summary.strip(),
         "A line over steps.",
         _steps(logs, points),
@@ -164,7 +164,7 @@ def _objective(data: Fit, i: str) -> Figure | None:
         f"{i}-objective",
         lambda canvas: charts.levels(canvas, rows, "training objective (lower is better)"),
         "Did it reach what was predicted?",
-        Status.ESTIMATED,
+        Status.MEASURED,
         summary,
         "A dot for each on one scale.",
         Table("Objectives", ["what", "objective"], [[row.text, row.shown] for row in rows]),
@@ -196,7 +196,7 @@ def _held_out(data: Fit, i: str) -> Figure | None:
         f"{i}-heldout",
         lambda canvas: charts.levels(canvas, rows, "held-out loss (lower is better)"),
         "Does it hold on rows that it has not seen?",
-        Status.ESTIMATED,
+        Status.MEASURED,
         summary,
         "A dot for each on one scale.",
         table,
@@ -213,5 +213,5 @@ def _stages(data: Fit) -> Prose:
         "Stages", ["stage", "sum of ranks", "objective", "verdict"], [*rows, [*last, data.verdict]], frozenset({3})
     )
     return Prose(
-        "How did it grow?", Status.ESTIMATED, ["After each stage the missing directions were added."], table=table
+        "How did it grow?", Status.MEASURED, ["After each stage the missing directions were added."], table=table
     )

@@ -25,6 +25,7 @@ from ranksure.adapters.loaded import Adapter, read_adapter
 from ranksure.errors import DataError, SettingError
 from ranksure.loss_terms import MeanLoss
 from ranksure.network.batch_losses import check_own_loss
+from ranksure.network.batches import STREAM_ROWS, first_rows, has_length, labelled_rows
 from ranksure.network.logits import Batch, frozen
 from ranksure.records.certificate import RunCertificate, Verdict
 from ranksure.runs.certificate.certify import certify_adapter
@@ -80,7 +81,7 @@ class CertificateCallback(TrainerCallback):
         every: int = 0,
         sample_every: int = 0,
         sample_rows: int = 256,
-        stream_rows: int = 20_000,
+        stream_rows: int = STREAM_ROWS,
         stop: Collection[Verdict] = (),
         **settings: Any,
     ) -> None:
@@ -150,7 +151,7 @@ class CertificateCallback(TrainerCallback):
                 self._reasons = self._departures(trainer, model, batches, kwargs)
             read.untested.extend(_other_decay(trainer.optimizer, bool(self._settings.weight_decay)))
             if sample:
-                first = _first_rows(batches, self.sample_rows)
+                first = first_rows(batches, self.sample_rows)
                 reasons = self._reasons if first else [self._endless]
                 found = self._certified(model, read, first, reasons, self._sampled, probe=False)
                 self._sampled = [found]
@@ -235,7 +236,7 @@ class CertificateCallback(TrainerCallback):
     def _read(self, trainer: Trainer) -> tuple[list[Batch], str]:
         """The batches, of a stream no more than are needed, and why they are not all; nothing if they are."""
         most = self.stream_rows if self.every else self.sample_rows
-        sized = _has_length(trainer.train_dataset if self._given is None else self._given)
+        sized = has_length(trainer.train_dataset if self._given is None else self._given)
         found: list[Batch] = []
         rows = 0
         with _loader(trainer, self._given, None if sized else most + 1) as loader:
@@ -243,13 +244,13 @@ class CertificateCallback(TrainerCallback):
                 return [], "the training set is a stream that can be read once only: give batches="
             for batch in loader:
                 found.append({key: value.cpu() if isinstance(value, Tensor) else value for key, value in batch.items()})
-                rows += _rows_of(batch)
+                rows += labelled_rows(batch)
                 if self._given is not None and not sized and rows > most:
                     break
         if sized or rows <= most:
             return found, ""
         why = f"the training set has no length, and more rows than the {most:,} that are read of it (stream_rows)"
-        return _first_rows(found, self.sample_rows), why
+        return first_rows(found, self.sample_rows), why
 
 
 class _First(torch.utils.data.IterableDataset[Any]):
@@ -260,14 +261,6 @@ class _First(torch.utils.data.IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         return islice(iter(self._data), self._rows)
-
-
-def _has_length(data: Any) -> bool:
-    try:
-        len(data)
-    except (TypeError, NotImplementedError):
-        return False
-    return True
 
 
 @contextmanager
@@ -322,20 +315,6 @@ def preserved_randomness() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-
-
-def _first_rows(batches: Sequence[Batch], rows: int) -> list[Batch]:
-    out: list[Batch] = []
-    for batch in batches:
-        out.append(batch)
-        rows -= _rows_of(batch)
-        if rows <= 0:
-            break
-    return out
-
-
-def _rows_of(batch: Batch) -> int:
-    return len(batch["labels"]) if isinstance(batch.get("labels"), Tensor) else 1
 
 
 def _figures(found: RunCertificate) -> dict[str, float]:

@@ -6,6 +6,7 @@ the verdict needs them. What each verdict proves, and what it does not, is in do
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from ranksure.adapters.loaded import Adapter, read_adapter
 from ranksure.adapters.merging import merged
-from ranksure.network.gradient import GradientPass, Progress, gradient_pass
+from ranksure.network.batches import held
+from ranksure.network.gradient import GradientPass, Progress, Underflow, gradient_pass
 from ranksure.network.hooks import OtherMap
 from ranksure.network.logits import Batch
 from ranksure.network.row_losses import RowsInteract
@@ -25,6 +27,9 @@ from ranksure.runs.certificate.start import first_slope
 from ranksure.verdict import UNPROBED, Network, Point, judged
 
 _POINT = "the adapter's update is zero (untrained?), and without a penalty its ball is a point: train first"
+_OVERFLOW = (
+    "the objective overflows float64 (loss {loss:.3g}, penalty {penalty:.3g}): labels or lambda of another scale"
+)
 
 __all__ = ["TOLERANCE", "certify", "certify_adapter"]
 
@@ -41,14 +46,14 @@ def certify(
 
     Args:
         model: the trained network with its LoRA adapter active (a ``PeftModel``, as a rule).
-        batches: all the training data, as batches with ``labels`` (a DataLoader or a list, in any order; an
-            iterator is read into a list first). A sample of it gives no verdict that means anything.
+        batches: all the training data, as batches with ``labels`` (a DataLoader or a list, in any order; an iterator,
+            or what has no length, is read into a list first). A sample of it gives no verdict that means anything.
         probe: where the verdict may be rank-bound, measure on the network itself whether the present columns can
             turn towards a new direction, and what a new direction gives: three to seven forward passes. Without it
             such a run is ``not-checked``.
         progress: called after every batch of the gradient pass.
         **settings: ``weight_decay`` or ``lam``, ``adapter``, ``loss``, ``weighting``, ``tolerance``,
-            ``memory_bytes``: see :class:`~ranksure.runs.certificate.settings.CertifySettings`.
+            ``memory_bytes``, ``stream_rows``: see :class:`~ranksure.runs.certificate.settings.CertifySettings`.
 
     Returns:
         The certificate; ``not-checked``, with reasons, for configurations that no test covers.
@@ -56,7 +61,7 @@ def certify(
     Raises:
         AdapterError: no adapter, or one that is unusable.
         SettingError: settings without meaning, or a loss that is not the model's own.
-        DataError: labels or logits that cannot be used.
+        DataError: labels or logits that cannot be used, or more than ``stream_rows`` rows of a stream.
         CaptureError: the loss reaches no adapted module, or two passes over the data differ.
         MemoryBudgetError: one module's gradient alone is larger than the budget.
     """
@@ -82,16 +87,23 @@ def certify_adapter(
     examine = _Timed(Examiner(read.factors, penalty))
     if penalty is None and not examine.examiner.threshold:
         return RunCertificate.not_checked(read.name, read.outside, [_POINT], settings.tolerance)
-    batches = list(batches) if iter(batches) is batches else batches
+    batches = held(batches, settings.stream_rows)
+    known = [earlier.first for earlier in before if earlier.first is not None]
     try:
         found = _gradients(model, read, batches, settings, examine, progress)
-    except (RowsInteract, OtherMap) as error:  # no loss of the data's rows; no update of a weight
+        first = first_slope(model, read, batches, settings, known) if penalty is None else None
+    except (
+        RowsInteract,
+        OtherMap,
+        Underflow,
+    ) as error:  # no loss of the data's rows, no update of a weight, or no slope
         return RunCertificate.not_checked(read.name, read.outside, [str(error)], settings.tolerance, read.notes)
     states, terms = examine.states, found.terms
-    known = [earlier.first for earlier in before if earlier.first is not None]
-    first = first_slope(model, read, batches, settings, known) if penalty is None else None
     gaps = ball_gaps(states, terms, first.length) if first else penalised_gaps(states, terms, penalty or {})
     point = Point(read, states, penalty, terms.mean, gaps, settings.tolerance)
+    if not math.isfinite(point.objective + gaps.total):
+        reason = _OVERFLOW.format(loss=point.loss, penalty=point.penalty_value)
+        return RunCertificate.not_checked(read.name, read.outside, [reason], settings.tolerance, read.notes)
     network = Network(model, batches, terms.kind, settings.weighting)
     verdict, at_zero, probes = judged(point, network, found.weight, probe)
     return RunCertificate(

@@ -11,6 +11,7 @@ from ranksure.adapters.loaded import Adapter
 from ranksure.errors import SettingError, settings_of
 from ranksure.loss_terms import Weighting
 from ranksure.losses import Kind
+from ranksure.network.batches import STREAM_ROWS
 
 TOLERANCE = 0.05
 """A possible gain below this share of the objective counts as none."""
@@ -91,14 +92,18 @@ class CertifySettings(RunSettings):
 
     Attributes:
         tolerance: share of the objective below which a possible gain counts as none.
+        stream_rows: an iterator, and data without a length, is read into a list of at most so many rows.
 
     Raises:
-        SettingError: a tolerance outside (0, 1), or as :class:`RunSettings`.
+        SettingError: a tolerance outside (0, 1), no rows, or as :class:`RunSettings`.
     """
 
     tolerance: float = TOLERANCE
+    stream_rows: int = STREAM_ROWS
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.tolerance < 1:
             raise SettingError(f"the tolerance is a share of the objective in (0, 1), not {self.tolerance}")
+        if self.stream_rows < 1:
+            raise SettingError(f"`stream_rows` must be at least 1, not {self.stream_rows}")

@@ -26,6 +26,7 @@ from ranksure.errors import AdapterError, SettingError
 from ranksure.factors import Factors, nuclear_norms, ranks_of, thin_svd
 from ranksure.loss_terms import kind_of
 from ranksure.losses import get_loss
+from ranksure.network.batches import has_length
 from ranksure.network.gradient import mean_loss
 from ranksure.network.logits import Batch, batch_rows, predict, unlabelled
 from ranksure.network.targets import base_layer
@@ -78,8 +79,8 @@ def compress(
     """
     _check_level(level, captured, max_loss_increase, has_data=batches is not None)
     chosen = RunSettings.of("compress", settings)
-    if batches is not None and iter(batches) is batches:
-        raise SettingError("the data is gone through several times: pass a list or a DataLoader")
+    if batches is not None and (iter(batches) is batches or not has_length(batches)):
+        raise SettingError("the data is gone through several times: pass a list or a DataLoader, with a length")
     read = read_adapter(model, chosen.adapter)
     if untested := chosen.untested(read):
         raise AdapterError(f"this adapter cannot be compressed: {untested[0]}")

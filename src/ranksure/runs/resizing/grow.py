@@ -22,6 +22,7 @@ from ranksure.adapters.merging import merged
 from ranksure.errors import AdapterError, SettingError
 from ranksure.factors import Factors, ranks_of
 from ranksure.losses import Kind
+from ranksure.network.batches import held
 from ranksure.network.gradient import Progress, gradient_pass
 from ranksure.network.logits import Batch
 from ranksure.records.certificate import RunCertificate
@@ -136,7 +137,7 @@ def grow(
     chosen = CertifySettings.of("grow", settings)
     if most_new < 1:
         raise SettingError(f"the most new directions per module must be at least 1, not {most_new}")
-    read = read_adapter(model, chosen.adapter)
+    read, batches = read_adapter(model, chosen.adapter), held(batches, chosen.stream_rows)
     if certificate is None:
         certificate = certify_adapter(model, read, batches, chosen, progress=progress)
     _check_verdict(certificate, force)
