@@ -94,6 +94,9 @@ def test_cached_rows_are_the_whole_networks(pooling: str, tmp_path: Path) -> Non
         batches, back = task.batches_by_length(data)
         torch.testing.assert_close(logits, predict(task.model, batches)[back], atol=1e-5, rtol=1e-5)
         assert torch.equal(labels, task.labels(data))
+    outcome = bench.lora("r=2", dict.fromkeys(bench.shapes, 2), check=True)  # PEFT's adapters on the cached layers
+    assert outcome.tail_error is not None and outcome.tail_error < 1e-5
+    assert outcome.objective < bench.base_loss
 
 
 def test_rivals_on_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
