@@ -1,8 +1,10 @@
 """``python -m benchmarks.advice``: does a planned rank transfer to the real, nonlinear network?
 
-Each case plans, then trains real PEFT adapters at every rank of the sweep, at the plan, at the paper's bound and
-by EVA and AdaLoRA. Every finished method is kept in ``out/advice/CASE.json``; a second call goes on where the first
-stopped. ``--table`` prints the tables from what is there; ``--list`` prints the cases.
+Each case plans on the linearised network, lets the network's own solver answer, then trains real PEFT adapters at
+every rank of the sweep, at the planned ranks, at the paper's bound, by EVA and AdaLoRA, by the common recipe, and at 16
+with a compression after it. Every finished method is kept in ``out/advice/CASE.json``; a second call goes on where the
+first stopped. ``--table`` prints the tables, with targets met and not met, from what is there; ``--list`` prints the
+cases and what each is expected to take.
 """
 
 from __future__ import annotations
@@ -21,7 +23,10 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.advice_cases import CASES, Case
-from benchmarks.advice_rivals import adalora, eva
+from benchmarks.advice_network import network_answer
+from benchmarks.advice_network_table import network_tables
+from benchmarks.advice_recipe import common_recipe
+from benchmarks.advice_rivals import adalora, eva, train_then_compress
 from benchmarks.advice_table import tables
 from benchmarks.advice_training import Bench, Outcome, Rule
 from ranksure.errors import RanksureError
@@ -36,6 +41,8 @@ _KEPT = (
     *("weight_decay", "lambda_max", "shapes", "optimum", "ranks", "recommended", "linearity", "seconds", "bounds"),
     *("processor_seconds", "heldout"),
 )
+_SIZES = {"smollm2": (3.5e6, 30), "minilm": (1.8e6, 6), "dinov2": (1.8e6, 12), "whisper": (1.8e6, 4)}
+"""Weights of a layer, and layers."""
 _STEPS_GUESS = 350  # full-batch gradients of one method: two learning rates and the polish
 
 
@@ -57,7 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     cases = [case for case in CASES if not options.only or case.name in options.only]
     if options.table:
-        print(tables([part for case in cases if (part := read(options.out, case)) is not None]))
+        parts = [part for case in cases if (part := read(options.out, case)) is not None]
+        print(tables(parts), network_tables(parts, len(CASES)), sep="\n\n")
         return 0
     guesses = {case.name: guess_seconds(case) for case in cases}
     left = sum(guesses[case.name] for case in cases if not done(read(options.out, case)))
@@ -86,12 +94,14 @@ def guess_seconds(case: Case) -> float:
     for _ in range(20):
         torch.mm(a, b)
     rate = 20 * 2 * 256 * 384 * 1536 / (time.perf_counter() - began)
-    layer, layers = (3.5e6, 30) if case.model == "smollm2" else (1.8e6, 6)
-    tokens = case.samples * case.max_length * 0.6
-    read = tokens if case.pooling == "mean" else case.samples
-    step = 6 * (read * layer + tokens * 16 * 1500) + 2e8  # the last: small operations
-    methods = len(RANKS) + 3 + 2 * case.has_rivals
-    plan = 2 * 6 * layer * layers * (case.samples + case.heldout) * case.max_length * 0.6
+    layer, layers = _SIZES[case.model]
+    length = {"image": 17, "speech": 100}.get(case.task, case.max_length * 0.6)  # tokens of a row
+    tokens = case.samples * length
+    every = case.pooling == "mean" or not case.has_tail
+    read = tokens if every else case.samples
+    step = 6 * (read * layer * (layers if case.layers == "all" else 1) + tokens * 16 * 1500) + 2e8
+    methods = len(RANKS) + 5 + 2 * case.has_rivals
+    plan = 2 * 6 * layer * layers * (case.samples + case.heldout) * length
     return (methods * _STEPS_GUESS * step + plan) / rate
 
 
@@ -110,7 +120,7 @@ def rule_json() -> dict[str, Any]:
 
 
 def done(part: dict[str, Any] | None) -> bool:
-    return part is not None and part.get("finished", False)
+    return part is not None and part.get("finished", False) and "network" in part
 
 
 def write(folder: Path, part: dict[str, Any]) -> None:
@@ -132,7 +142,14 @@ def run_case(case: Case, folder: Path) -> dict[str, Any]:
     assert prepared.split.report is not None
     shapes = {name: (int(m), int(n)) for name, (m, n) in plan["shapes"].items()}
     bench = Bench(
-        prepared.task, prepared.split.train, prepared.split.report, shapes, plan["weight_decay"], Rule(), case.seed
+        prepared.task,
+        prepared.split.train,
+        prepared.split.report,
+        shapes,
+        plan["weight_decay"],
+        Rule(),
+        case.seed,
+        tail=case.has_tail,
     )
     part |= {
         "base_loss": bench.base_loss,
@@ -140,22 +157,34 @@ def run_case(case: Case, folder: Path) -> dict[str, Any]:
         "prefix_seconds": bench.prefix_seconds,
         "full_step_seconds": part.get("full_step_seconds") or bench.full_step_seconds(),
     }
-    for name, train in methods(case, plan, bench).items():
+    if "network" not in part:
+        part["network"] = network_answer(bench, prepared.split.select, plan["lambda_max"])
+        said = part["network"]
+        print(f"  {case.name} network: {said['objective']:.5f}, {said['gradients']} gradients, {said['status']}")
+        write(folder, part)
+    train_missing(case, part, bench, folder)
+    if "recipe" not in part and prepared.split.select is not None:
+        part["recipe"] = common_recipe(bench, prepared.split.select)
+    part["finished"] = True
+    write(folder, part)
+    return part
+
+
+def train_missing(case: Case, part: dict[str, Any], bench: Bench, folder: Path) -> None:
+    """Every method that the part does not have yet, written as soon as it is there."""
+    for name, train in methods(case, part, bench).items():
         if name in part["methods"]:
             continue
         try:
             outcome = train()
-        except (RuntimeError, ValueError) as error:  # another library's method that does not run here is a finding
-            if name not in ("EVA", "AdaLoRA"):
+        except (RuntimeError, ValueError, RanksureError) as error:  # a rival that does not run here is a finding
+            if name not in ("EVA", "AdaLoRA", "compressed"):
                 raise
             part["methods"][name] = {"name": name, "failed": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
         else:
             part["methods"][name] = {**asdict(outcome), "heldout": rounded(outcome.heldout)}
             print(f"  {case.name} {name}: objective {outcome.objective:.5f}, {outcome.seconds:.0f} s", flush=True)
         write(folder, part)
-    part["finished"] = True
-    write(folder, part)
-    return part
 
 
 def plan_case(case: Case) -> tuple[Prepared, dict[str, Any]]:
@@ -164,14 +193,15 @@ def plan_case(case: Case) -> tuple[Prepared, dict[str, Any]]:
     clock = Clock(Silent())
     settings = PlanSettings(
         target_modules=case.module_names,
-        layers_to_transform="last",
+        layers_to_transform=case.layers,
         samples=case.samples,
         heldout=case.heldout,
         seed=case.seed,
         weight_decay=case.weight_decay,
-        pooling=case.pooling,
-        max_length=case.max_length,
         ranks=RANKS,
+        task=case.task,
+        linearised=True,
+        **case.options,
     )
     prepared = prepare(str(case.model_path()), case.rows(), settings, None, clock)
     data = run_plan(prepared, clock).data
@@ -179,8 +209,9 @@ def plan_case(case: Case) -> tuple[Prepared, dict[str, Any]]:
     return prepared, json.loads(json.dumps({key: data[key] for key in _KEPT}))
 
 
-def methods(case: Case, plan: dict[str, Any], bench: Bench) -> dict[str, Callable[[], Outcome]]:
-    """What to train, by name; the plan's uniform rank and the paper's bound are left out where the sweep has them."""
+def methods(case: Case, part: dict[str, Any], bench: Bench) -> dict[str, Callable[[], Outcome]]:
+    """What to train, by name; ranks that the sweep has are left out."""
+    plan = part["plan"]
     every = list(plan["shapes"])
     pattern = plan["recommended"].get("linear_pattern", plan["recommended"]["rank_pattern"])  # older parts lack it
     planned, paper = plan["recommended"]["r"], plan["bounds"]["landscape"]["paper"]
@@ -191,14 +222,18 @@ def methods(case: Case, plan: dict[str, Any], bench: Bench) -> dict[str, Callabl
 
     for rank in RANKS:
         add(f"r={rank}", dict.fromkeys(every, rank), check=rank == 1)
-    if pattern and pattern != dict.fromkeys(every, planned):
+    if case.has_bounds and pattern and pattern != dict.fromkeys(every, planned):
         add("planned pattern", pattern)
-    if planned and planned not in RANKS:
-        add(f"r={planned}", dict.fromkeys(every, planned))
-    if case.scored and case.samples <= 64 and paper not in RANKS:  # larger ones are slow, and above every need
+    once = max(part["network"]["one_gradient"].values(), default=0)
+    advised = {planned, part["network"]["table"]["recommended"], once if once < max(RANKS) else 0}
+    for rank in sorted(advised - {0, *RANKS}):
+        add(f"r={rank}", dict.fromkeys(every, rank))
+    if case.has_bounds and case.scored and case.samples <= 64 and paper not in RANKS:  # larger ones are slow
         add(f"r={paper}", dict.fromkeys(every, paper))
     if case.has_rivals:
         out["EVA"], out["AdaLoRA"] = (lambda: eva(bench)), (lambda: adalora(bench))
+    if part["network"]["parameters"]:
+        out["compressed"] = lambda: train_then_compress(bench, part["methods"]["r=16"]["learning_rate"])
     return out
 
 

@@ -1,20 +1,30 @@
-"""PEFT's EVA and AdaLoRA on the same network, rows, objective and rule as :mod:`benchmarks.advice_training`."""
+"""Rivals on the same network, rows, objective and rule as :mod:`benchmarks.advice_training`.
+
+PEFT's EVA and AdaLoRA, and a large rank that is trained and then compressed.
+"""
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
 from peft import AdaLoraConfig, EvaConfig, LoraConfig, PeftModel, get_eva_state_dict, initialize_lora_eva_weights
 from torch import Tensor
 
-from benchmarks.advice_tail import remembering
 from benchmarks.advice_training import ADAPTER, Bench, Outcome, adapter_layers, nuclear_norm, trained
-from ranksure.adapters.config import exact_targets
+from benchmarks.advice_whole import in_model, labelled
+from ranksure.adapters.config import exact_targets, lora_config
+from ranksure.network.prefix import cached_prefix
+from ranksure.network.side_path import applied
+from ranksure.runs.resizing.compress import compress
 
 EVA_RANK = 8
 ADALORA_START, ADALORA_TARGET = 12, 8  # PEFT's defaults
+LARGE_RANK = 16
+KEPT = 0.98
+"""Share of the large rank's gain that its compression keeps."""
 
 
 def eva(bench: Bench) -> Outcome:
@@ -41,6 +51,50 @@ def eva(bench: Bench) -> Outcome:
     return bench.best("EVA", config, start, False)
 
 
+def train_then_compress(bench: Bench, rate: float) -> Outcome:
+    """Train at rank 16 at one learning rate (the sweep's better one), then ``ranksure compress`` to a budget."""
+    began = time.process_time()
+    ranks = {name: min(LARGE_RANK, *shape) for name, shape in bench.shapes.items()}
+    batches, _ = labelled(bench.task, bench.rows)
+    targets = in_model(bench.task, bench.shapes)
+    found: list[Any] = []
+
+    def shrink(model: PeftModel) -> None:
+        network: Any = bench.task.model
+        before = getattr(network, "peft_config", None)
+        network.peft_config = model.peft_config  # of a network around the one that PEFT wrapped, too
+        try:
+            with cached_prefix(network, batches, targets) as prefix:
+                found.append(
+                    compress(
+                        network, prefix.batches, level="budget", captured=KEPT, lam=bench.lam, loss="cross-entropy"
+                    )
+                )
+        finally:
+            if before is None:
+                del network.peft_config
+
+    rule, bench.rule = bench.rule, replace(bench.rule, learning_rates=(rate,))
+    try:
+        large = bench.best("compressed", lambda: lora_config(ranks, model=bench.task.adapted), None, False, shrink)
+    finally:
+        bench.rule = rule
+    (small,) = found
+    kept = {name.removeprefix(bench.task.prefix): rank for name, rank in small.ranks_after.items()}
+    whole = {bench.task.prefix + name.removeprefix(bench.task.prefix): pair for name, pair in small.factors.items()}
+    with applied(targets, whole):
+        heldout = bench.report.all_logits()
+    return replace(
+        large,
+        ranks=kept,
+        parameters=bench.parameters(kept),
+        objective=small.after.objective,
+        loss=small.after.loss,
+        **dict(zip(("heldout", "accuracy"), bench.held(heldout), strict=True)),
+        seconds=time.process_time() - began,
+    )
+
+
 def adalora(bench: Bench) -> Outcome:
     """PEFT's AdaLoRA at its default ranks; its objective is taken with the nuclear norm of its update."""
     began = time.process_time()
@@ -57,7 +111,7 @@ def adalora(bench: Bench) -> Outcome:
             deltaT=5,
             total_step=steps,
         )
-        with bench.adapted(config, bench.seed + index) as model, remembering(bench.train.layer, bench.store, True):
+        with bench.adapted(config, bench.seed + index) as model, bench.kept(copies=True):
             found.append((*_run(bench, model, config, rate), rate))
     objective, ranks, loss, heldout, _, rate = min(found, key=lambda entry: entry[0])
     return Outcome(

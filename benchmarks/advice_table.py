@@ -131,14 +131,14 @@ def _linearity(parts: Sequence[Part]) -> str:
                 _number(line["heldout"]),
                 "yes" if difference(part) > LINEARITY_WARNING else "",
                 str(plan["recommended"]["r"]),
-                _percent(captured(part, choice["plan"])),
-                _percent(captured(part, choice["pattern"])),
-                _percent(captured(part, part["methods"]["r=1"])),
+                percent(captured(part, choice["plan"])),
+                percent(captured(part, choice["pattern"])),
+                percent(captured(part, part["methods"]["r=1"])),
                 f"{spread / part['base_loss']:.1%}",
             ]
         )
     head = ["case", "λ", "difference, train", "held-out", "warned", "planned r"]
-    return _table([*head, "captured", "by the pattern", "by r = 1", "worst to best, of F(0)"], rows)
+    return markdown([*head, "captured", "by the pattern", "by r = 1", "worst to best, of F(0)"], rows)
 
 
 def _captured(parts: Sequence[Part]) -> str:
@@ -146,7 +146,7 @@ def _captured(parts: Sequence[Part]) -> str:
     for part in parts:
         methods, choice = part["methods"], choices(part)
         row = [part["case"]["name"], f"{part['base_loss']:.4f}", f"{best_objective(part):.4f}"]
-        row += [_percent(captured(part, methods[name])) for name in SWEEP]
+        row += [percent(captured(part, methods[name])) for name in SWEEP]
         for name in ("plan", "pattern", "paper", "EVA", "AdaLoRA"):
             if name not in choice:
                 row.append("failed" if "failed" in methods.get(name, {}) else "-")
@@ -154,9 +154,9 @@ def _captured(parts: Sequence[Part]) -> str:
                 row.append("failed")
             else:
                 rank = f" (r {_rank(part, name)})" if name in ("plan", "paper") else ""
-                row.append(_percent(captured(part, method)) + rank)
+                row.append(percent(captured(part, method)) + rank)
         rows.append(row)
-    return _table(["case", "F(0)", "best F", *SWEEP, "plan", "pattern", "paper", "EVA", "AdaLoRA"], rows)
+    return markdown(["case", "F(0)", "best F", *SWEEP, "plan", "pattern", "paper", "EVA", "AdaLoRA"], rows)
 
 
 def _heldout(parts: Sequence[Part]) -> str:
@@ -172,7 +172,7 @@ def _heldout(parts: Sequence[Part]) -> str:
             else:
                 row.append("-" if method is None or "failed" in method else _judged(part, method["heldout"]))
         rows.append(row)
-    return _table(["case", "rows", "no adapter", *SWEEP, "plan", "pattern", "EVA", "AdaLoRA"], rows)
+    return markdown(["case", "rows", "no adapter", *SWEEP, "plan", "pattern", "EVA", "AdaLoRA"], rows)
 
 
 def _cost(parts: Sequence[Part]) -> str:
@@ -194,7 +194,7 @@ def _cost(parts: Sequence[Part]) -> str:
             ]
         )
     head = ["case", "parameters, plan", "pattern", "r = 8", "plan", "sweep, cached", "plan of it"]
-    return _table([*head, "sweep, whole network (estimated)", "plan of it"], rows)
+    return markdown([*head, "sweep, whole network (estimated)", "plan of it"], rows)
 
 
 def _duels(parts: Sequence[Part]) -> str:
@@ -209,7 +209,7 @@ def _duels(parts: Sequence[Part]) -> str:
             result = duel(part, choice["plan"], other)
             wins, losses, ties = wins + (result > 0), losses + (result < 0), ties + (result == 0)
         rows.append([rival, str(wins), str(losses), str(ties), str(wins + losses + ties)])
-    return _table(["the plan's rank against", "wins", "losses", "ties", "cases"], rows)
+    return markdown(["the plan's rank against", "wins", "losses", "ties", "cases"], rows)
 
 
 def duel(part: Part, mine: Part | None, other: Part) -> int:
@@ -257,7 +257,7 @@ def _rates(parts: Sequence[Part]) -> str:
             for name in (*SWEEP, "EVA", "AdaLoRA")
         ]
         rows.append([part["case"]["name"], *cells])
-    return _table(["case", *(f"{name}: rate (gradients)" for name in (*SWEEP, "EVA", "AdaLoRA"))], rows)
+    return markdown(["case", *(f"{name}: rate (gradients)" for name in (*SWEEP, "EVA", "AdaLoRA"))], rows)
 
 
 def _rank(part: Part, name: str) -> int:
@@ -280,7 +280,7 @@ def _size(method: Part | None) -> int:
     return 0 if method is None else int(method["parameters"])
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
     return f"{share:.1%}"
 
 
@@ -292,6 +292,6 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def markdown(head: list[str], rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in [head, *rows]]
     return "\n".join([lines[0], "|---|" + "---:|" * (len(head) - 1), *lines[1:]])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +24,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks.advice_tail import Store, Tail, remembering
+from benchmarks.advice_whole import Whole, in_model
 from ranksure.adapters.config import lora_config
-from ranksure.data.texts import Rows
+from ranksure.data.samples import Samples
 from ranksure.network.logits import logits_of, predict
+from ranksure.tasks.task import Task
 from ranksure.tasks.text import TextTask
 
 ADAPTER = "default"
@@ -99,31 +101,48 @@ class Bench:
         lam: the penalty.
         rule: when a run has converged.
         seed: of the starts.
+        tail: follow what the head reads through the last layer only (texts, targets in that layer).
     """
 
     def __init__(
         self,
-        task: TextTask,
-        train: Rows,
-        report: Rows,
+        task: Task[Any],
+        train: Samples,
+        report: Samples,
         shapes: Mapping[str, tuple[int, int]],
         lam: float,
         rule: Rule,
         seed: int,
+        tail: bool = True,
     ) -> None:
         began = time.process_time()
         self.task, self.shapes, self.lam, self.rule, self.seed = task, dict(shapes), lam, rule, seed
         task.model.eval().requires_grad_(False)
-        layer = last_layer(list(shapes))
-        self.rows = train
-        self.train = Tail(task, layer, train)
-        self.report = Tail(task, layer, report, first_key=len(train))
+        self.rows, self.report_rows = train, report
         self.store: Store = {}
-        with remembering(self.train.layer, self.store):
+        self.train, self.report = self._tails() if tail else self._wholes()
+        with self.kept():
             self.base_loss = float(cross_entropy(self.train.all_logits(), self.train.labels()))
             self.report_labels = self.report.labels()
             self.base_heldout = cross_entropy(self.report.all_logits(), self.report_labels, reduction="none").tolist()
         self.prefix_seconds = time.process_time() - began
+
+    def _tails(self) -> tuple[Tail, Tail]:
+        task, layer = self.task, last_layer(list(self.shapes))
+        assert isinstance(task, TextTask)
+        rows: Any = self.rows
+        report: Any = self.report_rows
+        return Tail(task, layer, rows), Tail(task, layer, report, first_key=len(rows))
+
+    def _wholes(self) -> tuple[Whole, Whole]:
+        targets = in_model(self.task, self.shapes)
+        train = Whole(self.task, targets, self.rows)
+        return train, Whole(self.task, targets, self.report_rows, beside=train)
+
+    def kept(self, copies: bool = False) -> AbstractContextManager[None]:
+        """What is frozen is not computed again; see :func:`benchmarks.advice_tail.remembering` for ``copies``."""
+        train = self.train
+        return train.cached() if isinstance(train, Whole) else remembering(train.layer, self.store, copies)
 
     def parameters(self, ranks: Mapping[str, int]) -> int:
         return sum(rank * sum(self.shapes[name]) for name, rank in ranks.items())
@@ -145,7 +164,9 @@ class Bench:
         config: Callable[[], PeftConfig],
         start: Callable[[PeftModel], None] | None,
         check: bool,
+        after: Callable[[PeftModel], None] = lambda model: None,
     ) -> Outcome:
+        """Train from every learning rate's start, polish the better one, and look at it; ``after`` sees it last."""
         began = time.process_time()
         evaluations = 0
         runs: list[tuple[float, float, dict[str, Tensor]]] = []
@@ -154,7 +175,7 @@ class Bench:
             with self.adapted(config(), self.seed + index) as model:
                 if start is not None:
                     start(model)
-                with remembering(self.train.layer, self.store):
+                with self.kept():
                     value, used = self._adam(model, rate)
                 evaluations += used
                 runs.append((value, rate, {key: p.detach().clone() for key, p in named_trained(model)}))
@@ -165,7 +186,7 @@ class Bench:
             with torch.no_grad():
                 for key, parameter in named_trained(model):
                     parameter.copy_(state[key])
-            with remembering(self.train.layer, self.store):
+            with self.kept():
                 used, converged = self._polish(model)
                 loss = self.mean_loss(backward=False)
                 heldout = self.report.all_logits()
@@ -180,6 +201,7 @@ class Bench:
                 )
             seconds = time.process_time() - began
             error = self._tail_error(logits) if check else None
+            after(model)
         return Outcome(
             name,
             ranks,
@@ -204,7 +226,8 @@ class Bench:
         total = 0.0
         with torch.set_grad_enabled(backward):
             for chunk in self.train.chunks:
-                loss = cross_entropy(self.train.logits(chunk), chunk.labels, reduction="sum") / self.train.n
+                logits = self.train.logits(chunk)  # pyright: ignore[reportArgumentType]
+                loss = cross_entropy(logits, chunk.labels, reduction="sum") / self.train.n
                 if backward:
                     loss.backward()
                 total += float(loss.detach())

@@ -14,8 +14,9 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from benchmarks import advice
-from benchmarks.advice_cases import CASES, SCORED, UNSCORED, plain_body
+from benchmarks.advice_cases import CASES, SCORED, UNSCORED, WIDER
 from benchmarks.advice_rivals import adalora, eva
+from benchmarks.advice_rows import plain_body
 from benchmarks.advice_table import captured, choices, data_size_rank, duel, tables, threshold, within_error
 from benchmarks.advice_tail import Tail, remembering
 from benchmarks.advice_training import Bench, Rule, adapter_layers, last_layer, nuclear_norm
@@ -224,6 +225,11 @@ def test_cases_are_what_the_comparison_asks_for() -> None:
     assert len({case.targets for case in SCORED}) >= 3 and len({case.weight_decay for case in SCORED}) >= 3
     assert not any(case.scored for case in UNSCORED)
     assert not {(c.data, c.seed) for c in UNSCORED} & {(c.data, c.seed) for c in SCORED}
+    assert len(CASES) == 26 and len(WIDER) >= 8 and all(case.scored for case in WIDER)
+    assert {case.task for case in WIDER} == {"text", "prompt", "image", "speech"}
+    assert max(case.samples for case in WIDER) == 512 and any("5" in case.data for case in WIDER)
+    assert {case.layers for case in WIDER} == {"last", "all"}
+    assert all(case.samples <= 64 for case in WIDER if case.layers == "all")
 
 
 def test_mail_bodies_lose_what_gives_the_label_away() -> None:
