@@ -120,6 +120,16 @@ def test_held_out_rows_that_speak_against_it_come_first():
     assert "no held-out rows" in sentences(plan(heldout=None))[-1]
 
 
+def test_the_linearised_optimum_is_told_where_held_out_rows_prefer_it():
+    linearity = {"train": 0.06, "heldout": 0.03, "heldout_real_loss": 0.5, "heldout_linear_loss": 0.64}
+    held = {"rows": 9, "loss_without_adapter": 0.7, "loss": 0.6}
+    said = warnings(plan(whole={"linearity": linearity}, heldout=held))
+    assert any("(loss 0.5000 against 0.6000)" in text for text in said)
+    assert not any(
+        "prefer" in text for text in warnings(plan(whole={"linearity": linearity}, heldout=held | {"loss": 0.4}))
+    )
+
+
 def test_work_that_ended_early_and_a_share_that_was_not_reached():
     record = plan(stopped="the budget of 100 gradients was spent", captured_uniform=0.97, r=4)
     (told,) = warnings(record)

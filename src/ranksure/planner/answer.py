@@ -20,7 +20,10 @@ def sentences(record: Plan) -> list[str]:
 
 def warnings(record: Plan) -> list[str]:
     """What a user should know before trusting the advice."""
-    own = _linearised_warnings(record) if record.network is None else _network_warnings(record.network)
+    if record.network is None:
+        own = _linearised_warnings(record)
+    else:
+        own = _network_warnings(record.network) + _stops_earlier(record, record.network)
     mean, model = record.head.accuracy.get("mean"), record.head.accuracy.get("model")
     if mean is not None and model is not None and mean - model > 0.01 and record.pooling == "model":
         doubt = "" if record.network else ", and look at its linearity before you trust it"
@@ -67,6 +70,17 @@ def _network(record: Plan, net: NetworkPlan) -> list[str]:
         out = [_enough(record, net), certified(net), _compared(record, net)]
     moved = [_moved(net.subsets, net.settled)] if len(net.subsets) > 1 else []
     return [held, *out, *moved] if bad else [*out, *moved, held]
+
+
+def _stops_earlier(record: Plan, net: NetworkPlan) -> list[str]:
+    """Where the linearised optimum, put on the network, does better on the rows that chose nothing."""
+    real = record.linearity.heldout_real_loss
+    if net.heldout is None or real is None or real >= net.heldout.loss or record.optimum.is_zero:
+        return []
+    return [
+        f"Held-out rows that chose nothing prefer the linearised optimum, put on the network (loss {real:.4f} against "
+        f"{net.heldout.loss:.4f}): it stops nearer to the pretrained weights. `linearised` makes a plan of it."
+    ]
 
 
 def _none(net: NetworkPlan) -> str:

@@ -7,10 +7,10 @@ from ranksure.planner.network.rows import HeldOutRows
 from ranksure.planner.network.stage import Stage
 from ranksure.records.plan import NetworkStep
 
-FIRST, RATIO, MOST_STEPS = 0.7, 0.6, 9
-"""Of lambda_max: the first lambda, each as a share of the one before, and how many at most (down to 1.2%)."""
+SHARES = (0.95, 0.85, 0.7, 0.55, 0.4, 0.28, 0.18, 0.1, 0.05, 0.02)
+"""Of lambda_max. Near it the steps are short: there the network leaves the branch that its linearisation follows."""
 
-_TOLERANCE = 0.1
+_TOLERANCE = 0.05
 _MOST_GRADIENTS = 25  # of one step: only the chosen lambda is solved to the end
 _PATIENCE = 2  # steps without a lower held-out loss, after which the path ends
 EXPECTED = 80
@@ -25,26 +25,26 @@ def follow_path(stage: Stage, lambda_max: float, select: HeldOutRows) -> tuple[l
         and the point reached there.
     """
     zero = Reached(stage.objective.zero(), stage.objective.at_zero, stage.objective.at_zero, status="converged")
-    points, steps = [zero], [_step(lambda_max, zero, select)]
-    for index in range(MOST_STEPS):
+    points, steps = [zero], [_step(lambda_max, zero, zero, select)]
+    for share in SHARES:
         if stage.spent("following lambda"):
             break
-        at = stage.at(lambda_max * FIRST * RATIO**index)
+        at = stage.at(lambda_max * share)
         (lam,) = set(at.objective.penalty.values())
         at.objective.memory_bytes = 0  # no capture for a sharper certificate of a step
         point = at.solved(f"path/{lam!r}", points[-1].factors, _TOLERANCE, _MOST_GRADIENTS, "following lambda")
         points.append(point)
-        steps.append(_step(lam, point, select))
+        steps.append(_step(lam, point, zero, select))
         losses = [step.selection_loss or 0.0 for step in steps]
-        if len(losses) - 1 - losses.index(min(losses)) >= _PATIENCE and index:
+        if len(losses) - 1 - losses.index(min(losses)) >= _PATIENCE:
             break
     best = min(range(len(steps)), key=lambda i: steps[i].selection_loss or 0.0)
     return steps, steps[best].weight_decay, points[best]
 
 
-def _step(lam: float, point: Reached, select: HeldOutRows) -> NetworkStep:
+def _step(lam: float, point: Reached, zero: Reached, select: HeldOutRows) -> NetworkStep:
     loss, accuracy = select.mean(point.factors)
-    gained = point.history[0][1] - point.objective if point.history else 0.0
+    gained = zero.objective - point.objective
     return NetworkStep(
         weight_decay=lam,
         ranks=point.ranks,
