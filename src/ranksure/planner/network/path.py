@@ -10,10 +10,10 @@ from ranksure.records.plan import NetworkStep
 SHARES = (0.95, 0.85, 0.7, 0.55, 0.4, 0.28, 0.18, 0.1, 0.05, 0.02)
 """Of lambda_max. Near it the steps are short: there the network leaves the branch that its linearisation follows."""
 
-_TOLERANCE = 0.05
-_MOST_GRADIENTS = 25  # of one step: only the chosen lambda is solved to the end
+_TOLERANCE = 0.1
+_MOST_GRADIENTS = 150  # of one step; a point that is not solved says nothing of its lambda
 _PATIENCE = 2  # steps without a lower held-out loss, after which the path ends
-EXPECTED = 80
+EXPECTED = 200
 """Gradients of a path, as a rule."""
 
 
