@@ -80,7 +80,7 @@ def _folder_in_the_way(folder: Path) -> None:
         (lambda folder: None, "does not exist"),
         (_nothing, "holds no result"),
         (_damaged, "is damaged, no JSON"),
-        (_unknown, "has schema 99; this version of ranksure reads schema 2"),
+        (_unknown, "has schema 99; this version of ranksure reads schema 3"),
         (_foreign, "exists and is no report of ranksure"),
         (_folder_in_the_way, "is a folder"),
     ],

@@ -130,7 +130,6 @@ def plan_by_hand(net: Any, x: Tensor, y: Tensor, kind: str, folder: Path) -> tup
 def setup_of(net: Any, x: Tensor, y: Tensor, kind: str) -> Setup:
     return Setup(
         base=net,
-        adapted=net,
         prefix="",
         heads=[],
         task_type=None,

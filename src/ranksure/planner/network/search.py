@@ -7,7 +7,7 @@ from ranksure.planner.network.pieces import Reached
 from ranksure.planner.network.ranks import ROW_GRADIENTS, NetworkTable
 from ranksure.solvers.network import descend_at_ranks
 
-PATTERN_GRADIENTS = 160
+PATTERN_GRADIENTS = 80
 """Most gradients of the search for a pattern."""
 
 _FIRST = 12  # gradients after which a pattern is looked at for the first time
