@@ -227,11 +227,11 @@ def _held_out(
             known[id(row)] = report.measured(row.factors)
         found = known[id(row)]
         losses[rank], figures[rank] = found[0], (float(found[0].mean()), found[1])
-    loss, share = report.mean(solution.factors)
+    own, share = known.get(id(solution)) or report.measured(solution.factors)
     summary = NetworkHeldOut(
         rows=len(report),
         loss_without_adapter=float(base.mean()),
-        loss=loss,
+        loss=float(own.mean()),
         accuracy_without_adapter=before,
         accuracy=share,
     )
