@@ -57,7 +57,7 @@ def norms(w: Tensor, left: Tensor, right: Tensor) -> tuple[float, Pair]:
     left, right = left.double(), right.double()
     if min(w.shape) <= _SMALL:
         bound = float(torch.linalg.svdvals(wide)[0]) * (1 + 16 * max(w.shape) * _EPS)
-        p, s, qt = torch.linalg.svd(_without(wide, left, right), full_matrices=False)
+        p, s, qt = torch.linalg.svd(outside(wide, left, right), full_matrices=False)
         return scale * bound, (p[:, 0], scale * s[0], qt[0])
     if w.shape[0] < w.shape[1]:
         bound, (q, sigma, p) = norms(w.T, right, left)
@@ -121,7 +121,7 @@ def outside_pairs(w: Tensor, left: Tensor, right: Tensor, k: int) -> tuple[Tenso
         k: how many.
     """
     w = w.cpu().double() if w.device.type == "mps" else w.double()  # which has no float64
-    return top_pairs(_without(w, left.to(w), right.to(w)), k)
+    return top_pairs(outside(w, left.to(w), right.to(w)), k)
 
 
 def power_of_two(w: Tensor) -> float:
@@ -140,7 +140,8 @@ def _scaled(w: Tensor) -> tuple[Tensor, float]:
     return (w.double() / scale if scale > 0 else w.double()), scale
 
 
-def _without(w: Tensor, left: Tensor, right: Tensor) -> Tensor:
+def outside(w: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """``(I - U U^T) w (I - V V^T)``: the part of ``w`` that factors with these spaces cannot follow."""
     w = w - left @ (left.T @ w)
     return w - (w @ right) @ right.T
 

@@ -31,21 +31,13 @@ def by_linearised(
 ) -> Recommended:
     """The linearised network's advice; ``model`` tells which names are exact."""
     kept = {name: rank for name, rank in ranks.pattern.items() if rank > 0}
-    # Every target, though the linearised network may need fewer: a trained network often uses those too.
-    uniform = clipped(problem, ranks.smallest) if ranks.smallest else {}
     return Recommended(
-        r=ranks.smallest,
-        lora_alpha=ranks.smallest,
-        rank_pattern=uniform,
-        alpha_pattern=dict(uniform),
-        target_modules=list(uniform),
-        peft=_exact_fields(uniform, model),
+        **_uniform(ranks.smallest, problem, model),
         linear_r=ranks.smallest,
         linear_pattern=kept,
         linear_peft=_exact_fields(kept, model),
         weight_decay=lam,
         heldout_r=heldout_rank,
-        parameters_uniform=parameters(problem, uniform),
         parameters_pattern=parameters(problem, kept),
         captured_uniform=ranks.captured_uniform,
         captured_pattern=ranks.captured_pattern,
@@ -58,23 +50,30 @@ def by_network(
 ) -> Recommended:
     """The network's advice, the linearised one beside it."""
     model = None if prepared.settings.merged else prepared.task.adapted
-    uniform = clipped(problem, found.r) if found.r else {}
     return replace(
         linear,
-        r=found.r,
-        lora_alpha=found.r,
-        rank_pattern=uniform,
-        alpha_pattern=dict(uniform),
-        target_modules=list(uniform),
-        peft=_exact_fields(uniform, model),
+        **_uniform(found.r, problem, model),
         pattern_peft=_exact_fields(found.pattern, model),
         weight_decay=found.weight_decay,
         heldout_r=heldout_r,
-        parameters_uniform=parameters(problem, uniform),
         parameters_pattern=parameters(problem, found.pattern),
         captured_uniform=found.captured_uniform,
         captured_pattern=found.captured_pattern,
     )
+
+
+def _uniform(rank: int, problem: Problem, model: nn.Module | None) -> dict[str, Any]:
+    """The fields that one rank decides: in every target, for a trained network often uses those that need none."""
+    ranks = clipped(problem, rank) if rank else {}
+    return {
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": ranks,
+        "alpha_pattern": dict(ranks),
+        "target_modules": list(ranks),
+        "peft": _exact_fields(ranks, model),
+        "parameters_uniform": parameters(problem, ranks),
+    }
 
 
 def _exact_fields(kept: dict[str, int], model: nn.Module | None) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""What the solvers that grow low-rank factors share: new directions, steps along them, accuracy, and what can go."""
+"""What the solvers that grow low-rank factors share: new directions, steps along them, and what can go."""
 
 from __future__ import annotations
 

@@ -30,6 +30,7 @@ from ranksure.problem import Problem
 from ranksure.relinearised import USED, Examiner, ModuleState, penalised_gaps
 from ranksure.solvers.burer_monteiro import solve
 from ranksure.solvers.growth import descent_pairs
+from ranksure.spectral import outside
 
 
 @dataclass(frozen=True)
@@ -256,10 +257,8 @@ class NetworkObjective:
         """
         p, s, q = (part.to(gradient.device) for part in examiner.parts[name])
         kept = s > USED * s[:1]
-        left, right = p[:, kept], q[:, kept]
-        g = gradient.double()
-        g = g - left @ (left.T @ g)
-        return descent_pairs(g - (g @ right) @ right.T, self.penalty[name], 1e-9)
+        missing = outside(gradient.double(), p[:, kept], q[:, kept])
+        return descent_pairs(missing, self.penalty[name], 1e-9)
 
     @property
     def by_row(self) -> bool:
